@@ -1,0 +1,86 @@
+"""Pictures on disk: PNGs that carry their own metadata, a metadata file beside them, labelled grids.
+
+Nothing is ever overwritten, also when several runs write into one folder.
+"""
+
+import itertools
+import json
+import os
+import textwrap
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+METADATA_FILE = "metadata.jsonl"
+
+
+def save_new(image: Image.Image, candidates: Iterator[Path], metadata: dict | None = None) -> Path:
+    """Saves a PNG under the first candidate that does not exist yet and returns its path.
+
+    The file appears complete or not at all. `metadata` becomes text chunks; what is no string is written as JSON.
+    """
+    info = PngImagePlugin.PngInfo()
+    for key, value in (metadata or {}).items():
+        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
+    for path in candidates:
+        if path.exists():
+            continue
+        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+        try:
+            image.save(temporary, "PNG", pnginfo=info)
+            os.link(temporary, path)  # fails where the name was taken meanwhile
+            return path
+        except FileExistsError:
+            continue
+        finally:
+            temporary.unlink(missing_ok=True)
+    raise AssertionError("candidates are endless")
+
+
+def numbered(folder: Path, pattern: str, start: int = 0) -> Iterator[Path]:
+    """folder/pattern.format(n) for n = start, start + 1, ..."""
+    return (folder / pattern.format(n) for n in itertools.count(start))
+
+
+def append_metadata(folder: Path, record: dict) -> None:
+    """Adds one line to the folder's metadata file, in one write."""
+    line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+    file = os.open(folder / METADATA_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(file, line)
+    finally:
+        os.close(file)
+
+
+def read_metadata(folder: Path) -> list[dict]:
+    """The records of the folder's metadata file whose pictures are there; a line that is cut short is passed over."""
+    path, records = folder / METADATA_FILE, []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if (folder / record["file"]).exists():
+            records.append(record)
+    return records
+
+
+def make_grid(rows: list[tuple[str, list[np.ndarray]]], *, cell: int = 192, label_width: int = 200) -> Image.Image:
+    """A labelled grid: each row is a text and its pictures, (H, W, 3) uint8."""
+    columns = max(len(images) for _, images in rows)
+    canvas = Image.new("RGB", (label_width + columns * cell, len(rows) * cell), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
+    for r, (label, images) in enumerate(rows):
+        lines = textwrap.wrap(" ".join(label.split()), 26)[: cell // 18 - 1]
+        draw.multiline_text((8, r * cell + cell // 2), "\n".join(lines), "black", font, anchor="lm", spacing=4)
+        for c, image in enumerate(images):
+            picture = Image.fromarray(image)
+            picture.thumbnail((cell - 4, cell - 4), Image.Resampling.LANCZOS)
+            if max(picture.size) < cell - 4:
+                scale = (cell - 4) / max(picture.size)
+                picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BICUBIC)
+            canvas.paste(picture, (label_width + c * cell + 2, r * cell + 2))
+    return canvas

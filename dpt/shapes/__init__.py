@@ -1,0 +1,1 @@
+"""The embedded world: scenes of simple shapes, whose ground truth is exact."""

@@ -1,0 +1,246 @@
+"""Makes the embedded model from nothing: CLIP, autoencoder, cached latents, U-Net, and the diffusers folder.
+
+    python -m dpt.shapes.pretrain configs/shapes/pretrain.yaml [key=value ...]
+
+Every stage can be killed at any moment; the same command goes on where it stopped.
+"""
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from transformers import CLIPTextModel
+
+from dpt.config import load_config, save_config
+from dpt.shapes.captions import WebNoise
+from dpt.shapes.clip import contrastive_loss, load_clip, make_clip, make_tokenizer, pooled_cosines, retrieval, save_clip
+from dpt.shapes.quality import LABELS, judge_prompts
+from dpt.shapes.scenes import IMAGE_SIZE
+from dpt.shapes.training import train_stage
+from dpt.shapes.unet import Latents, denoising_losses, make_scheduler, make_unet, validation_loss
+from dpt.shapes.vae import cache_latents, make_vae, measure_scaling_factor, reconstruction_error, vae_losses
+from dpt.shapes.world import PROMPT_CATEGORIES, ShapesWorld, load_prompts
+from dpt.stable_diffusion import StableDiffusion
+
+
+@dataclass
+class Optimization:
+    steps: int = 1000
+    lr: float = 1e-3
+    warmup: int = 50
+    """steps of linear warm-up"""
+    decay: float = 0.4
+    """share of the steps at the end over which the learning rate falls to zero"""
+    ema: float = 0.995
+    """decay of the weights' average, which is what a stage delivers"""
+    batch_size: int = 64
+    save_every: int = 100
+    evaluate_every: int = 100
+
+
+@dataclass
+class Clip:
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    hard_share: float = 0.25
+    """share of a batch that is pairs of an example and its hard negative"""
+    train: Optimization = field(default_factory=lambda: Optimization(steps=400, batch_size=256))
+
+
+@dataclass
+class Vae:
+    channels: list[int] = field(default_factory=lambda: [16, 32, 64, 64])
+    crop: int = 64
+    kl_weight: float = 1e-6
+    train: Optimization = field(default_factory=lambda: Optimization(steps=1200, batch_size=24, lr=2e-3))
+
+
+@dataclass
+class Unet:
+    channels: list[int] = field(default_factory=lambda: [48, 96, 128, 128])
+    heads: list[int] = field(default_factory=lambda: [2, 3, 4, 4])
+    num_latents: int = 40_000
+    """scenes whose latents are cached and trained on"""
+    caption_dropout: float = 0.1
+    web_noise: WebNoise = field(default_factory=WebNoise)
+    guidance_scale: float = 4.0
+    """for the pictures drawn while training"""
+    prompts_per_category: int = 10
+    """val prompts drawn at each evaluation"""
+    train: Optimization = field(
+        default_factory=lambda: Optimization(steps=2600, ema=0.998, save_every=100, evaluate_every=400, warmup=100)
+    )
+
+
+@dataclass
+class PretrainConfig:
+    folder: str = "outputs/shapes-pretrain"
+    """where states, caches and metrics are kept"""
+    stages: list[str] = field(default_factory=lambda: ["clip", "vae", "latents", "unet", "export"])
+    threads: int = 2
+    clip: Clip = field(default_factory=Clip)
+    vae: Vae = field(default_factory=Vae)
+    unet: Unet = field(default_factory=Unet)
+    output: str = "ckpt/shapes"
+    """the diffusers folder that `export` writes"""
+
+
+def run_clip(config: PretrainConfig, folder: Path) -> None:
+    """Trains the CLIP and writes it to `folder/clip`."""
+    if (folder / "clip/model.safetensors").exists():
+        return
+    torch.manual_seed(0)
+    tokenizer, train = make_tokenizer(), config.clip.train
+    clip = make_clip(tokenizer, width=config.clip.width, layers=config.clip.layers, heads=config.clip.heads)
+    world = ShapesWorld("train", seed=1)
+    average = train_stage(
+        "clip",
+        folder,
+        clip,
+        lambda step: contrastive_loss(
+            clip, tokenizer, world, step, batch_size=train.batch_size, hard_share=config.clip.hard_share
+        ),
+        evaluate=lambda model, step: retrieval(model, tokenizer),
+        **_loop(train),
+    )
+    save_clip(average, tokenizer, folder / "clip")
+    print("pooled cosine to the hard negative:", pooled_cosines(average, tokenizer))
+
+
+def run_vae(config: PretrainConfig, folder: Path) -> None:
+    """Trains the autoencoder and writes it to `folder/vae`."""
+    if (folder / "vae/config.json").exists():
+        return
+    torch.manual_seed(1)
+    vae, train, world = make_vae(config.vae.channels), config.vae.train, ShapesWorld("train", seed=2)
+    average = train_stage(
+        "vae",
+        folder,
+        vae,
+        lambda step: vae_losses(
+            vae, world, step, batch_size=train.batch_size, crop=config.vae.crop, kl_weight=config.vae.kl_weight
+        ),
+        evaluate=lambda model, step: reconstruction_error(model),
+        **_loop(train),
+    )
+    average.save_pretrained(folder / "vae")
+
+
+def run_latents(config: PretrainConfig, folder: Path) -> dict[str, np.ndarray]:
+    """Caches latents of the train scenes and of 512 val scenes."""
+    vae, unet = AutoencoderKL.from_pretrained(folder / "vae").eval(), config.unet
+    counts = {"train": unet.num_latents, "val": 512}
+    return {
+        split: cache_latents(vae, ShapesWorld(split, noise=unet.web_noise), folder / "latents", count=count)
+        for split, count in counts.items()
+    }
+
+
+def run_unet(config: PretrainConfig, folder: Path) -> None:
+    """Trains the U-Net on cached latents and web-like captions and writes it to `folder/unet`."""
+    if (folder / "unet/config.json").exists():
+        return
+    settings, train = config.unet, config.unet.train
+    posteriors = run_latents(config, folder)
+    sd = assemble(config, folder, measure_scaling_factor(posteriors["train"]))
+    cached = {split: Latents(rows, sd.vae.config.scaling_factor) for split, rows in posteriors.items()}
+    worlds = {split: ShapesWorld(split, noise=settings.web_noise) for split in cached}
+
+    def losses_at(step):
+        return denoising_losses(
+            sd,
+            cached["train"],
+            worlds["train"],
+            step,
+            batch_size=train.batch_size,
+            caption_dropout=settings.caption_dropout,
+        )
+
+    def evaluate(average, step):
+        averaged = replace(sd, unet=average)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = validation_loss(averaged, cached["val"], worlds["val"])
+        verdicts = judge_prompts(
+            averaged,
+            {c: load_prompts("val", c)[: settings.prompts_per_category] for c in PROMPT_CATEGORIES},
+            guidance_scale=settings.guidance_scale,
+            folder=folder / f"samples/step_{step:07d}",
+        )
+        labels = [record["label"] for record in verdicts]
+        return {"val_loss": loss} | {label: labels.count(label) / len(labels) for label in LABELS}
+
+    average = train_stage("unet", folder, sd.unet, losses_at, evaluate=evaluate, **_loop(train))
+    average.save_pretrained(folder / "unet")
+
+
+def assemble(config: PretrainConfig, folder: Path, scaling_factor: float) -> StableDiffusion:
+    """The trained frozen parts with a new U-Net."""
+    clip, tokenizer = load_clip(folder / "clip")
+    text_encoder = CLIPTextModel(clip.config.text_config)
+    text_encoder.load_state_dict(clip.text_model.state_dict())
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    vae.register_to_config(scaling_factor=scaling_factor)
+    torch.manual_seed(2)
+    unet = make_unet(
+        channels=config.unet.channels,
+        heads=config.unet.heads,
+        context_width=config.clip.width,
+        sample_size=IMAGE_SIZE // 2 ** (len(config.vae.channels) - 1),
+    )
+    for module in (vae, text_encoder):
+        module.eval().requires_grad_(False)
+    return StableDiffusion("shapes", str(folder), tokenizer, text_encoder, vae, unet, make_scheduler())
+
+
+def run_export(config: PretrainConfig, folder: Path) -> None:
+    """Writes the model as a `StableDiffusionPipeline` folder in float16, the CLIP beside it."""
+    scaling_factor = measure_scaling_factor(run_latents(config, folder)["train"])
+    sd = assemble(config, folder, scaling_factor)
+    state = torch.load(folder / "unet.pt", weights_only=True)
+    sd.unet.load_state_dict(state["average"])
+    pipeline = StableDiffusionPipeline(
+        vae=sd.vae,
+        text_encoder=sd.text_encoder,
+        tokenizer=sd.tokenizer,
+        unet=sd.unet,
+        scheduler=sd.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16).save_pretrained(config.output)
+    clip, _ = load_clip(folder / "clip")
+    clip.half().save_pretrained(Path(config.output) / "clip")
+    print(f"{config.output}: U-Net of step {state['step']}, scaling factor {scaling_factor:.4f}")
+
+
+def _loop(train: Optimization) -> dict:
+    names = ("steps", "lr", "warmup", "decay", "ema", "save_every", "evaluate_every")
+    return {name: getattr(train, name) for name in names}
+
+
+STAGES = {"clip": run_clip, "vae": run_vae, "latents": run_latents, "unet": run_unet, "export": run_export}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        config = load_config(PretrainConfig, argv[0], argv[1:])
+    except (ValueError, IndexError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(config.threads)
+    folder = Path(config.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, folder / "config.yaml")
+    for stage in config.stages:
+        STAGES[stage](config, folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

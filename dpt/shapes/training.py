@@ -1,0 +1,127 @@
+"""The training loop of the `shapes` pretraining stages: exact resumption, an average of the weights, a metrics file.
+
+A stage's batch is a function of the step number alone, so weights, optimiser and step are all there is to save.
+"""
+
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+
+def schedule(step: int, *, steps: int, warmup: int, decay: float) -> float:
+    """Learning-rate factor: linear warm-up, constant, then linear to zero over the last `decay` share of the steps."""
+    falling = max(1, round(steps * decay))
+    return min((step + 1) / max(1, warmup), 1.0, (steps - step) / falling)
+
+
+def save_atomically(state: dict, path: Path) -> None:
+    """`torch.save` under a temporary name, then rename."""
+    temporary = path.with_suffix(f".tmp{os.getpid()}")
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Moves the averaged weights towards the model's: average = decay * average + (1 - decay) * model."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+
+def train_stage(
+    name: str,
+    folder: Path,
+    model: nn.Module,
+    losses_at: Callable[[int], dict[str, torch.Tensor]],
+    *,
+    steps: int,
+    lr: float,
+    warmup: int,
+    decay: float,
+    ema: float,
+    weight_decay: float = 0.01,
+    save_every: int = 200,
+    evaluate: Callable[[nn.Module, int], dict] | None = None,
+    evaluate_every: int = 0,
+) -> nn.Module:
+    """Trains `model` with AdamW and returns the average of its weights.
+
+    Args:
+        name: names the stage's files in `folder`: `{name}.pt` (state) and `{name}.metrics.jsonl`.
+        losses_at: maps a step to named losses; their sum is minimised.
+        ema: decay of the weights' average, warmed up as (1 + step) / (10 + step).
+        evaluate: maps the averaged model and the step to figures for the metrics file.
+
+    To resume, call again with the same folder: training goes on from the last saved step.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state_path, metrics_path = folder / f"{name}.pt", folder / f"{name}.metrics.jsonl"
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    average = copy.deepcopy(model).eval()
+    start = 0
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+        _drop_metrics_after(metrics_path, start)
+
+    def save(step):
+        save_atomically(
+            {
+                "model": model.state_dict(),
+                "average": average.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+            },
+            state_path,
+        )
+
+    bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=5)
+    began = time.perf_counter()
+    for step in bar:
+        model.train()
+        for group in optimizer.param_groups:
+            group["lr"] = lr * schedule(step, steps=steps, warmup=warmup, decay=decay)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = losses_at(step)
+        loss = sum(losses.values())
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"{name}: loss is {loss.item()} at step {step}: lower lr (now {lr})")
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        update_average(average, model, min(ema, (1 + step) / (10 + step)))
+        record = {"step": step + 1, "grad_norm": grad_norm.item()} | {k: v.item() for k, v in losses.items()}
+        if step % 10 == 9:
+            record["seconds"] = time.perf_counter() - began
+            bar.set_postfix({k: f"{v.item():.4g}" for k, v in losses.items()})
+        if evaluate and (step + 1) % evaluate_every == 0:
+            record |= evaluate(average, step + 1)
+        if len(record) > 2 + len(losses):
+            with metrics_path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            save(step + 1)
+    return average
+
+
+def _drop_metrics_after(path: Path, step: int) -> None:
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in kept))
+
+
+def read_metrics(path: Path) -> Iterator[dict]:
+    """The records of a metrics file."""
+    return (json.loads(line) for line in path.read_text().splitlines())

@@ -1,0 +1,96 @@
+"""The U-Net of the `shapes` world: SD 2.1's topology with one layer a block, trained on web-like captions."""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+from dpt.shapes.captions import caption_text
+from dpt.shapes.world import ShapesWorld
+from dpt.stable_diffusion import StableDiffusion
+
+
+def make_unet(*, channels: list[int], heads: list[int], context_width: int, sample_size: int) -> UNet2DConditionModel:
+    """SD 2.1's block types and linear projections at another size, random weights."""
+    return UNet2DConditionModel(
+        sample_size=sample_size,
+        block_out_channels=tuple(channels),
+        attention_head_dim=tuple(heads),  # diffusers' name for the number of heads
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        layers_per_block=1,
+        cross_attention_dim=context_width,
+        use_linear_projection=True,
+        norm_num_groups=16,
+    )
+
+
+def make_scheduler() -> DDIMScheduler:
+    """DDIM with SD 2.1-base's noise schedule."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+class Latents:
+    """Cached posteriors (N, 8, h, w) float16, sampled and scaled on access."""
+
+    def __init__(self, posteriors: np.ndarray, scaling_factor: float):
+        self.posteriors, self.scaling_factor = torch.from_numpy(posteriors), scaling_factor
+
+    def __len__(self) -> int:
+        return len(self.posteriors)
+
+    def sample(self, indices: np.ndarray, generator: torch.Generator) -> torch.Tensor:
+        """Scaled latents (B, 4, h, w) float32."""
+        mean, logvar = self.posteriors[indices].float().chunk(2, dim=1)
+        noise = torch.randn(mean.shape, generator=generator)
+        return (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise) * self.scaling_factor
+
+
+def denoising_losses(
+    sd: StableDiffusion, latents: Latents, world: ShapesWorld, step: int, *, batch_size: int, caption_dropout: float
+) -> dict[str, torch.Tensor]:
+    """The denoising loss of one step on the web-like captions of scenes drawn without replacement in each epoch."""
+    start = step * batch_size
+    epochs, offsets = np.divmod(np.arange(start, start + batch_size), len(latents))
+    indices = np.array([_shuffled(len(latents), int(e))[o] for e, o in zip(epochs, offsets, strict=True)])
+    rng = np.random.default_rng((3, step))
+    captions = [
+        "" if rng.random() < caption_dropout else world.web_caption(int(i), world.scene(int(i))[0], epoch=int(e))
+        for i, e in zip(indices, epochs, strict=True)
+    ]
+    return {"loss_denoise": _denoising_loss(sd, latents, indices, captions, seed=step)}
+
+
+@lru_cache(maxsize=2)
+def _shuffled(size: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((4, epoch)).permutation(size)
+
+
+def _denoising_loss(sd, latents, indices, captions, *, seed):
+    generator = torch.Generator().manual_seed(seed)
+    z = latents.sample(indices, generator)
+    noise = torch.randn(z.shape, generator=generator)
+    timesteps = torch.randint(sd.scheduler.config.num_train_timesteps, (len(z),), generator=generator)
+    context, _ = sd.encode_prompts(captions)
+    noise_pred = sd.unet(sd.scheduler.add_noise(z, noise, timesteps), timesteps, context).sample
+    return F.mse_loss(noise_pred.float(), sd.noise_target(z, noise, timesteps))
+
+
+@torch.no_grad()
+def validation_loss(sd: StableDiffusion, latents: Latents, world: ShapesWorld, *, batch_size: int = 64) -> float:
+    """Mean denoising loss on cached val scenes with clean captions; noise and timesteps are the same each time."""
+    losses = []
+    for start in range(0, len(latents), batch_size):
+        indices = np.arange(start, min(start + batch_size, len(latents)))
+        captions = [caption_text(world.scene(int(i))[0], world.generator(int(i), 5)) for i in indices]
+        losses.append(_denoising_loss(sd, latents, indices, captions, seed=start).item())
+    return float(np.mean(losses))

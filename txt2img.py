@@ -1,0 +1,259 @@
+#!/usr/bin/env python
+"""Draws prompts with Stable Diffusion or the embedded `shapes` model.
+
+python txt2img.py --model shapes --prompt "a red circle left of a blue square"
+python txt2img.py --gpuid 0 --prompt "a photo of an astronaut riding a horse on mars"
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import dpt
+from dpt.images import append_metadata, make_grid, numbered, read_metadata, save_new
+from dpt.sampling import draw
+from dpt.shapes.captions import parse
+from dpt.stable_diffusion import DEFAULT_MODEL, MODELS, StableDiffusion, load_stable_diffusion
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+GRID_ROWS, GRID_COLUMNS = 12, 8
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--prompt", action="append", default=[], help="what to draw; may be given several times")
+    add("--from-file", type=Path, metavar="FILE", help="a text file, one prompt a line; blank lines are skipped")
+    add("--negative_prompt", default="", help="what to keep away from")
+    add(
+        "--model",
+        "--pretrained_model_name_or_path",
+        default=DEFAULT_MODEL,
+        help=f"{', '.join(MODELS)}, a local folder or a hub id (default: {DEFAULT_MODEL})",
+    )
+    add("--revision", help="branch, tag or commit on the hub")
+    add("--local-files-only", action="store_true", help="never ask the hub")
+    add("--n_samples", type=int, default=3, help="pictures a prompt (default: 3)")
+    add("--n_iter", type=int, default=1, help="how many times n_samples are drawn, with new seeds (default: 1)")
+    add("--batch_size", type=int, default=4, help="pictures drawn at once; does not change them (default: 4)")
+    add("--seed", type=int, default=42, help="sample k of a prompt uses seed + k (default: 42)")
+    add("--scale", type=float, default=7.5, help="guidance scale (default: 7.5)")
+    add("--ddim_steps", "--num_timesteps", dest="steps", type=int, default=50, help="sampling steps (default: 50)")
+    add("--H", type=int, help="height in pixels (default: the model's)")
+    add("--W", type=int, help="width in pixels (default: the model's)")
+    add("--outdir", type=Path, default=Path("outputs/txt2img"), help="default: outputs/txt2img")
+    add("--skip_grid", action="store_true", help="write no grid")
+    add("--compbench", action="store_true", help="name files as T2I-CompBench expects: <prompt>_<6 digits>.png")
+    add("--skip_existing", action="store_true", help="skip what outdir holds already with the same settings")
+    add("--dtype", choices=DTYPES, help="default: float16 on CUDA, else float32")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: the first GPU, else the CPU)")
+    add("--gpuid", "--gpu", type=int, metavar="N", help="draw on GPU N; without CUDA the CPU is used")
+    add("--dry-run", action="store_true", help="say what would be drawn, load nothing")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises ValueError for values that cannot work whatever the model."""
+    for name in ("n_samples", "n_iter", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if not 1 <= args.steps <= 1000:
+        raise ValueError(f"--ddim_steps is {args.steps}; it must be between 1 and 1000")
+    if not 0 <= args.scale < 1000:
+        raise ValueError(f"--scale is {args.scale}; it must be a number from 0 to 1000")
+    if not 0 <= args.seed < 2**62:
+        raise ValueError(f"--seed is {args.seed}; it must be between 0 and 2**62")
+    for name in ("H", "W"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be positive")
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """All prompts, those of --prompt first."""
+    prompts = list(args.prompt)
+    if args.from_file is not None:
+        try:
+            lines = args.from_file.read_text("utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--from-file {args.from_file} cannot be read as UTF-8 text: {error}") from error
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise ValueError(f"--from-file {args.from_file} holds no prompt")
+        prompts += found
+    if not prompts:
+        raise ValueError('nothing to draw: pass --prompt "..." or --from-file FILE')
+    return prompts
+
+
+def choose_device(args: argparse.Namespace) -> torch.device:
+    """The device that --device or --gpuid names, else the first accelerator, else the CPU."""
+    if args.gpuid is not None and args.device is not None:
+        raise ValueError("--gpuid and --device exclude each other: pass one of them")
+    if args.gpuid is not None:
+        if not torch.cuda.is_available():
+            print("no CUDA device here: drawing on the CPU")
+            return torch.device("cpu")
+        if not 0 <= args.gpuid < torch.cuda.device_count():
+            raise ValueError(f"--gpuid is {args.gpuid}; this machine has {torch.cuda.device_count()} CUDA device(s)")
+        return torch.device("cuda", args.gpuid)
+    if args.device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {args.device!r} is not usable here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def weights_fingerprint(sd: StableDiffusion) -> str:
+    """16 hex digits that change when any tensor of the model does: a hash of every tensor's shape and first values."""
+    digest = hashlib.sha256()
+    for module in (sd.text_encoder, sd.vae, sd.unet):
+        for name, tensor in module.state_dict().items():
+            values = tensor.flatten()[:16].float().cpu().numpy().tobytes()
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + values)
+    return digest.hexdigest()[:16]
+
+
+def job_key(record: dict) -> str:
+    """What must agree for two pictures to be the same drawing."""
+    return json.dumps([record[name] for name in ("prompt", "seed", "settings")], sort_keys=True)
+
+
+def announce_limits(sd: StableDiffusion, prompts: list[str]) -> None:
+    """Says what of the prompts the model will not understand."""
+    for prompt in dict.fromkeys(prompts):
+        cut = sd.truncated_part(prompt)
+        if cut:
+            limit = sd.tokenizer.model_max_length
+            print(f"note: {sd.name} reads {limit} tokens a prompt; not read of {prompt[:40]!r}...: {cut[:60]!r}...")
+    if sd.name != "shapes":
+        return
+    for prompt in prompts:
+        try:
+            parse(prompt)
+        except ValueError as error:
+            print(f"note: this model only knows shapes, and {error}")
+            return
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    try:
+        return run(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # such as a full disk
+        print(f"error: {error}; finished pictures are in {args.outdir / 'samples'}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; finished pictures are in {args.outdir / 'samples'}", file=sys.stderr)
+        return 130
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draws what the arguments ask for. Raises ValueError for bad input."""
+    check_arguments(args)
+    prompts = read_prompts(args)
+    device = choose_device(args)
+    dtype = args.dtype or ("float16" if device.type == "cuda" else "float32")
+    per_prompt = args.n_samples * args.n_iter
+    jobs = [
+        {"prompt": p, "seed": args.seed + k, "row": row, "number": row * per_prompt + k}
+        for row, p in enumerate(prompts)
+        for k in range(per_prompt)
+    ]
+    print(f"{args.model} on {device} in {dtype}: {len(prompts)} prompt(s) x {per_prompt} = {len(jobs)} picture(s)")
+    if args.dry_run:
+        print(f"{args.steps} DDIM steps, guidance scale {args.scale}, seeds from {args.seed}, into {args.outdir}")
+        return 0
+    samples = args.outdir / "samples"
+    try:
+        samples.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=samples).close()
+    except OSError as error:
+        raise ValueError(f"--outdir {args.outdir} cannot be written: {error.strerror}") from error
+
+    sd = load_stable_diffusion(
+        args.model,
+        revision=args.revision,
+        local_files_only=args.local_files_only,
+        dtype=DTYPES[dtype],
+        device=device,
+    )
+    _, h, w = sd.latent_shape(args.H, args.W)
+    settings = {
+        "model": args.model,
+        "weights": weights_fingerprint(sd),
+        "negative_prompt": args.negative_prompt,
+        "scale": args.scale,
+        "steps": args.steps,
+        "sampler": type(sd.scheduler).__name__,
+        "height": h * sd.vae_scale_factor,
+        "width": w * sd.vae_scale_factor,
+        "dtype": dtype,
+    }
+    for job in jobs:
+        job["settings"] = settings
+    announce_limits(sd, prompts)
+    if args.skip_existing:
+        there = {job_key(record) for record in read_metadata(args.outdir)}
+        jobs = [job for job in jobs if job_key(job) not in there]
+        print(f"{len(prompts) * per_prompt - len(jobs)} picture(s) are there already")
+    rows = draw_jobs(sd, jobs, args)
+    if rows and not args.skip_grid:
+        labelled = [(prompts[row], images) for row, images in sorted(rows.items())]
+        path = save_new(make_grid(labelled), numbered(args.outdir, "grid-{:04d}.png"))
+        print(f"grid of the first {len(labelled)} prompt(s): {path}")
+    print(f"{len(jobs)} picture(s) in {samples}")
+    return 0
+
+
+def draw_jobs(sd: StableDiffusion, jobs: list[dict], args: argparse.Namespace) -> dict[int, list]:
+    """Draws and saves all jobs, batch by batch, and returns the pictures of the grid's rows."""
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers")} | {"dpt": dpt.__version__}
+    rows: dict[int, list] = {}
+    batches = [jobs[start : start + args.batch_size] for start in range(0, len(jobs), args.batch_size)]
+    with tqdm(total=len(batches) * args.steps, unit="step", desc="drawing", disable=not jobs) as bar:
+        for batch in batches:
+            images = draw(
+                sd,
+                [job["prompt"] for job in batch],
+                [job["seed"] for job in batch],
+                negative_prompts=[args.negative_prompt] * len(batch),
+                guidance_scale=args.scale,
+                num_inference_steps=args.steps,
+                height=args.H,
+                width=args.W,
+                on_step=lambda step, latents: bar.update(),
+            )
+            for job, image in zip(batch, images, strict=True):
+                record = {name: job[name] for name in ("prompt", "seed", "settings")} | {"versions": versions}
+                pattern = "{:05d}.png"
+                if args.compbench:
+                    name = " ".join(job["prompt"].replace("/", " ").split())[:200]
+                    pattern = name.replace("{", "{{").replace("}", "}}") + "_{:06d}.png"
+                candidates = numbered(args.outdir / "samples", pattern, job["number"])
+                chunks = record | {"seed": str(job["seed"])}
+                path = save_new(Image.fromarray(image), candidates, chunks)
+                append_metadata(args.outdir, {"file": str(path.relative_to(args.outdir))} | record)
+                row = rows.setdefault(job["row"], []) if job["row"] < GRID_ROWS else []
+                if len(row) < GRID_COLUMNS:
+                    row.append(image)
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
