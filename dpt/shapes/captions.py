@@ -4,8 +4,8 @@
     phrase   = ("a" | "an" | "one" | "two" | "three" | "four") [size] [colour] (shape | "shape" | "object")
     relation = "left of" | "to the left of" | ... | "above" | "below"
 
-A `Description` is what a caption means. The world is closed: a caption names every object of its scene, so "a red circle"
-is true of a scene with exactly one object. A relation between groups holds for each pair of their members.
+A `Description` is what a caption means. The world is closed: a caption names every object of its scene, so "a red
+circle" is true of a scene with exactly one object. A relation between groups holds for each pair of their members.
 """
 
 import hashlib
@@ -348,7 +348,7 @@ class WebNoise:
 
 
 def web_like(description: Description, rng: np.random.Generator, noise: WebNoise) -> Description:
-    """A partial, now and then wrong, description of the same scene; never a held-out one (then the given is returned)."""
+    """A partial, now and then wrong, description of the same scene; where that is held out, the given one."""
     phrases, relations = list(description.phrases), list(description.relations)
     if len(phrases) > 1 and rng.random() < noise.swap_attributes:
         i, j = rng.permutation(len(phrases))[:2]

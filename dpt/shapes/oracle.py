@@ -1,8 +1,8 @@
 """Says what is in a picture of the `shapes` world and whether a prompt is true of it. numpy and scipy only.
 
-Objects are connected regions that differ from the background. A region is well-formed when it is one colour of the palette,
-lies inside the picture, is as large as an object can be, and its outline covers one of the five shapes. Anything else that
-can be seen - merged, half-drawn, faint or speckled - makes the picture malformed.
+Objects are connected regions that differ from the background. A region is well-formed when it is of one colour of the
+palette, lies inside the picture, is as large as an object can be, and has the outline of one of the five shapes.
+Anything else that can be seen - merged, half-drawn, faint or speckled - makes the picture malformed.
 """
 
 from dataclasses import dataclass
@@ -110,7 +110,7 @@ def find_objects(image: np.ndarray) -> tuple[list[Detection], list[str]]:
     if background.min() < 190:
         return [], ["the background is not light"]
     distance = np.linalg.norm(pixels - background, axis=2)
-    labels, count = ndimage.label(distance > VISIBLE)
+    labels, _ = ndimage.label(distance > VISIBLE)
     detections, faults, specks = [], [], 0
     seen = np.zeros(labels.shape, bool)
     for k, window in enumerate(ndimage.find_objects(labels), start=1):

@@ -6,9 +6,9 @@ A scene holds 1 to 4 objects. An object's `radius` is the circle's radius; the o
 (`OUTLINES`). Two margins make every statement about a scene decidable:
 
 - sizes: small objects have radius 11 to 12.5, large ones 17 to 19.5, and `SIZE_BOUNDARY` lies between;
-- directions: one object is *left of* another when it lies to the left and further left than up or down (below, right and
-  above likewise). In scenes of two or three objects no pair lies nearer the diagonal than `DIRECTION_MARGIN` allows;
-  scenes of four objects are never described by relations.
+- directions: one object is *left of* another when it lies to the left and further left than up or down (below, right
+  and above likewise). In scenes of two or three objects no pair lies nearer the diagonal than `DIRECTION_MARGIN`
+  allows; scenes of four objects are never described by relations.
 """
 
 from dataclasses import dataclass
