@@ -5,6 +5,7 @@
 Every stage can be killed at any moment; the same command goes on where it stopped.
 """
 
+import json
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -203,16 +204,19 @@ def run_export(config: PretrainConfig, folder: Path) -> None:
     state = torch.load(folder / "unet.pt", weights_only=True)
     sd.unet.load_state_dict(state["average"])
     pipeline = StableDiffusionPipeline(
-        vae=sd.vae,
-        text_encoder=sd.text_encoder,
+        vae=sd.vae.half(),
+        text_encoder=sd.text_encoder.half(),
         tokenizer=sd.tokenizer,
-        unet=sd.unet,
+        unet=sd.unet.half(),
         scheduler=sd.scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.to(torch.float16).save_pretrained(config.output)
+    pipeline.save_pretrained(config.output)
+    # transformers loads a tower in the precision its config names; the stock pipeline expects float32 by default
+    text_config = Path(config.output) / "text_encoder/config.json"
+    text_config.write_text(json.dumps(json.loads(text_config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     clip, _ = load_clip(folder / "clip")
     clip.half().save_pretrained(Path(config.output) / "clip")
     print(f"{config.output}: U-Net of step {state['step']}, scaling factor {scaling_factor:.4f}")

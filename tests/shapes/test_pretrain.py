@@ -1,0 +1,60 @@
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from dpt.shapes.pretrain import main
+
+TINY = [
+    "clip.width=32 clip.layers=1 clip.heads=2 clip.train.steps=2 clip.train.batch_size=8 clip.train.evaluate_every=10",
+    "vae.channels=[8,8,8,8] vae.train.steps=2 vae.train.batch_size=2 vae.train.evaluate_every=10",
+    "unet.channels=[16,16,16,16] unet.heads=[1,1,1,1] unet.num_latents=96 unet.prompts_per_category=1",
+    "unet.train.steps=4 unet.train.batch_size=4 unet.train.save_every=2 unet.train.evaluate_every=4 threads=1",
+]
+
+
+def run(folder, *extra):
+    overrides = " ".join([*TINY, f"folder={folder}/run", f"output={folder}/model", *extra]).split()
+    return main(["configs/shapes/pretrain.yaml", *overrides])
+
+
+@pytest.fixture(autouse=True)
+def _from_repository_root(monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+
+
+@pytest.mark.slow
+def test_all_stages_make_a_pipeline_and_resuming_changes_nothing(tmp_path):
+    assert run(tmp_path / "whole") == 0
+    assert run(tmp_path / "cut", "stages=[clip,vae]") == 0
+    assert run(tmp_path / "cut", "unet.train.steps=4", "stages=[latents]") == 0
+
+    # stop after the checkpoint of step 2, as a kill would
+    import dpt.shapes.pretrain as pretrain
+
+    original = pretrain.denoising_losses
+
+    def dies(sd, latents, world, step, **kwargs):
+        if step == 3:
+            raise KeyboardInterrupt
+        return original(sd, latents, world, step, **kwargs)
+
+    pretrain.denoising_losses = dies
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "cut")
+    finally:
+        pretrain.denoising_losses = original
+    assert run(tmp_path / "cut") == 0
+    whole, cut = (torch.load(tmp_path / name / "run/unet.pt", weights_only=True) for name in ("whole", "cut"))
+    assert whole["step"] == cut["step"] == 4
+    for name, tensor in whole["average"].items():
+        assert torch.equal(tensor, cut["average"][name]), name
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "whole/model", safety_checker=None)
+    assert pipeline.vae.config.scaling_factor != 0.18215
+    assert pipeline("a red circle", num_inference_steps=2, output_type="np").images.shape == (1, 128, 128, 3)
+
+
+def test_a_wrong_key_is_one_line_and_exit_code_2(capsys):
+    assert main(["configs/shapes/pretrain.yaml", "unet.chanels=[1]"]) == 2
+    assert "did you mean unet.channels?" in capsys.readouterr().err
