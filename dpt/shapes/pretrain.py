@@ -57,7 +57,7 @@ class Vae:
     channels: list[int] = field(default_factory=lambda: [16, 32, 64, 64])
     crop: int = 64
     kl_weight: float = 1e-6
-    train: Optimization = field(default_factory=lambda: Optimization(steps=1200, batch_size=24, lr=2e-3))
+    train: Optimization = field(default_factory=lambda: Optimization(steps=2000, batch_size=24, lr=2e-3))
 
 
 @dataclass
@@ -217,8 +217,8 @@ def run_export(config: PretrainConfig, folder: Path) -> None:
     # transformers loads a tower in the precision its config names; the stock pipeline expects float32 by default
     text_config = Path(config.output) / "text_encoder/config.json"
     text_config.write_text(json.dumps(json.loads(text_config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
-    clip, _ = load_clip(folder / "clip")
-    clip.half().save_pretrained(Path(config.output) / "clip")
+    clip, tokenizer = load_clip(folder / "clip")
+    save_clip(clip.half(), tokenizer, Path(config.output) / "clip")
     print(f"{config.output}: U-Net of step {state['step']}, scaling factor {scaling_factor:.4f}")
 
 

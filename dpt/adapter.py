@@ -1,0 +1,176 @@
+"""The discriminative adapter (Qu et al. 2024, section 3.2): a DETR-style reader of U-Net features with two heads.
+
+Shapes: B batch, Q queries (those for ITM first, then those for REC), D width, H W map, P pooled text width,
+L text tokens, R width of the REC text encoder, K width of the contrastive space.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dpt.embeddings import LearnedPositionEmbedding, SinePositionEmbedding, TimestepEmbedder
+from dpt.transformer import Transformer
+
+NUM_TOKEN_SLOTS = 255  # REC's classes are the expression's token positions, and one for "no object"
+
+
+@dataclass
+class AdapterConfig:
+    """What an adapter is made of; the defaults are the paper's for SD 2.1."""
+
+    in_channels: list[int] = field(default_factory=lambda: [1280])
+    """channels of each feature map"""
+    fuse: bool = False
+    """sum the maps after a 1x1 convolution each (`all`) instead of concatenating them"""
+    fusion_dim: int = 1280
+    fusion_size: int = 16
+    """channels, height and width of the fused map"""
+    hidden_dim: int = 256
+    nheads: int = 8
+    enc_layers: int = 1
+    dec_layers: int = 1
+    dim_feedforward: int = 2048
+    dropout: float = 0.1
+    pre_norm: bool = False
+    position_embedding: str = "sine"
+    """sine or learned"""
+    num_queries_itm: int = 10
+    num_queries_rec: int = 100
+    text_dim: int = 1024
+    """width of the pooled text that ITM compares with"""
+    rec_text_dim: int = 768
+    """width of the token states that REC is aligned with"""
+    contrastive_dim: int = 64
+
+    def __post_init__(self):
+        if self.position_embedding not in ("sine", "learned"):
+            raise ValueError(f"position_embedding is {self.position_embedding!r}; it must be sine or learned")
+        if self.hidden_dim % self.nheads or self.hidden_dim % 4:
+            raise ValueError(
+                f"hidden_dim is {self.hidden_dim}; it must be divisible by 4 and by nheads ({self.nheads})"
+            )
+        for name in ("num_queries_itm", "num_queries_rec", "enc_layers", "dec_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+class FeatureFusion(nn.Module):
+    """Each map through its own 1x1 convolution, resized (nearest) to one size, summed."""
+
+    def __init__(self, in_channels: list[int], dim: int, size: int):
+        super().__init__()
+        self.projections = nn.ModuleList(nn.Conv2d(channels, dim, 1) for channels in in_channels)
+        self.size = size
+
+    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
+        """Maps (B, C_k, H_k, W_k) to (B, dim, size, size)."""
+        maps = [projection(feature) for projection, feature in zip(self.projections, features, strict=True)]
+        return torch.stack([F.interpolate(x, (self.size, self.size), mode="nearest") for x in maps]).sum(0)
+
+
+class ItmHead(nn.Module):
+    """Image-text matching: query outputs in the space of the pooled text, and a learned temperature."""
+
+    def __init__(self, dim: int, text_dim: int):
+        super().__init__()
+        self.projection = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, text_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, queries: torch.Tensor) -> torch.Tensor:
+        """(..., Q, D) to (..., Q, P)."""
+        return self.projection(queries)
+
+
+class RecHead(nn.Module):
+    """Referring expressions: token-slot logits, boxes, and a space shared with the expression's token states."""
+
+    def __init__(self, dim: int, rec_text_dim: int, contrastive_dim: int):
+        super().__init__()
+        self.class_embed = nn.Linear(dim, NUM_TOKEN_SLOTS + 1)
+        self.bbox_embed = nn.Sequential(
+            nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4)
+        )
+        self.query_projection = nn.Linear(dim, contrastive_dim)
+        self.token_projection = nn.Linear(rec_text_dim, contrastive_dim)
+
+    def forward(self, queries: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(B, Q, D) to `pred_logits` (B, Q, 256), `pred_boxes` (B, Q, 4) cxcywh in [0, 1], `proj_queries` (B, Q, K)."""
+        return {
+            "pred_logits": self.class_embed(queries),
+            "pred_boxes": self.bbox_embed(queries).sigmoid(),
+            "proj_queries": F.normalize(self.query_projection(queries), dim=-1),
+        }
+
+    def project_tokens(self, token_states: torch.Tensor) -> torch.Tensor:
+        """Token states (B, L, R) to unit vectors (B, L, K)."""
+        return F.normalize(self.token_projection(token_states), dim=-1)
+
+
+class DiscriminativeAdapter(nn.Module):
+    """Reads U-Net features with learned queries; the first of them answer ITM, the others REC."""
+
+    def __init__(self, config: AdapterConfig):
+        super().__init__()
+        self.config = config
+        dim = config.hidden_dim
+        self.fusion = FeatureFusion(config.in_channels, config.fusion_dim, config.fusion_size) if config.fuse else None
+        self.input_proj = nn.Conv2d(config.fusion_dim if config.fuse else sum(config.in_channels), dim, 1)
+        learned = config.position_embedding == "learned"
+        self.position_embedding = LearnedPositionEmbedding(dim) if learned else SinePositionEmbedding(dim)
+        self.timestep_embedder = TimestepEmbedder(dim)
+        self.transformer = Transformer(
+            dim=dim,
+            nheads=config.nheads,
+            enc_layers=config.enc_layers,
+            dec_layers=config.dec_layers,
+            dim_feedforward=config.dim_feedforward,
+            dropout=config.dropout,
+            pre_norm=config.pre_norm,
+        )
+        self.query_embed = nn.Embedding(config.num_queries_itm + config.num_queries_rec, dim)
+        self.itm_head = ItmHead(dim, config.text_dim)
+        self.rec_head = RecHead(dim, config.rec_text_dim, config.contrastive_dim)
+
+    def forward(self, features: list[torch.Tensor], timesteps: torch.Tensor) -> torch.Tensor:
+        """Outputs of all queries after each decoder layer, (layers, B, Q, D).
+
+        Args:
+            features: the U-Net's maps, (B, C_k, H_k, W_k) each; concatenated ones are resized to the first's size.
+            timesteps: (B,) or a scalar.
+        """
+        if self.fusion is not None:
+            feature = self.fusion(features)
+        else:
+            size = features[0].shape[-2:]
+            feature = torch.cat([F.interpolate(x, size, mode="nearest") for x in features], dim=1)
+        src = self.input_proj(feature)  # (B, D, H, W)
+        time_embed = self.timestep_embedder(timesteps.expand(len(src)))  # (B, D)
+        pos_embed = self.position_embedding(src).to(src.dtype) + time_embed[:, :, None, None]
+        hs, _ = self.transformer(src, pos_embed, self.query_embed.weight)
+        return hs
+
+    def itm_embeddings(self, hs: torch.Tensor, layer: int = -1) -> torch.Tensor:
+        """Query embeddings to compare with pooled texts, (B, num_queries_itm, P).
+
+        Args:
+            hs: as returned by `forward`.
+            layer: the decoder layer that is read; the reference reads the first (0).
+        """
+        return self.itm_head(hs[layer][:, : self.config.num_queries_itm])
+
+    def rec_outputs(self, hs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What `RecHead` says of the REC queries after the last decoder layer."""
+        return self.rec_head(hs[-1][:, self.config.num_queries_itm :])
+
+
+def itm_score(itm_embeddings: torch.Tensor, pooled_prompt_embeds: torch.Tensor) -> torch.Tensor:
+    """s(z_t, y): the largest cosine between a query and the pooled text, (B,).
+
+    Args:
+        itm_embeddings: (B, Q, P); pooled_prompt_embeds: (B, P).
+    """
+    queries, text = F.normalize(itm_embeddings, dim=-1), F.normalize(pooled_prompt_embeds, dim=-1)
+    return torch.einsum("bqp,bp->bq", queries, text).amax(1)

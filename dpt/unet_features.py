@@ -1,0 +1,108 @@
+"""Feature maps of a diffusers U-Net, from a pass that stops after the last block needed.
+
+Blocks are `down0..3`, `mid`, `up0..3`; a feature is one block, several joined by "+", or `all` (the nine, in that order).
+
+Shapes: B batch, C latent channels, (h, w) latent size, L text tokens, E context width.
+"""
+
+import copy
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+
+def parse_feature(feature: str, config) -> tuple[str, ...]:
+    """The blocks that a feature name stands for, in the order in which they are concatenated.
+
+    Args:
+        feature: such as "up1", "down1+up0" or "all".
+        config: the U-Net's config, which says how many blocks there are.
+
+    Raises:
+        ValueError: a block that the U-Net lacks, or one named twice.
+    """
+    known = [f"down{i}" for i in range(len(config.down_block_types))] + ["mid"]
+    known += [f"up{i}" for i in range(len(config.up_block_types))]
+    if feature == "all":
+        return tuple(known)
+    blocks = tuple(feature.split("+"))
+    for block in blocks:
+        if block not in known:
+            raise ValueError(
+                f"feature is {feature!r}; its blocks must be among {', '.join(known)}, joined by '+', or all"
+            )
+    if len(set(blocks)) < len(blocks):
+        raise ValueError(f"feature is {feature!r}; it names a block twice")
+    return blocks
+
+
+def block_channels(block: str, config) -> int:
+    """Channels of a block's output."""
+    channels = config.block_out_channels
+    if block == "mid":
+        return channels[-1]
+    index = int(block.removeprefix("down").removeprefix("up"))
+    return channels[index] if block.startswith("down") else channels[::-1][index]
+
+
+def unet_features(
+    unet: UNet2DConditionModel,
+    blocks: tuple[str, ...],
+    noisy_latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    *,
+    with_noise_pred: bool = False,
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """The blocks' outputs, one (B, C_block, h_block, w_block) each, and the noise prediction where it is asked for.
+
+    Without the noise prediction nothing behind the last block is run, unless the latent's size is one for which
+    diffusers passes the skip connections' sizes on (sides not divisible by all of the U-Net's downsampling).
+
+    Args:
+        noisy_latents: (B, C, h, w).
+        timesteps: (B,) or a scalar.
+        encoder_hidden_states: (B, L, E).
+    """
+    captured: dict[str, torch.Tensor] = {}
+
+    def keep(block):
+        def hook(module, args, output):
+            captured[block] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [_module(unet, block).register_forward_hook(keep(block)) for block in blocks]
+    factor = 2 ** (len(unet.config.down_block_types) - 1)
+    whole = with_noise_pred or any(side % factor for side in noisy_latents.shape[-2:])
+    try:
+        network = unet if whole else _truncated(unet, blocks)
+        noise_pred = network(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [captured[block] for block in blocks], noise_pred if with_noise_pred else None
+
+
+def _module(unet: UNet2DConditionModel, block: str) -> nn.Module:
+    if block == "mid":
+        return unet.mid_block
+    if block.startswith("down"):
+        return unet.down_blocks[int(block.removeprefix("down"))]
+    return unet.up_blocks[int(block.removeprefix("up"))]
+
+
+def _truncated(unet: UNet2DConditionModel, blocks: tuple[str, ...]) -> UNet2DConditionModel:
+    """A twin that shares every module up to the last of the blocks and has none behind it."""
+    twin = copy.copy(unet)
+    twin._modules = dict(unet._modules)  # a shallow copy shares this table; cutting it would cut the original
+    ups = [int(block.removeprefix("up")) for block in blocks if block.startswith("up")]
+    downs = [int(block.removeprefix("down")) for block in blocks if block.startswith("down")]
+    twin.up_blocks = unet.up_blocks[: max(ups) + 1] if ups else nn.ModuleList()
+    if not ups and "mid" not in blocks:
+        twin.mid_block = None
+        twin.down_blocks = unet.down_blocks[: max(downs) + 1]
+    twin.conv_norm_out = None
+    twin.conv_out = nn.Identity()
+    return twin

@@ -1,0 +1,71 @@
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from dpt.sampling import classifier_free_guidance, draw, initial_noise, sample
+from dpt.stable_diffusion import CKPT_FOLDER, load_stable_diffusion
+
+PROMPTS = ["a red circle", "two blue stars above a green square"]
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return load_stable_diffusion("shapes")
+
+
+@pytest.fixture(scope="module")
+def stock(sd):
+    pipeline = StableDiffusionPipeline.from_pretrained(CKPT_FOLDER / "shapes", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+@pytest.mark.parametrize("negative", [None, "a yellow cross"])
+def test_latents_equal_the_stock_pipeline(sd, stock, guidance_scale, negative):
+    noise = initial_noise([3, 4], sd.latent_shape())
+    expected = stock(
+        PROMPTS,
+        negative_prompt=[negative] * 2 if negative else None,
+        latents=noise,
+        guidance_scale=guidance_scale,
+        num_inference_steps=8,
+        output_type="latent",
+    ).images
+    denoise = classifier_free_guidance(
+        sd.unet,
+        sd.scheduler,
+        encoder_hidden_states=sd.encode_prompts(PROMPTS)[0],
+        negative_encoder_hidden_states=sd.encode_prompts([negative or ""] * 2)[0],
+        guidance_scale=guidance_scale,
+    )
+    latents = sample(denoise, sd.scheduler, noise, num_inference_steps=8)
+    assert (latents - expected).abs().max() < 1e-4
+
+
+def test_noise_belongs_to_the_seed():
+    shape = (4, 16, 16)
+    both = initial_noise([7, 8], shape)
+    assert torch.equal(both[1], initial_noise([8], shape)[0])
+    assert both.dtype == torch.float32
+    assert not torch.equal(both[0], both[1])
+
+
+def test_the_loop_reports_every_step_and_keeps_no_graph(sd):
+    steps = []
+    weight = torch.ones(1, requires_grad=True)
+    latents = sample(
+        lambda latents, timestep: latents * weight,
+        sd.scheduler,
+        initial_noise([1], (4, 16, 16)),
+        num_inference_steps=5,
+        on_step=lambda step, latents: steps.append((step, tuple(latents.shape))),
+    )
+    assert steps == [(k, (1, 4, 16, 16)) for k in range(5)]
+    assert not latents.requires_grad
+
+
+def test_draw_gives_uint8_pictures(sd):
+    images = draw(sd, PROMPTS, [1, 2], num_inference_steps=2, height=64, width=128)
+    assert images.shape == (2, 64, 128, 3)
+    assert images.dtype == "uint8"

@@ -1,0 +1,240 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import txt2img
+from dpt.images import read_metadata
+from dpt.shapes.oracle import judge
+
+SHAPES = ["--model", "shapes", "--ddim_steps", "3", "--n_samples", "1"]
+
+
+def draw(outdir, *arguments):
+    return txt2img.main([*SHAPES, "--outdir", str(outdir), *arguments])
+
+
+def pictures(outdir):
+    return {r["prompt"]: np.array(Image.open(outdir / r["file"])).astype(int) for r in read_metadata(outdir)}
+
+
+def test_draws_with_metadata_and_grid(tmp_path, capsys):
+    assert draw(tmp_path, "--prompt", "a red circle", "--prompt", "a blue star", "--n_iter", "2") == 0
+    records = read_metadata(tmp_path)
+    assert [(r["prompt"], r["seed"]) for r in records] == [
+        ("a red circle", 42),
+        ("a red circle", 43),
+        ("a blue star", 42),
+        ("a blue star", 43),
+    ]
+    image = Image.open(tmp_path / "samples/00001.png")
+    assert image.size == (128, 128)
+    assert (image.text["prompt"], image.text["seed"]) == ("a red circle", "43")
+    settings = json.loads(image.text["settings"])
+    assert settings["model"] == "shapes"
+    assert settings["steps"] == 3
+    assert len(settings["weights"]) == 16
+    assert json.loads(image.text["versions"])["dpt"]
+    assert (tmp_path / "grid-0000.png").exists()
+    assert str(tmp_path / "samples") in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_default_drawing_shows_the_prompt(tmp_path):
+    prompt = "a red circle"
+    assert txt2img.main(["--model", "shapes", "--prompt", prompt, "--scale", "4", "--outdir", str(tmp_path)]) == 0
+    verdicts = [judge(np.array(Image.open(tmp_path / r["file"])), prompt) for r in read_metadata(tmp_path)]
+    assert sum(v.label == "correct" for v in verdicts) >= 2, verdicts
+
+
+def test_pictures_do_not_depend_on_batch_or_order(tmp_path):
+    prompts = ["a red circle", "two blue stars", "a green cross"]
+    flags = [x for p in prompts for x in ("--prompt", p)]
+    backwards = [x for p in prompts[::-1] for x in ("--prompt", p)]
+    assert draw(tmp_path / "a", *flags, "--batch_size", "3") == 0
+    assert draw(tmp_path / "b", *backwards, "--batch_size", "1") == 0
+    a, b = pictures(tmp_path / "a"), pictures(tmp_path / "b")
+    assert all(np.abs(a[p] - b[p]).max() <= 2 for p in prompts)
+    assert np.abs(a[prompts[0]] - a[prompts[1]]).max() > 50
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_agrees(tmp_path, dtype):
+    assert draw(tmp_path / "full", "--prompt", "a red circle", "--ddim_steps", "10") == 0
+    assert draw(tmp_path / "half", "--prompt", "a red circle", "--ddim_steps", "10", "--dtype", dtype) == 0
+    (a,), (b,) = pictures(tmp_path / "full").values(), pictures(tmp_path / "half").values()
+    assert np.abs(a - b).mean() < 8
+    assert b.std() > 5
+
+
+def test_settings_change_the_picture(tmp_path):
+    base = ["--prompt", "a red circle"]
+    variants = {
+        "base": [],
+        "seed": ["--seed", "7"],
+        "scale": ["--scale", "1"],
+        "steps": ["--num_timesteps", "4"],
+        "negative": ["--negative_prompt", "a blue square"],
+        "size": ["--H", "64", "--W", "192"],
+    }
+    drawn = {}
+    for name, flags in variants.items():
+        assert draw(tmp_path / name, *base, *flags) == 0
+        (drawn[name],) = pictures(tmp_path / name).values()
+    assert drawn["size"].shape == (64, 192, 3)
+    for name in ("seed", "scale", "steps", "negative"):
+        assert np.abs(drawn[name] - drawn["base"]).max() > 3, name
+
+
+def test_nothing_is_overwritten_and_existing_is_skipped(tmp_path, capsys):
+    assert draw(tmp_path, "--prompt", "a red circle") == 0
+    first = (tmp_path / "samples/00000.png").read_bytes()
+    assert draw(tmp_path, "--prompt", "a red circle", "--prompt", "a blue star", "--skip_existing") == 0
+    assert "1 picture(s) are there already" in capsys.readouterr().out
+    assert len(list((tmp_path / "samples").iterdir())) == 2
+    assert draw(tmp_path, "--prompt", "a red circle", "--skip_existing", "--scale", "3") == 0
+    assert draw(tmp_path, "--prompt", "a red circle") == 0
+    assert len(list((tmp_path / "samples").iterdir())) == 4
+    assert len(list(tmp_path.glob("grid-*.png"))) == 4
+    assert (tmp_path / "samples/00000.png").read_bytes() == first
+    assert draw(tmp_path, "--prompt", "a red circle", "--skip_existing") == 0
+    assert len(list((tmp_path / "samples").iterdir())) == 4
+
+
+def test_two_runs_share_a_folder(tmp_path):
+    from dpt.images import append_metadata, numbered, save_new
+
+    def save(n):
+        path = save_new(Image.new("RGB", (4, 4), (n, 0, 0)), numbered(tmp_path, "{:05d}.png"), {"n": str(n)})
+        append_metadata(tmp_path, {"file": path.name, "n": n})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(save, range(64)))
+    records = read_metadata(tmp_path)
+    assert sorted(r["n"] for r in records) == list(range(64))
+    assert all(Image.open(tmp_path / r["file"]).text["n"] == str(r["n"]) for r in records)
+
+
+def test_compbench_names(tmp_path):
+    assert draw(tmp_path, "--prompt", "a red/blue {circle}", "--prompt", "a blue star", "--compbench") == 0
+    names = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert names == ["a blue star_000001.png", "a red blue {circle}_000000.png"]
+
+
+def test_skip_grid_and_dry_run(tmp_path, capsys):
+    assert draw(tmp_path / "dry", "--prompt", "a red circle", "--dry-run") == 0
+    assert not (tmp_path / "dry").exists()
+    assert "1 prompt(s) x 1 = 1 picture(s)" in capsys.readouterr().out
+    assert draw(tmp_path, "--prompt", "a red circle", "--skip_grid") == 0
+    assert not list(tmp_path.glob("grid*"))
+
+
+def test_prompts_that_people_and_files_bring(tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n\n  a red circle  \n\n🙂\n", "utf-8")
+    long = "a red circle and " * 60
+    arguments = ["--from-file", str(file), "--prompt", "", "--prompt", long, "--prompt", "a red\ncircle"]
+    assert draw(tmp_path / "out", *arguments) == 0
+    assert [r["prompt"] for r in read_metadata(tmp_path / "out")] == ["", long, "a red\ncircle", "a red circle", "🙂"]
+    out = capsys.readouterr().out
+    assert "reads 32 tokens a prompt; not read of" in out
+    assert out.count("only knows shapes") == 1
+
+
+def test_a_long_prompt_file_is_read_whole(tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\n\n" * 3000)
+    assert draw(tmp_path, "--from-file", str(file), "--dry-run") == 0
+    assert "3000 prompt(s)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--H", "100"], "H is 100; it must be a positive multiple of 8"),
+        (["--W", "0"], "--W is 0"),
+        (["--n_samples", "0"], "--n_samples is 0; it must be at least 1"),
+        (["--batch_size", "0"], "--batch_size is 0"),
+        (["--ddim_steps", "0"], "--ddim_steps is 0"),
+        (["--scale", "nan"], "--scale is nan"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--device", "cuda:99"], "--device 'cuda:99' is not usable here"),
+        (["--device", "toaster"], "--device 'toaster' is not usable here"),
+        (["--gpuid", "0", "--device", "cpu"], "exclude each other"),
+        (["--from-file", "missing.txt"], "--from-file missing.txt cannot be read"),
+        (["--outdir", "/dev/null/x"], "--outdir /dev/null/x cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, arguments, message):
+    assert draw(tmp_path, "--prompt", "a red circle", *arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+    assert not (tmp_path / "metadata.jsonl").exists()
+
+
+def test_no_prompt_and_broken_files(tmp_path, capsys):
+    assert draw(tmp_path) == 2
+    assert "nothing to draw" in capsys.readouterr().err
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    assert draw(tmp_path, "--from-file", str(tmp_path / "latin.txt")) == 2
+    assert "as UTF-8 text" in capsys.readouterr().err
+    (tmp_path / "blank.txt").write_text("\n\n")
+    assert draw(tmp_path, "--from-file", str(tmp_path / "blank.txt")) == 2
+    assert "holds no prompt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--gpuid", "--gpu"])
+def test_the_paper_s_command_without_cuda(tmp_path, capsys, flag, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert draw(tmp_path, flag, "0", "--prompt", "a red circle") == 0
+    assert "no CUDA device here: drawing on the CPU" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_an_interrupt_keeps_finished_pictures(tmp_path, request):
+    command = [sys.executable, "txt2img.py", *SHAPES, "--prompt", "a red circle", "--n_iter", "5000"]
+    process = subprocess.Popen(
+        [*command, "--batch_size", "1", "--outdir", str(tmp_path)],
+        cwd=request.config.rootpath,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for _ in range(600):
+        if len(read_metadata(tmp_path)) >= 2:
+            break
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "finished pictures are in" in error
+    records = read_metadata(tmp_path)
+    assert len(records) >= 2
+    files = {path.name for path in (tmp_path / "samples").iterdir()}
+    assert {r["file"].split("/")[1] for r in records} <= files
+    assert len(files) - len(records) <= 1
+    for name in files:
+        Image.open(tmp_path / "samples" / name).load()
+
+
+@pytest.mark.slow
+def test_the_demo_stays_below_2_gb(tmp_path, request):
+    code = (
+        "import resource, sys, txt2img\n"
+        f"assert txt2img.main(['--model', 'shapes', '--prompt', 'a red circle', '--outdir', {str(tmp_path)!r}]) == 0\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=request.config.rootpath, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) < 2048
