@@ -55,7 +55,8 @@ class LearnedPositionEmbedding(nn.Module):
         height, width = src.shape[-2:]
         if max(height, width) > self.row_embed.num_embeddings:
             raise ValueError(
-                f"the feature map is {height}x{width}; learned positions reach {self.row_embed.num_embeddings}: use sine"
+                f"the feature map is {height}x{width}; learned positions reach "
+                f"{self.row_embed.num_embeddings}: use sine"
             )
         columns = self.col_embed.weight[:width].T[:, None, :].expand(-1, height, -1)
         rows = self.row_embed.weight[:height].T[:, :, None].expand(-1, -1, width)

@@ -1,6 +1,6 @@
 """Feature maps of a diffusers U-Net, from a pass that stops after the last block needed.
 
-Blocks are `down0..3`, `mid`, `up0..3`; a feature is one block, several joined by "+", or `all` (the nine, in that order).
+Blocks are `down0..3`, `mid`, `up0..3`; a feature is one block, several joined by "+", or `all`, the nine in order.
 
 Shapes: B batch, C latent channels, (h, w) latent size, L text tokens, E context width.
 """

@@ -1,0 +1,1 @@
+"""Training data: what a batch holds, and where it comes from."""

@@ -1,0 +1,153 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from transformers import AutoTokenizer
+
+from dpt.data.collate import positive_map, token_mask
+from dpt.losses import denoising_loss, itm_loss, rec_losses, signal_to_noise_ratio
+from dpt.matcher import hungarian_matcher
+
+WEIGHTS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0, "loss_contrastive_align": 1.0}
+
+
+def load(golden, name):
+    return {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(golden / f"{name}.npz").items()}
+
+
+def rec_case(golden, case):
+    """Outputs (with gradients), targets and arrays of a golden criterion file."""
+    arrays = load(golden, f"loss_criterion_{case}")
+    described = json.loads((golden / f"loss_criterion_{case}.targets.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(golden / "roberta")
+    encoding = tokenizer([d["caption"] for d in described], padding="longest", return_tensors="pt")
+    num_tokens = arrays["proj_tokens"].shape[1]
+    names = ("pred_logits", "pred_boxes", "proj_queries", "proj_tokens")
+    outputs = {name: arrays[name].clone().requires_grad_() for name in names}
+    maps = arrays["positive_map"].split(arrays["sizes"].tolist())
+    targets = []
+    for b, d in enumerate(described):
+        masks = [token_mask(encoding, b, spans, num_tokens) for spans in d["tokens_positive"]]
+        masks = torch.stack(masks) if masks else torch.zeros(0, num_tokens, dtype=torch.bool)
+        boxes = torch.tensor(d["boxes"]).view(-1, 4)
+        targets.append({"boxes": boxes, "positive_map": maps[b], "token_mask": masks})
+    return arrays, outputs, targets
+
+
+def compute(outputs, targets, **options):
+    heads = {name: outputs[name] for name in ("pred_logits", "pred_boxes", "proj_queries")}
+    return rec_losses(heads, targets, proj_tokens=outputs["proj_tokens"], **options)
+
+
+@pytest.mark.parametrize("case", ["one", "multi", "empty", "space"])
+def test_golden_rec_losses_and_gradients(golden, case):
+    arrays, outputs, targets = rec_case(golden, case)
+    indices = hungarian_matcher({k: outputs[k] for k in ("pred_logits", "pred_boxes")}, targets)
+    batch = torch.cat([torch.full_like(q, b) for b, (q, _) in enumerate(indices)])
+    offsets = [sum(arrays["sizes"][:b].tolist()) for b in range(len(indices))]
+    assert torch.equal(batch, arrays["match_batch"])
+    assert torch.equal(torch.cat([q for q, _ in indices]), arrays["match_src"])
+    assert torch.equal(torch.cat([n for _, n in indices]), arrays["match_tgt"]) or torch.equal(
+        torch.cat([n + o for (_, n), o in zip(indices, offsets, strict=True)]), arrays["match_tgt"]
+    )
+    losses = compute(outputs, targets)
+    fixed = json.loads((golden / "loss_contrastive_align_fixed.json").read_text())[case]
+    for name in ("loss_ce", "loss_bbox", "loss_giou"):
+        assert losses[name].item() == pytest.approx(arrays[name].item(), rel=1e-5), name
+    assert losses["loss_contrastive_align"].item() == pytest.approx(fixed["batch_index_fixed"], rel=1e-5)
+    # where a span begins or ends on a blank the reference reads another text's tokens; we don't
+    assert (fixed["published"] == fixed["batch_index_fixed"]) == (case != "space")
+    sum(WEIGHTS[name] * loss for name, loss in losses.items()).backward()
+    checked = ["pred_logits", "pred_boxes"] + (["proj_queries", "proj_tokens"] if case != "space" else [])
+    for name in checked:
+        expected = arrays[f"grad_{name}"]
+        assert torch.allclose(outputs[name].grad, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()), name
+
+
+@pytest.mark.parametrize("case", ["one", "multi", "empty"])
+def test_golden_positive_maps_in_both_modes(golden, case):
+    arrays, _, targets = rec_case(golden, case)
+    masks = torch.cat([target["token_mask"] for target in targets])
+    assert torch.equal(positive_map(masks, normalize=False), arrays["positive_map"])
+    assert torch.allclose(positive_map(masks), arrays["positive_map_normalised"], rtol=1e-5)
+
+
+def test_normalised_maps_change_the_loss_only_where_phrases_have_several_tokens(golden):
+    _, outputs, targets = rec_case(golden, "multi")
+    plain = compute(outputs, targets)["loss_ce"]
+    for target in targets:
+        target["positive_map"] = positive_map(target["token_mask"])
+    assert compute(outputs, targets)["loss_ce"] < plain
+
+
+def test_golden_itm_losses(golden):
+    arrays = load(golden, "loss_contrastive")
+    losses = itm_loss(
+        arrays["img_cond_different_txt"],
+        arrays["all_txt"],
+        arrays["different_img_cond_same_txt"],
+        arrays["all_txt"][:, 0],
+        arrays["logit_scale"],
+    )
+    assert losses["loss_itm_i2t"].item() == pytest.approx(arrays["i2t"].item(), rel=1e-5)
+    assert losses["loss_itm_t2i"].item() == pytest.approx(arrays["t2i"].item(), rel=1e-5)
+    # the published code rounds to half precision; we don't
+    assert losses["loss_itm_i2t"].item() != arrays["i2t_published_half"].item()
+
+
+def test_golden_denoising_loss(golden):
+    arrays = load(golden, "loss_mse")
+    scheduler = DDIMScheduler.from_pretrained(golden / "sd21/scheduler")
+    assert torch.allclose(scheduler.alphas_cumprod, arrays["alphas_cumprod"])
+    assert torch.allclose(signal_to_noise_ratio(scheduler, arrays["t"]), arrays["snr"])
+    inputs = (arrays["pred"], arrays["noise"], arrays["t"], scheduler)
+    assert denoising_loss(*inputs)["loss_denoise"].item() == pytest.approx(arrays["mse"].item(), rel=1e-5)
+    weighted = denoising_loss(*inputs, snr_gamma=5.0)["loss_denoise"].item()
+    assert weighted == pytest.approx(arrays["mse_snr5"].item(), rel=1e-5)
+
+
+def test_min_snr_of_velocities_divides_by_snr_plus_one():
+    scheduler = DDIMScheduler(prediction_type="v_prediction")
+    pred, target, timesteps = torch.randn(4, 1, 2, 2), torch.randn(4, 1, 2, 2), torch.tensor([1, 300, 600, 990])
+    snr = signal_to_noise_ratio(scheduler, timesteps)
+    expected = ((pred - target).square().mean((1, 2, 3)) * snr.clamp(max=5) / (snr + 1)).mean()
+    result = denoising_loss(pred, target, timesteps, scheduler, snr_gamma=5.0)["loss_denoise"]
+    assert torch.allclose(result, expected)
+
+
+def test_no_boxes_at_all_still_has_finite_gradients():
+    outputs = {
+        "pred_logits": torch.randn(2, 5, 256, requires_grad=True),
+        "pred_boxes": torch.rand(2, 5, 4, requires_grad=True),
+        "proj_queries": torch.randn(2, 5, 8, requires_grad=True),
+    }
+    empty = {
+        "boxes": torch.zeros(0, 4),
+        "positive_map": torch.zeros(0, 256),
+        "token_mask": torch.zeros(0, 6, dtype=torch.bool),
+    }
+    losses = rec_losses(outputs, [empty, empty], proj_tokens=torch.randn(2, 6, 8))
+    assert losses["loss_bbox"] == losses["loss_giou"] == losses["loss_contrastive_align"] == 0
+    assert losses["loss_ce"] > 0
+    sum(losses.values()).backward()
+    assert all(value.grad is None or value.grad.isfinite().all() for value in outputs.values())
+
+
+def test_losses_are_float32_under_autocast_and_half_inputs():
+    embeddings, texts = torch.randn(2, 3, 4, 8).half(), torch.randn(2, 3, 8).half()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = itm_loss(embeddings, texts, embeddings, texts[:, 0], torch.tensor(14.3))
+    assert all(value.dtype == torch.float32 for value in losses.values())
+    expected = itm_loss(embeddings.float(), texts.float(), embeddings.float(), texts[:, 0].float(), torch.tensor(14.3))
+    assert losses["loss_itm_i2t"].item() == pytest.approx(expected["loss_itm_i2t"].item(), rel=1e-6)
+
+
+def test_true_pairs_first_have_a_small_itm_loss():
+    texts = torch.eye(8)[None, :3]
+    right = texts[:, :, None].expand(1, 3, 2, 8).clone()
+    right[0, 1:] = -right[0, 1:]
+    losses = itm_loss(right, texts, right, texts[:, 0], torch.tensor(100.0))
+    assert losses["loss_itm_i2t"] < 1e-6
+    assert itm_loss(-right, texts, right, texts[:, 0], torch.tensor(100.0))["loss_itm_i2t"] > 50
