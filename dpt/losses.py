@@ -1,6 +1,8 @@
 """The losses of probing and tuning: image-text matching, referring expressions, denoising. All in float32.
 
-Every loss returns a dict of named scalars. B batch, Q queries, N boxes, L text tokens, P pooled width, K contrastive width.
+Every loss returns a dict of named scalars.
+
+Shapes: B batch, Q queries, N boxes, L text tokens, P pooled width, K contrastive width.
 """
 
 import torch

@@ -1,18 +1,27 @@
-"""The denoising loop, as a pure function of a scheduler and a denoiser, and classifier-free guidance as a denoiser.
+"""The denoising loop, as a pure function of a scheduler, a denoiser and a corrector; guidance and self-correction.
 
-Shapes: B images, C latent channels, (h, w) latent size, L text tokens, E context width.
+Shapes: B images, C latent channels, (h, w) latent size, L text tokens, E context width, P pooled text width.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from diffusers import SchedulerMixin, UNet2DConditionModel
 
+from dpt.adapter import DiscriminativeAdapter, itm_score
 from dpt.stable_diffusion import StableDiffusion
+from dpt.unet_features import unet_features
 
-Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Maps the loop's latents (B, C, h, w) and a timestep to the model's prediction of the same shape."""
+Denoiser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Maps (latents, conditional_latents, timestep) to the prediction; the two differ where a correction feeds the
+conditional half alone. All tensors are (B, C, h, w)."""
+Corrector = Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor | None]
+"""Maps (latents, timestep, step, number of steps) to corrected latents, or None where there is nothing to correct."""
+
+CORRECTION_TARGETS = ("conditional", "latent")
+HALF_GRADIENT_SCALE = 2.0**10  # keeps float16 gradients of the score, about 1e-4, from underflowing
 
 
 def initial_noise(seeds: list[int], shape: tuple[int, int, int]) -> torch.Tensor:
@@ -38,15 +47,123 @@ def classifier_free_guidance(
     guided = guidance_scale > 1
     context = torch.cat([negative_encoder_hidden_states, encoder_hidden_states]) if guided else encoder_hidden_states
 
-    def denoise(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        model_input = scheduler.scale_model_input(latents, timestep).to(unet.dtype)
+    def denoise(latents, conditional_latents, timestep):
+        inputs = torch.cat([latents, conditional_latents]) if guided else conditional_latents
+        model_input = scheduler.scale_model_input(inputs, timestep).to(unet.dtype)
+        noise_pred = unet(model_input, timestep, context).sample.float()  # (2B, C, h, w) where guided
         if not guided:
-            return unet(model_input, timestep, context).sample.float()
-        noise_pred = unet(torch.cat([model_input, model_input]), timestep, context).sample.float()  # (2B, C, h, w)
+            return noise_pred
         negative, positive = noise_pred.chunk(2)
         return negative + guidance_scale * (positive - negative)
 
     return denoise
+
+
+def score_gradient(
+    unet: UNet2DConditionModel,
+    adapter: DiscriminativeAdapter,
+    blocks: tuple[str, ...],
+    noisy_latents: torch.Tensor,
+    timestep: torch.Tensor,
+    *,
+    encoder_hidden_states: torch.Tensor,
+    pooled_prompt_embeds: torch.Tensor,
+    itm_layer: int = -1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The matching score s(z_t, y) of each image, (B,), and d s / d z_t, (B, C, h, w); both float32.
+
+    The gradient is of the sum of the batch's scores, so each image's is its own. No weight gets a gradient.
+
+    Args:
+        noisy_latents: in the variance-preserving space of the U-Net's input, (B, C, h, w).
+        encoder_hidden_states: (B, L, E); pooled_prompt_embeds: (B, P).
+        itm_layer: the decoder layer that ITM reads.
+    """
+    scale = HALF_GRADIENT_SCALE if unet.dtype == torch.float16 else 1.0
+    with torch.enable_grad():
+        noisy_latents = noisy_latents.detach().float().requires_grad_()
+        features, _ = unet_features(unet, blocks, noisy_latents.to(unet.dtype), timestep, encoder_hidden_states)
+        hs = adapter([feature.float() for feature in features], timestep)
+        score = itm_score(adapter.itm_embeddings(hs, itm_layer), pooled_prompt_embeds.float())
+        (gradient,) = torch.autograd.grad(score.sum() * scale, noisy_latents)
+    return score.detach(), gradient / scale
+
+
+@dataclass
+class SelfCorrection:
+    """Self-correction (Qu et al. 2024, section 3.4) as a `Corrector`: z_t + factor * d s(z_t, y) / d z_t.
+
+    The step is taken in the variance-preserving space, so that one factor means the same with every scheduler.
+    """
+
+    unet: UNet2DConditionModel
+    adapter: DiscriminativeAdapter
+    blocks: tuple[str, ...]
+    scheduler: SchedulerMixin
+    encoder_hidden_states: torch.Tensor
+    pooled_prompt_embeds: torch.Tensor
+    factor: float = 0.5
+    """the paper's eta"""
+    norm: float | None = None
+    """instead of `factor`: the step's length as a share of the latent's norm"""
+    start: float = 0.0
+    stop: float = 1.0
+    """the window, as fractions of the steps: start <= step / steps < stop"""
+    itm_layer: int = -1
+    on_nan: str = "raise"
+    """what a non-finite score or gradient does: raise, or skip the image's correction"""
+    trace: list[dict] = field(default_factory=list)
+    """a record a corrected step: step, timestep, and a list over images of score, length, relative_length"""
+
+    def __post_init__(self):
+        if not 0 <= self.start <= self.stop <= 1:
+            raise ValueError(f"correction window is {self.start} to {self.stop}; it needs 0 <= start <= stop <= 1")
+        if self.norm is not None and not 0 <= self.norm < float("inf"):
+            raise ValueError(f"correction_norm is {self.norm}; it must be a number of at least 0")
+        if not -float("inf") < self.factor < float("inf"):
+            raise ValueError(f"correction_factor is {self.factor}; it must be a finite number")
+        if self.on_nan not in ("raise", "skip"):
+            raise ValueError(f"on_nan is {self.on_nan!r}; it must be raise or skip")
+
+    def __call__(self, latents, timestep, step, num_steps) -> torch.Tensor | None:
+        """Corrected latents, (B, C, h, w). Raises FloatingPointError as `on_nan` says."""
+        length = self.factor if self.norm is None else self.norm
+        if length == 0 or not self.start <= step / num_steps < self.stop:
+            return None
+        noisy_latents = self.scheduler.scale_model_input(latents, timestep)
+        unscale = 1 / self.scheduler.scale_model_input(torch.ones_like(latents[:1, :1, :1, :1]), timestep)
+        score, gradient = score_gradient(
+            self.unet,
+            self.adapter,
+            self.blocks,
+            noisy_latents,
+            timestep,
+            encoder_hidden_states=self.encoder_hidden_states,
+            pooled_prompt_embeds=self.pooled_prompt_embeds,
+            itm_layer=self.itm_layer,
+        )
+        finite = gradient.flatten(1).isfinite().all(1) & score.isfinite()  # (B,)
+        if not finite.all() and self.on_nan == "raise":
+            raise FloatingPointError(
+                f"the matching score or its gradient is not finite at step {step} (timestep {int(timestep)}): draw in "
+                "float32 (--dtype float32), end the correction earlier (--correction_stop), or pass --on_nan skip"
+            )
+        gradient = torch.where(finite[:, None, None, None], gradient, 0.0)
+        latent_norm, gradient_norm = (x.flatten(1).norm(dim=1) for x in (noisy_latents.float(), gradient))
+        per_image = torch.full_like(score, self.factor)
+        if self.norm is not None:
+            per_image = self.norm * latent_norm / gradient_norm.clamp(min=1e-30)
+        lengths = per_image.abs() * gradient_norm
+        self.trace.append(
+            {
+                "step": step,
+                "timestep": float(timestep),
+                "score": score.tolist(),
+                "length": lengths.tolist(),
+                "relative_length": (lengths / latent_norm).tolist(),
+            }
+        )
+        return latents + per_image[:, None, None, None] * gradient * unscale
 
 
 @torch.no_grad()
@@ -56,21 +173,48 @@ def sample(
     noise: torch.Tensor,
     *,
     num_inference_steps: int,
+    correct: Corrector | None = None,
+    correction_target: str = "conditional",
+    parity: bool = False,
     on_step: Callable[[int, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """Denoises standard normal `noise` (B, C, h, w) to scaled latents of the same shape, in float32.
 
     Args:
+        correct: moves the latents before each step.
+        correction_target: "conditional", where the corrected latents are but the conditional half's input (the
+            reference), or "latent", where everything goes on from them (the paper's figure).
+        parity: end as the reference does: its last step runs off the schedule and is discarded. DDIM only.
         on_step: called after each step with its number and the latents.
     """
+    if correction_target not in CORRECTION_TARGETS:
+        raise ValueError(f"correction_target is {correction_target!r}; it must be {' or '.join(CORRECTION_TARGETS)}")
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
-    latents = noise * scheduler.init_noise_sigma
+    latents = previous = noise * scheduler.init_noise_sigma
     for step, timestep in enumerate(scheduler.timesteps):
-        noise_pred = denoise(latents, timestep)
-        latents = scheduler.step(noise_pred, timestep, latents).prev_sample
+        corrected = correct(latents, timestep, step, num_inference_steps) if correct is not None else None
+        if corrected is None:
+            corrected = latents
+        elif correction_target == "latent":
+            latents = corrected
+        noise_pred = denoise(latents, corrected, timestep)
+        previous = latents
+        if parity:
+            latents = reference_ddim_step(scheduler, noise_pred, timestep, latents)
+        else:
+            latents = scheduler.step(noise_pred, timestep, latents).prev_sample
         if on_step is not None:
             on_step(step, latents)
-    return latents
+    return previous if parity else latents
+
+
+def reference_ddim_step(scheduler, noise_pred, timestep, latents) -> torch.Tensor:
+    """The reference's hand-written DDIM step; behind the last timestep its index wraps to the end of the schedule."""
+    alphas_cumprod = scheduler.alphas_cumprod.to(latents.device)
+    stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    alpha, alpha_prev = alphas_cumprod[timestep], alphas_cumprod[timestep - stride]
+    pred_original = (latents - (1 - alpha).sqrt() * noise_pred) / alpha.sqrt()
+    return alpha_prev.sqrt() * pred_original + (1 - alpha_prev).sqrt() * noise_pred
 
 
 def draw(

@@ -1,0 +1,221 @@
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dpt.lora import load_released_lora
+from dpt.sampling import SelfCorrection, classifier_free_guidance, sample, score_gradient
+from dpt.stable_diffusion import load_stable_diffusion
+from tests.test_adapter import load_golden_adapter
+
+CASES = {"cf05": 0.5, "cf0": 0.0, "cf05_lora": 0.5, "cf50": 50.0}
+
+
+def load(golden, case):
+    return {k: torch.from_numpy(v) for k, v in np.load(golden / f"sample_{case}.npz").items()}
+
+
+def setting(golden, case, **changes):
+    """The model, denoiser and corrector of a golden trajectory."""
+    arrays = load(golden, case)
+    sd = load_stable_diffusion(str(golden / "sd21"))
+    if case.endswith("lora"):
+        load_released_lora(sd.unet, load_file(golden / "lora_only.safetensors"))
+    adapter, blocks, _ = load_golden_adapter(golden, "up1", sd.unet.config)
+    negative, context = arrays["context"].chunk(2)
+    denoise = classifier_free_guidance(
+        sd.unet,
+        sd.scheduler,
+        encoder_hidden_states=context,
+        negative_encoder_hidden_states=negative,
+        guidance_scale=7.5,
+    )
+    settings = {"factor": CASES[case]} | changes
+    correct = SelfCorrection(
+        sd.unet,
+        adapter.requires_grad_(False),
+        blocks,
+        sd.scheduler,
+        context,
+        arrays["context_pooled"].chunk(2)[1],
+        **settings,
+    )
+    return arrays, sd, denoise, correct
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_trajectories_in_parity_mode(golden, case):
+    arrays, sd, denoise, correct = setting(golden, case)
+    trajectory = [arrays["init"]]
+    decoded = sample(
+        denoise,
+        sd.scheduler,
+        arrays["init"],
+        num_inference_steps=10,
+        correct=correct,
+        parity=True,
+        on_step=lambda step, latents: trajectory.append(latents),
+    )
+    assert torch.equal(sd.scheduler.timesteps, arrays["timesteps"])
+    for step, expected in enumerate(arrays["latents"]):
+        assert torch.allclose(trajectory[step], expected, rtol=1e-4, atol=1e-3), step
+    assert torch.allclose(decoded, arrays["decoded_latent"], rtol=1e-4, atol=1e-3)
+    image = (sd.decode_latents(decoded) * 255).round().permute(0, 2, 3, 1)
+    assert (image - arrays["image"].float()).abs().max() <= 1
+    if CASES[case]:
+        scores = torch.tensor([sum(record["score"]) for record in correct.trace])
+        published = arrays["score"]
+        if not torch.allclose(scores, published, rtol=1e-3, atol=1e-4):
+            assert torch.allclose(scores / 2, published, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["cf05", "cf50"])
+def test_golden_gradients_of_the_score(golden, case):
+    arrays, sd, _, correct = setting(golden, case)
+    for step in range(10):
+        _, gradient = score_gradient(
+            sd.unet,
+            correct.adapter,
+            correct.blocks,
+            arrays["latents"][step],
+            arrays["timesteps"][step],
+            encoder_hidden_states=correct.encoder_hidden_states,
+            pooled_prompt_embeds=correct.pooled_prompt_embeds,
+        )
+        unconditional, expected = arrays["grad"][step].chunk(2)
+        assert not unconditional.any()
+        assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()), step
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_proper_last_step(golden, case):
+    arrays, sd, denoise, correct = setting(golden, case)
+    expected = torch.from_numpy(np.load(golden / "sample_final_ddim.npz")[f"sample_{case}"])
+    latents = sample(denoise, sd.scheduler, arrays["init"], num_inference_steps=10, correct=correct)
+    assert torch.allclose(latents, expected, rtol=1e-4, atol=1e-3)
+    assert not torch.allclose(latents, arrays["decoded_latent"], rtol=1e-4, atol=1e-3)
+
+
+def run(golden, case="cf05", target="conditional", **changes):
+    arrays, sd, denoise, correct = setting(golden, case, **changes)
+    latents = sample(
+        denoise, sd.scheduler, arrays["init"], num_inference_steps=10, correct=correct, correction_target=target
+    )
+    return latents, correct.trace
+
+
+def test_factor_zero_is_no_correction_to_the_bit(golden):
+    arrays, sd, denoise, _ = setting(golden, "cf0")
+    plain = sample(denoise, sd.scheduler, arrays["init"], num_inference_steps=10)
+    for changes in ({"factor": 0.0}, {"factor": 0.5, "norm": 0.0}, {"factor": 0.5, "stop": 0.0}):
+        latents, trace = run(golden, **changes)
+        assert torch.equal(latents, plain)
+        assert not trace
+
+
+def test_targets_differ(golden):
+    conditional, _ = run(golden)
+    latent, _ = run(golden, target="latent")
+    assert (conditional - latent).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="correction_target is 'both'"):
+        run(golden, target="both")
+
+
+def test_window_and_norm(golden):
+    _, trace = run(golden, norm=0.01, start=0.2, stop=0.5)
+    assert [record["step"] for record in trace] == [2, 3, 4]
+    for record in trace:
+        assert record["relative_length"] == pytest.approx([0.01, 0.01], rel=1e-4)
+    _, trace = run(golden)
+    assert len(trace) == 10
+    assert all(0 < x < 0.01 for record in trace for x in record["relative_length"])
+
+
+def test_the_score_rises_along_its_gradient(golden):
+    arrays, sd, _, correct = setting(golden, "cf05")
+    texts = {
+        "encoder_hidden_states": correct.encoder_hidden_states,
+        "pooled_prompt_embeds": correct.pooled_prompt_embeds,
+    }
+    z, t = arrays["latents"][3], arrays["timesteps"][3]
+    before, gradient = score_gradient(sd.unet, correct.adapter, correct.blocks, z, t, **texts)
+    unit = gradient / gradient.flatten(1).norm(dim=1)[:, None, None, None]
+    after, _ = score_gradient(sd.unet, correct.adapter, correct.blocks, z + 0.05 * unit, t, **texts)
+    assert (after > before).all()
+    assert not any(p.grad is not None for p in [*sd.unet.parameters(), *correct.adapter.parameters()])
+
+
+def test_each_image_has_its_own_gradient(golden):
+    arrays, sd, _, correct = setting(golden, "cf05")
+    z, t = arrays["latents"][3], arrays["timesteps"][3]
+    gradients = [
+        score_gradient(
+            sd.unet,
+            correct.adapter,
+            correct.blocks,
+            z[rows],
+            t,
+            encoder_hidden_states=correct.encoder_hidden_states[rows],
+            pooled_prompt_embeds=correct.pooled_prompt_embeds[rows],
+        )[1]
+        for rows in (slice(0, 2), slice(0, 1), slice(1, 2))
+    ]
+    expected = torch.cat(gradients[1:])
+    assert torch.allclose(gradients[0], expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def half_cosines(golden, dtype, input_scale=1.0):
+    """Cosines of half-precision gradients to float32 ones, (steps, B)."""
+    arrays, sd, _, correct = setting(golden, "cf05")
+    correct.adapter.input_proj.weight.mul_(input_scale)
+    half = load_stable_diffusion(str(golden / "sd21"), dtype=dtype)
+    rows = []
+    for step in range(10):
+        gradients = [
+            score_gradient(
+                unet,
+                correct.adapter,
+                correct.blocks,
+                arrays["latents"][step],
+                arrays["timesteps"][step],
+                encoder_hidden_states=correct.encoder_hidden_states.to(unet.dtype),
+                pooled_prompt_embeds=correct.pooled_prompt_embeds,
+            )[1].flatten(1)
+            for unet in (sd.unet, half.unet)
+        ]
+        rows.append(torch.cosine_similarity(*(g / g.norm(dim=1, keepdim=True).clamp(min=1e-30) for g in gradients)))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float16, 0.99), (torch.bfloat16, 0.95)])
+def test_half_weights_give_nearly_the_same_gradient(golden, dtype, least):
+    cosines = half_cosines(golden, dtype).flatten()
+    assert cosines.median() >= least
+    assert (cosines >= least).float().mean() >= 0.9  # a unit of the adapter's ReLU may lie at its kink
+
+
+def test_float16_gradients_do_not_underflow(golden, monkeypatch):
+    """Features that matter a ten-thousandth as much: without scaling their gradient is lost in float16."""
+    assert half_cosines(golden, torch.float16, 1e-4).median() >= 0.99
+    monkeypatch.setattr("dpt.sampling.HALF_GRADIENT_SCALE", 1.0)
+    assert half_cosines(golden, torch.float16, 1e-4).median() < 0.99
+
+
+def test_non_finite_scores_stop_or_are_skipped(golden):
+    arrays, sd, denoise, correct = setting(golden, "cf05")
+    correct.pooled_prompt_embeds = correct.pooled_prompt_embeds.clone()
+    correct.pooled_prompt_embeds[1] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"at step 0 \(timestep 901\).*--on_nan skip"):
+        sample(denoise, sd.scheduler, arrays["init"], num_inference_steps=10, correct=correct)
+    correct.on_nan = "skip"
+    latents = sample(denoise, sd.scheduler, arrays["init"], num_inference_steps=10, correct=correct)
+    assert latents.isfinite().all()
+    assert torch.allclose(latents[0], run(golden)[0][0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"start": 0.6, "stop": 0.5}, {"norm": -1.0}, {"factor": float("nan")}, {"on_nan": "ignore"}]
+)
+def test_impossible_settings(golden, changes):
+    with pytest.raises(ValueError, match=r"correction|on_nan"):
+        setting(golden, "cf05", **changes)
