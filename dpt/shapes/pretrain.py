@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from dpt.config import load_config, save_config
@@ -20,7 +20,7 @@ from dpt.shapes.captions import WebNoise
 from dpt.shapes.clip import contrastive_loss, load_clip, make_clip, make_tokenizer, pooled_cosines, retrieval, save_clip
 from dpt.shapes.quality import LABELS, judge_prompts
 from dpt.shapes.scenes import IMAGE_SIZE
-from dpt.shapes.training import train_stage
+from dpt.shapes.training import plot_curves, train_stage
 from dpt.shapes.unet import Latents, denoising_losses, make_scheduler, make_unet, validation_loss
 from dpt.shapes.vae import cache_latents, make_vae, measure_scaling_factor, reconstruction_error, vae_losses
 from dpt.shapes.world import PROMPT_CATEGORIES, ShapesWorld, load_prompts
@@ -58,6 +58,8 @@ class Vae:
     crop: int = 64
     kl_weight: float = 1e-6
     train: Optimization = field(default_factory=lambda: Optimization(steps=2000, batch_size=24, lr=2e-3))
+    decoder: Optimization = field(default_factory=lambda: Optimization(steps=800, batch_size=24, lr=1e-3))
+    """the decoder alone, trained on with the encoder, and so the latents, as they are"""
 
 
 @dataclass
@@ -81,7 +83,9 @@ class Unet:
 class PretrainConfig:
     folder: str = "outputs/shapes-pretrain"
     """where states, caches and metrics are kept"""
-    stages: list[str] = field(default_factory=lambda: ["clip", "vae", "latents", "unet", "export"])
+    stages: list[str] = field(default_factory=lambda: ["clip", "vae", "latents", "unet", "decoder", "export"])
+    init_from: str | None = None
+    """a folder that `export` wrote: its CLIP and autoencoder are kept, its U-Net is trained on"""
     threads: int = 2
     clip: Clip = field(default_factory=Clip)
     vae: Vae = field(default_factory=Vae)
@@ -93,6 +97,9 @@ class PretrainConfig:
 def run_clip(config: PretrainConfig, folder: Path) -> None:
     """Trains the CLIP and writes it to `folder/clip`."""
     if (folder / "clip/model.safetensors").exists():
+        return
+    if config.init_from:
+        save_clip(*load_clip(Path(config.init_from) / "clip"), folder / "clip")
         return
     torch.manual_seed(0)
     tokenizer, train = make_tokenizer(), config.clip.train
@@ -116,19 +123,36 @@ def run_vae(config: PretrainConfig, folder: Path) -> None:
     """Trains the autoencoder and writes it to `folder/vae`."""
     if (folder / "vae/config.json").exists():
         return
+    if config.init_from:
+        AutoencoderKL.from_pretrained(config.init_from, subfolder="vae").save_pretrained(folder / "vae")
+        return
     torch.manual_seed(1)
-    vae, train, world = make_vae(config.vae.channels), config.vae.train, ShapesWorld("train", seed=2)
-    average = train_stage(
-        "vae",
+    vae = make_vae(config.vae.channels)
+    _train_vae("vae", config, folder, vae, config.vae.train, seed=2).save_pretrained(folder / "vae")
+
+
+def run_decoder(config: PretrainConfig, folder: Path) -> None:
+    """Trains the decoder on and writes the autoencoder to `folder/vae-decoder`; its encoder stays as it is."""
+    if (folder / "vae-decoder/config.json").exists():
+        return
+    vae = AutoencoderKL.from_pretrained(folder / "vae").requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+    vae.post_quant_conv.requires_grad_(True)
+    _train_vae("decoder", config, folder, vae, config.vae.decoder, seed=3).save_pretrained(folder / "vae-decoder")
+
+
+def _train_vae(name, config, folder, vae, train, *, seed):
+    world, settings = ShapesWorld("train", seed=seed), config.vae
+    return train_stage(
+        name,
         folder,
         vae,
         lambda step: vae_losses(
-            vae, world, step, batch_size=train.batch_size, crop=config.vae.crop, kl_weight=config.vae.kl_weight
+            vae, world, step, batch_size=train.batch_size, crop=settings.crop, kl_weight=settings.kl_weight
         ),
         evaluate=lambda model, step: reconstruction_error(model),
         **_loop(train),
     )
-    average.save_pretrained(folder / "vae")
 
 
 def run_latents(config: PretrainConfig, folder: Path) -> dict[str, np.ndarray]:
@@ -148,6 +172,8 @@ def run_unet(config: PretrainConfig, folder: Path) -> None:
     settings, train = config.unet, config.unet.train
     posteriors = run_latents(config, folder)
     sd = assemble(config, folder, measure_scaling_factor(posteriors["train"]))
+    if config.init_from:
+        sd.unet = UNet2DConditionModel.from_pretrained(config.init_from, subfolder="unet", torch_dtype=torch.float32)
     cached = {split: Latents(rows, sd.vae.config.scaling_factor) for split, rows in posteriors.items()}
     worlds = {split: ShapesWorld(split, noise=settings.web_noise) for split in cached}
 
@@ -175,6 +201,7 @@ def run_unet(config: PretrainConfig, folder: Path) -> None:
         return {"val_loss": loss} | {label: labels.count(label) / len(labels) for label in LABELS}
 
     average = train_stage("unet", folder, sd.unet, losses_at, evaluate=evaluate, **_loop(train))
+    plot_curves(folder / "unet.metrics.jsonl", folder / "unet.png")
     average.save_pretrained(folder / "unet")
 
 
@@ -183,7 +210,8 @@ def assemble(config: PretrainConfig, folder: Path, scaling_factor: float) -> Sta
     clip, tokenizer = load_clip(folder / "clip")
     text_encoder = CLIPTextModel(clip.config.text_config)
     text_encoder.load_state_dict(clip.text_model.state_dict())
-    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    decoder = folder / "vae-decoder"
+    vae = AutoencoderKL.from_pretrained(decoder if decoder.exists() else folder / "vae")
     vae.register_to_config(scaling_factor=scaling_factor)
     torch.manual_seed(2)
     unet = make_unet(
@@ -227,7 +255,14 @@ def _loop(train: Optimization) -> dict:
     return {name: getattr(train, name) for name in names}
 
 
-STAGES = {"clip": run_clip, "vae": run_vae, "latents": run_latents, "unet": run_unet, "export": run_export}
+STAGES = {
+    "clip": run_clip,
+    "vae": run_vae,
+    "latents": run_latents,
+    "unet": run_unet,
+    "decoder": run_decoder,
+    "export": run_export,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,16 +1,39 @@
-"""How well a model draws the committed prompts, by the oracle."""
+"""How far the `shapes` world's own parts can be trusted: the oracle, the small CLIP, the base model.
 
+    python -m dpt.shapes.quality oracle|clip|base
+
+Each prints a Markdown section and puts it into docs/results.md, in place of the section of that name.
+"""
+
+import argparse
 import json
+import re
+import shlex
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from tqdm import tqdm
 
+from dpt.images import make_grid
+from dpt.metrics import bootstrap_interval
 from dpt.sampling import draw
+from dpt.shapes.clip import load_clip, pooled_cosines, retrieval, to_pixels
 from dpt.shapes.oracle import judge
-from dpt.stable_diffusion import StableDiffusion
+from dpt.shapes.scenes import IMAGE_SIZE, render
+from dpt.shapes.world import PROMPT_CATEGORIES, ShapesWorld, load_prompts
+from dpt.stable_diffusion import CKPT_FOLDER, StableDiffusion, load_stable_diffusion
 
 LABELS = ("correct", "misaligned", "malformed")
+LABELLED_FOLDER = Path(__file__).parent / "labelled"
+RESULTS = CKPT_FOLDER.parent / "docs/results.md"
+
+
+# Pictures of prompts
 
 
 def judge_prompts(
@@ -36,7 +59,7 @@ def judge_prompts(
     records = []
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    for start in range(0, len(jobs), batch_size):
+    for start in tqdm(range(0, len(jobs), batch_size), desc="drawing", leave=False):
         batch = jobs[start : start + batch_size]
         images = draw(
             sd,
@@ -52,5 +75,161 @@ def judge_prompts(
             if folder is not None:
                 Image.fromarray(image).save(folder / f"{len(records) - 1:04d}.png")
     if folder is not None:
+        rows: dict[str, list] = {}
+        for k, record in enumerate(records):
+            rows.setdefault(record["category"], []).append(np.array(Image.open(folder / f"{k:04d}.png")))
+        make_grid([(name, row[:10]) for name, row in rows.items()], cell=132).save(folder / "grid.png")
         (folder / "verdicts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return records
+
+
+def shares(records: list[dict]) -> dict[str, tuple[float, float, float]]:
+    """Share of each label with its 95 % interval over prompts."""
+    prompts = np.array([record["prompt"] for record in records])
+    return {
+        label: bootstrap_interval(np.array([r["label"] == label for r in records], float), prompts) for label in LABELS
+    }
+
+
+def _percent(share):
+    mean, low, high = (100 * value for value in share)
+    return f"{mean:.1f} ({low:.1f} to {high:.1f})"
+
+
+# Labelled pictures
+
+
+def load_labelled() -> list[dict]:
+    """The pictures that were labelled by eye: image (128, 128, 3) uint8, prompt, label, step of the model."""
+    sheet = np.array(Image.open(LABELLED_FOLDER / "pictures.png").convert("RGB"))
+    columns = sheet.shape[1] // IMAGE_SIZE
+    records = [json.loads(line) for line in (LABELLED_FOLDER / "labels.jsonl").read_text().splitlines()]
+    for k, record in enumerate(records):
+        y, x = (IMAGE_SIZE * v for v in divmod(k, columns))
+        record["image"] = np.ascontiguousarray(sheet[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE])
+    return records
+
+
+def agreement() -> tuple[list[dict], dict[tuple[str, str], int]]:
+    """Where the oracle disagrees with the labels, and counts of (label by eye, oracle's label)."""
+    wrong, counts = [], {}
+    for k, record in enumerate(load_labelled()):
+        verdict = judge(record["image"], record["prompt"])
+        counts[record["label"], verdict.label] = counts.get((record["label"], verdict.label), 0) + 1
+        if verdict.label != record["label"]:
+            wrong.append({"index": k, "label": record["label"], "oracle": verdict.label, "reason": verdict.reason})
+    return wrong, counts
+
+
+# Sections of docs/results.md
+
+
+def oracle_section(args: argparse.Namespace) -> str:
+    """Renders, hard negatives, VAE round trips and labelled pictures."""
+    world, right, rejected = ShapesWorld("val", seed=77), [], []
+    sd = load_stable_diffusion("shapes")
+    trips, batch = [], []
+    for i in tqdm(range(args.renders), desc="renders", leave=False):
+        example = world[i]
+        image = render(example.scene)
+        right.append(judge(image, example.caption).label == "correct")
+        rejected.append(judge(image, example.negative.caption).label == "misaligned")
+        if i < args.round_trips:
+            batch.append((image, example.caption))
+        if len(batch) == 50 or (batch and i + 1 == args.renders):
+            decoded = sd.decode_latents(sd.encode_images(to_pixels([image for image, _ in batch])))
+            decoded = (decoded * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+            trips += [
+                judge(np.ascontiguousarray(d), c).label == "correct" for d, (_, c) in zip(decoded, batch, strict=True)
+            ]
+            batch = []
+    rows = [
+        ("fresh renders judged correct", right, "99.5"),
+        ("hard-negative captions judged misaligned", rejected, "99.5"),
+        ("renders judged correct after a VAE round trip", trips, "98"),
+    ]
+    lines = ["| | pictures | % | required % |", "|---|---|---|---|"]
+    for name, values, least in rows:
+        lines.append(f"| {name} | {len(values)} | {_percent(bootstrap_interval(values))} | {least} |")
+    if (LABELLED_FOLDER / "labels.jsonl").exists():
+        _, counts = agreement()
+        total = sum(counts.values())
+        agreed = sum(count for (eye, oracle), count in counts.items() if eye == oracle)
+        lines.append(f"| generated pictures judged as labelled by eye | {total} | {100 * agreed / total:.1f} | 95 |")
+        lines += ["", "| by eye \\ oracle | " + " | ".join(LABELS) + " |", "|---|---|---|---|"]
+        lines += [f"| {eye} | " + " | ".join(str(counts.get((eye, o), 0)) for o in LABELS) + " |" for eye in LABELS]
+    return "\n".join(lines)
+
+
+def clip_section(args: argparse.Namespace) -> str:
+    """Retrieval, and cosines of pooled states to hard negatives'."""
+    clip, tokenizer = load_clip(CKPT_FOLDER / "shapes/clip")
+    figures = retrieval(clip, tokenizer)
+    lines = [
+        f"Of 512 val captions, {100 * figures['retrieval_at_1']:.1f} % rank their own scene first of 512, and "
+        f"{100 * figures['hard_negative_accuracy']:.1f} % are preferred to their hard negative (chance 50 %).",
+        "",
+        "| kind of hard negative | mean cosine of the pooled states of 2,000 val captions and their negatives |",
+        "|---|---|",
+    ]
+    lines += [f"| {kind} | {cosine:.4f} |" for kind, cosine in pooled_cosines(clip, tokenizer).items()]
+    return "\n".join(lines)
+
+
+def base_section(args: argparse.Namespace) -> str:
+    """The base model on the val prompts, at the guidance scale that is best on a part of them."""
+    sd, began = load_stable_diffusion("shapes"), time.perf_counter()
+    few = {c: load_prompts("val", c)[: args.prompts_for_guidance] for c in PROMPT_CATEGORIES}
+    scores = {
+        g: bootstrap_interval([r["label"] == "correct" for r in judge_prompts(sd, few, guidance_scale=g, seeds=(100,))])
+        for g in args.guidance
+    }
+    best = max(scores, key=lambda g: scores[g][0])
+    lines = [f"Guidance on the first {args.prompts_for_guidance} val prompts a category, image seed 100:", ""]
+    lines += ["| guidance scale | correct % |", "|---|---|"]
+    lines += [f"| {g:g} | {_percent(share)} |" for g, share in scores.items()]
+    prompts = {c: load_prompts("val", c) for c in PROMPT_CATEGORIES}
+    records = judge_prompts(sd, prompts, seeds=tuple(range(args.seeds)), guidance_scale=best)
+    lines += ["", f"All val prompts, guidance {best:g}, 20 DDIM steps, image seeds 0 to {args.seeds - 1}:", ""]
+    lines += ["| category | pictures | correct % | misaligned % | malformed % |", "|---|---|---|---|---|"]
+    # the six categories make up the total; `unseen` pairs stand apart
+    groups = {c: [r for r in records if r["category"] == c] for c in PROMPT_CATEGORIES}
+    groups["all but unseen"] = [r for r in records if r["category"] != "unseen"]
+    for name, group in groups.items():
+        lines.append(f"| {name} | {len(group)} | " + " | ".join(_percent(s) for s in shares(group).values()) + " |")
+    lines += ["", f"Took {(time.perf_counter() - began) / 60:.0f} minutes."]
+    return "\n".join(lines)
+
+
+def write_section(path: Path, name: str, text: str) -> None:
+    """Replaces the section of that name in a Markdown file, or adds it at the end."""
+    block = f"<!-- begin {name} -->\n{text}\n<!-- end {name} -->"
+    old = path.read_text() if path.exists() else "# Results\n"
+    pattern = re.compile(rf"<!-- begin {name} -->.*?<!-- end {name} -->", re.DOTALL)
+    new = pattern.sub(lambda _: block, old) if pattern.search(old) else f"{old.rstrip()}\n\n{block}\n"
+    path.write_text(new)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("section", choices=("oracle", "clip", "base"))
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the Markdown file (default: docs/results.md)")
+    parser.add_argument("--renders", type=int, default=5000, help="oracle: fresh renders")
+    parser.add_argument("--round_trips", type=int, default=1000, help="oracle: of these, sent through the VAE")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[2, 3, 4, 5, 7.5], help="base: scales to try")
+    parser.add_argument("--prompts_for_guidance", type=int, default=20, help="base: prompts a category for that")
+    parser.add_argument("--seeds", type=int, default=1, help="base: image seeds a prompt")
+    args = parser.parse_args(argv)
+    sections = {"oracle": oracle_section, "clip": clip_section, "base": base_section}
+    text = sections[args.section](args)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True)
+    command = f"python -m dpt.shapes.quality {shlex.join(argv)}"
+    text = f"`{command}`, on the code of commit {commit.stdout.strip() or 'unknown'}:\n\n{text}"
+    print(text)
+    write_section(args.output, args.section, text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -26,7 +26,15 @@ def make_vae(channels: list[int]) -> AutoencoderKL:
     )
 
 
-def vae_losses(vae: AutoencoderKL, world: ShapesWorld, step: int, *, batch_size: int, crop: int, kl_weight: float):
+def vae_losses(
+    vae: AutoencoderKL,
+    world: ShapesWorld,
+    step: int,
+    *,
+    batch_size: int,
+    crop: int,
+    kl_weight: float,
+) -> dict[str, torch.Tensor]:
     """L1 and squared error of pixels, L1 of edges, and a slight KL term, on crops that show an object.
 
     Edges are differences of neighbouring pixels; the squared error makes colours come early.
