@@ -7,28 +7,38 @@ python txt2img.py --gpuid 0 --prompt "a photo of an astronaut riding a horse on 
 
 import argparse
 import hashlib
+import io
 import json
 import sys
 import tempfile
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 import dpt
+from dpt.adapter import Scorer
+from dpt.checkpoint import load_checkpoint
 from dpt.images import append_metadata, make_grid, numbered, read_metadata, save_new
-from dpt.sampling import draw
+from dpt.sampling import CORRECTION_TARGETS, CorrectionSettings, draw
 from dpt.shapes.captions import parse
-from dpt.stable_diffusion import DEFAULT_MODEL, MODELS, StableDiffusion, load_stable_diffusion
+from dpt.stable_diffusion import CKPT_FOLDER, DEFAULT_MODEL, MODELS, StableDiffusion, load_stable_diffusion
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GRID_ROWS, GRID_COLUMNS = 12, 8
+DPT_WEIGHTS = {"shapes": CKPT_FOLDER / "shapes-dpt", "sd21-base": CKPT_FOLDER / "dpt-v2.1"}
+"""Adapter and LoRA that belong to a base model, used where they are there."""
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--prompt", action="append", default=[], help="what to draw; may be given several times")
     add("--from-file", type=Path, metavar="FILE", help="a text file, one prompt a line; blank lines are skipped")
@@ -53,6 +63,22 @@ def make_parser() -> argparse.ArgumentParser:
     add("--skip_grid", action="store_true", help="write no grid")
     add("--compbench", action="store_true", help="name files as T2I-CompBench expects: <prompt>_<6 digits>.png")
     add("--skip_existing", action="store_true", help="skip what outdir holds already with the same settings")
+    add("--dpt", metavar="PATH", help="adapter and LoRA: our folder, the released file or folder, or none")
+    add("--correction_factor", type=float, help="self-correction's factor (default: 0.5 with --dpt weights, else 0)")
+    add("--correction_norm", type=float, help="instead: the correction's length as a share of the latent's norm")
+    add(
+        "--correction_target",
+        choices=CORRECTION_TARGETS,
+        default="conditional",
+        help="what goes on from the correction",
+    )
+    add("--correction_start", type=float, default=0.0, help="first corrected step, as a fraction of the steps")
+    add("--correction_stop", type=float, default=1.0, help="end of the corrected steps, as a fraction of the steps")
+    add(
+        "--on_nan", choices=("raise", "skip"), default="raise", help="a non-finite score: stop, or leave it uncorrected"
+    )
+    add("--parity", action="store_true", help="end the sampling as the reference does")
+    add("--trace", action="store_true", help="write score against step, with and without correction")
     add("--dtype", choices=DTYPES, help="default: float16 on CUDA, else float32")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the first GPU, else the CPU)")
     add("--gpuid", "--gpu", type=int, metavar="N", help="draw on GPU N; without CUDA the CPU is used")
@@ -116,10 +142,40 @@ def choose_device(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def weights_fingerprint(sd: StableDiffusion) -> str:
-    """16 hex digits that change when any tensor of the model does: a hash of every tensor's shape and first values."""
+def choose_correction(args: argparse.Namespace) -> tuple[Path | None, CorrectionSettings]:
+    """The weights that --dpt names, by default those of the base model where they are, and how they correct."""
+    weights = Path(args.dpt) if args.dpt not in (None, "none") else None
+    if args.dpt is None and args.model in DPT_WEIGHTS and DPT_WEIGHTS[args.model].exists():
+        weights = DPT_WEIGHTS[args.model]
+    if weights is not None and not weights.exists():
+        raise ValueError(f"--dpt {weights} is not there; pass our folder, the released checkpoint, or none")
+    factor = args.correction_factor
+    if weights is None and (factor or args.correction_norm or args.trace):
+        raise ValueError("self-correction and --trace need an adapter: pass --dpt PATH")
+    return weights, CorrectionSettings(
+        factor=(0.5 if weights else 0.0) if factor is None else factor,
+        norm=args.correction_norm,
+        target=args.correction_target,
+        start=args.correction_start,
+        stop=args.correction_stop,
+        on_nan=args.on_nan,
+    )
+
+
+def describe_correction(weights: Path | None, correction: CorrectionSettings) -> str:
+    """In words: which adapter and LoRA, and how far they correct."""
+    if weights is None:
+        return "without DPT weights"
+    if not correction.active:
+        return f"DPT weights {weights}, no self-correction"
+    length = f"factor {correction.factor:g}" if correction.norm is None else f"norm {correction.norm:g}"
+    return f"DPT weights {weights}, self-correction {length} ({correction.target})"
+
+
+def weights_fingerprint(*modules: torch.nn.Module) -> str:
+    """16 hex digits that change when any tensor does: a hash of every tensor's shape and first values."""
     digest = hashlib.sha256()
-    for module in (sd.text_encoder, sd.vae, sd.unet):
+    for module in modules:
         for name, tensor in module.state_dict().items():
             values = tensor.flatten()[:16].float().cpu().numpy().tobytes()
             digest.update(f"{name} {tuple(tensor.shape)}".encode() + values)
@@ -155,6 +211,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except OSError as error:  # such as a full disk
         print(f"error: {error}; finished pictures are in {args.outdir / 'samples'}", file=sys.stderr)
         return 2
@@ -175,7 +234,9 @@ def run(args: argparse.Namespace) -> int:
         for row, p in enumerate(prompts)
         for k in range(per_prompt)
     ]
-    print(f"{args.model} on {device} in {dtype}: {len(prompts)} prompt(s) x {per_prompt} = {len(jobs)} picture(s)")
+    weights, correction = choose_correction(args)
+    print(f"{args.model} on {device} in {dtype}, {describe_correction(weights, correction)}")
+    print(f"{len(prompts)} prompt(s) x {per_prompt} = {len(jobs)} picture(s)")
     if args.dry_run:
         print(f"{args.steps} DDIM steps, guidance scale {args.scale}, seeds from {args.seed}, into {args.outdir}")
         return 0
@@ -194,9 +255,14 @@ def run(args: argparse.Namespace) -> int:
         device=device,
     )
     _, h, w = sd.latent_shape(args.H, args.W)
+    checkpoint = load_checkpoint(weights, base_model=args.model) if weights else None
+    scorer = checkpoint.attach(sd) if checkpoint else None
     settings = {
         "model": args.model,
-        "weights": weights_fingerprint(sd),
+        "weights": weights_fingerprint(sd.text_encoder, sd.vae, sd.unet),
+        "dpt": weights_fingerprint(checkpoint.adapter) if checkpoint else None,
+        "correction": asdict(correction) if correction.active else None,
+        "parity": args.parity,
         "negative_prompt": args.negative_prompt,
         "scale": args.scale,
         "steps": args.steps,
@@ -212,7 +278,7 @@ def run(args: argparse.Namespace) -> int:
         there = {job_key(record) for record in read_metadata(args.outdir)}
         jobs = [job for job in jobs if job_key(job) not in there]
         print(f"{len(prompts) * per_prompt - len(jobs)} picture(s) are there already")
-    rows = draw_jobs(sd, jobs, args)
+    rows = draw_jobs(sd, jobs, args, scorer=scorer, correction=correction)
     if rows and not args.skip_grid:
         labelled = [(prompts[row], images) for row, images in sorted(rows.items())]
         path = save_new(make_grid(labelled), numbered(args.outdir, "grid-{:04d}.png"))
@@ -221,24 +287,37 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def draw_jobs(sd: StableDiffusion, jobs: list[dict], args: argparse.Namespace) -> dict[int, list]:
+def draw_jobs(
+    sd: StableDiffusion, jobs: list[dict], args: argparse.Namespace, *, scorer: Scorer | None, correction
+) -> dict[int, list]:
     """Draws and saves all jobs, batch by batch, and returns the pictures of the grid's rows."""
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers")} | {"dpt": dpt.__version__}
     rows: dict[int, list] = {}
     batches = [jobs[start : start + args.batch_size] for start in range(0, len(jobs), args.batch_size)]
-    with tqdm(total=len(batches) * args.steps, unit="step", desc="drawing", disable=not jobs) as bar:
+    arms = {"corrected": correction} | ({"uncorrected": CorrectionSettings(factor=0.0)} if args.trace else {})
+    traces = []
+    with tqdm(total=len(batches) * args.steps * len(arms), unit="step", desc="drawing", disable=not jobs) as bar:
         for batch in batches:
-            images = draw(
-                sd,
-                [job["prompt"] for job in batch],
-                [job["seed"] for job in batch],
-                negative_prompts=[args.negative_prompt] * len(batch),
-                guidance_scale=args.scale,
-                num_inference_steps=args.steps,
-                height=args.H,
-                width=args.W,
-                on_step=lambda step, latents: bar.update(),
-            )
+            arm_traces = {arm: [] for arm in arms}
+            images, *_ = [
+                draw(
+                    sd,
+                    [job["prompt"] for job in batch],
+                    [job["seed"] for job in batch],
+                    negative_prompts=[args.negative_prompt] * len(batch),
+                    guidance_scale=args.scale,
+                    num_inference_steps=args.steps,
+                    height=args.H,
+                    width=args.W,
+                    scorer=scorer,
+                    correction=settings,
+                    parity=args.parity,
+                    trace=arm_traces[arm] if args.trace else None,
+                    on_step=lambda step, latents: bar.update(),
+                )
+                for arm, settings in arms.items()
+            ]
+            traces += image_traces(batch, arm_traces)
             for job, image in zip(batch, images, strict=True):
                 record = {name: job[name] for name in ("prompt", "seed", "settings")} | {"versions": versions}
                 pattern = "{:05d}.png"
@@ -252,7 +331,39 @@ def draw_jobs(sd: StableDiffusion, jobs: list[dict], args: argparse.Namespace) -
                 row = rows.setdefault(job["row"], []) if job["row"] < GRID_ROWS else []
                 if len(row) < GRID_COLUMNS:
                     row.append(image)
+    if args.trace and traces:
+        write_traces(args.outdir, traces)
     return rows
+
+
+def image_traces(batch: list[dict], arm_traces: dict[str, list[dict]]) -> list[dict]:
+    """A batch's traces, image by image: prompt, seed, and for each arm the values of every step."""
+    fields = ("score", "length", "relative_length")
+    return [
+        {"prompt": job["prompt"], "seed": job["seed"]}
+        | {
+            arm: {"timestep": [r["timestep"] for r in steps]} | {f: [r[f][b] for r in steps] for f in fields}
+            for arm, steps in arm_traces.items()
+        }
+        for b, job in enumerate(batch)
+    ]
+
+
+def write_traces(outdir: Path, traces: list[dict]) -> None:
+    """trace-NNNN.json with all images, and a figure of the first six beside it."""
+    figure, axes = plt.subplots(1, min(len(traces), 6), figsize=(3.2 * min(len(traces), 6), 2.8), layout="constrained")
+    for axis, image in zip(np.atleast_1d(axes), traces, strict=False):
+        for arm in ("corrected", "uncorrected"):
+            axis.plot(image[arm]["score"], label=arm)
+        axis.set(title=f"{image['prompt'][:32]} ({image['seed']})", xlabel="step", ylabel="matching score")
+        axis.title.set_fontsize(8)
+        axis.legend(fontsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    plt.close(figure)
+    path = save_new(Image.open(buffer), numbered(outdir, "trace-{:04d}.png"))
+    path.with_suffix(".json").write_text(json.dumps(traces, indent=1))
+    print(f"scores: {path.with_suffix('.json')} and {path.name}")
 
 
 if __name__ == "__main__":

@@ -174,3 +174,14 @@ def itm_score(itm_embeddings: torch.Tensor, pooled_prompt_embeds: torch.Tensor) 
     """
     queries, text = F.normalize(itm_embeddings, dim=-1), F.normalize(pooled_prompt_embeds, dim=-1)
     return torch.einsum("bqp,bp->bq", queries, text).amax(1)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What the matching score of a noisy latent is read with."""
+
+    adapter: DiscriminativeAdapter
+    blocks: tuple[str, ...]
+    """of the U-Net; see `unet_features`"""
+    itm_layer: int = -1
+    """the decoder layer that ITM reads"""

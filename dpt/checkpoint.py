@@ -1,10 +1,36 @@
-"""Reads the checkpoints of the released implementation: its key names and ours."""
+"""Inference weights: our folder, the released checkpoint, and the way from one to the other.
 
+    python -m dpt.checkpoint inspect PATH
+    python -m dpt.checkpoint convert IN OUT
+
+Our folder: `adapter.safetensors`, `config.yaml`, and `lora/pytorch_lora_weights.safetensors`, which any diffusers user
+loads with `pipe.load_lora_weights(FOLDER + "/lora")`.
+"""
+
+import argparse
+import pickle
 import re
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from diffusers import StableDiffusionPipeline
+from huggingface_hub import ModelHubMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from dpt.adapter import AdapterConfig
+from dpt.adapter import AdapterConfig, DiscriminativeAdapter, Scorer
+from dpt.config import load_config, save_config
+from dpt.lora import load_lora, lora_key, lora_metadata
+from dpt.stable_diffusion import StableDiffusion
+from dpt.unet_features import block_channels, parse_feature
+
+ADAPTER_FILE, CONFIG_FILE, LORA_FILE = "adapter.safetensors", "config.yaml", "pytorch_lora_weights.safetensors"
+RELEASED_FILE = "pytorch_model.bin"
 
 ADAPTER_KEYS = (
     (r"query_embed\.", "query_embed."),
@@ -29,6 +55,73 @@ ADAPTER_KEYS = (
 """Reference's key pattern -> our name. The first that matches counts."""
 
 
+@dataclass
+class DPTConfig:
+    """What the weights are, and for which model."""
+
+    base_model: str = "sd21-base"
+    feature: str = "up1"
+    """the probed block, or several; see `unet_features`"""
+    itm_layer: int = -1
+    """the decoder layer that ITM reads; the reference reads the first (0)"""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    lora_rank: int = 0
+    """0: no LoRA"""
+    lora_alpha: float = 0.0
+
+
+class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
+    """An adapter, a LoRA for the U-Net (perhaps empty), and their config.
+
+    `save_pretrained`, `from_pretrained` and `push_to_hub` keep the folder's file names.
+    """
+
+    def __init__(self, config: DPTConfig, adapter: DiscriminativeAdapter, lora: dict[str, torch.Tensor], source=""):
+        self.config, self.adapter, self.lora, self.source = config, adapter, lora, source
+
+    def attach(self, sd: StableDiffusion) -> Scorer:
+        """Puts the LoRA on the model's U-Net and the adapter on its device, both frozen.
+
+        Raises:
+            ValueError: made for another text width or block layout.
+        """
+        blocks, config = parse_feature(self.config.feature, sd.unet.config), self.config.adapter
+        found, wanted = [block_channels(block, sd.unet.config) for block in blocks], config.in_channels
+        if found != wanted:
+            raise ValueError(
+                f"{self.source}: the adapter reads {wanted} channels at {self.config.feature}; "
+                f"{sd.name} has {found} there"
+            )
+        width = sd.text_encoder.config.hidden_size
+        if config.text_dim != width:
+            raise ValueError(
+                f"{self.source}: the adapter compares with texts of width {config.text_dim}; {sd.name} has {width}"
+            )
+        if self.lora:
+            load_lora(sd.unet, self.lora, alpha=self.config.lora_alpha)
+        self.adapter.to(sd.device).eval().requires_grad_(False)
+        return Scorer(self.adapter, blocks, self.config.itm_layer)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_file(self.adapter.state_dict(), save_directory / ADAPTER_FILE)
+        save_config(self.config, save_directory / CONFIG_FILE)
+        if self.lora:
+            StableDiffusionPipeline.save_lora_weights(
+                save_directory / "lora",
+                unet_lora_layers=self.lora,
+                unet_lora_adapter_metadata=lora_metadata(self.lora, self.config.lora_alpha),
+            )
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id, **kwargs) -> "DPTCheckpoint":
+        if Path(model_id).exists():
+            return load_checkpoint(model_id)
+        from huggingface_hub import snapshot_download
+
+        names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+        return load_checkpoint(snapshot_download(model_id, **{n: kwargs[n] for n in names if n in kwargs}))
+
+
 def adapter_key(reference_key: str) -> str | None:
     """Our name of one of the reference's adapter tensors; None for a name that the adapter does not have."""
     for pattern, replacement in ADAPTER_KEYS:
@@ -38,35 +131,203 @@ def adapter_key(reference_key: str) -> str | None:
 
 
 def infer_adapter_config(
-    state: dict[str, torch.Tensor], *, num_queries_itm: int, nheads: int = 8, pre_norm: bool = False, **fixed
+    state: dict[str, torch.Tensor], *, num_queries_itm: int = 10, nheads: int = 8, pre_norm: bool = False, **fixed
 ) -> AdapterConfig:
     """The config that an adapter's tensors (our names) fit; what shapes do not tell is given.
 
     Args:
         num_queries_itm: how many of the queries are for ITM.
         fixed: further fields that win over the inferred ones, such as `fusion_size` or `in_channels`.
+
+    Raises:
+        ValueError: a tensor that every adapter has is missing.
     """
 
     def layers(part):
         return len({key.split(".")[2] for key in state if key.startswith(f"transformer.{part}_layers.")})
 
-    hidden_dim, feature_channels = state["input_proj.weight"].shape[:2]
-    fused = sorted(k for k in state if k.startswith("fusion.projections.") and k.endswith("weight"))
-    inferred = {
-        "in_channels": [state[key].shape[1] for key in fused] or [feature_channels],
-        "fuse": bool(fused),
-        "fusion_dim": feature_channels,
-        "hidden_dim": hidden_dim,
-        "nheads": nheads,
-        "enc_layers": layers("encoder"),
-        "dec_layers": layers("decoder"),
-        "dim_feedforward": state["transformer.encoder_layers.0.feed_forward.0.weight"].shape[0],
-        "pre_norm": pre_norm,
-        "position_embedding": "learned" if "position_embedding.row_embed.weight" in state else "sine",
-        "num_queries_itm": num_queries_itm,
-        "num_queries_rec": len(state["query_embed.weight"]) - num_queries_itm,
-        "text_dim": state["itm_head.projection.2.weight"].shape[0],
-        "rec_text_dim": state["rec_head.token_projection.weight"].shape[1],
-        "contrastive_dim": state["rec_head.query_projection.weight"].shape[0],
-    }
+    try:
+        hidden_dim, feature_channels = state["input_proj.weight"].shape[:2]
+        fused = sorted(k for k in state if k.startswith("fusion.projections.") and k.endswith("weight"))
+        inferred = {
+            "in_channels": [state[key].shape[1] for key in fused] or [feature_channels],
+            "fuse": bool(fused),
+            "fusion_dim": feature_channels,
+            "hidden_dim": hidden_dim,
+            "nheads": nheads,
+            "enc_layers": layers("encoder"),
+            "dec_layers": layers("decoder"),
+            "dim_feedforward": state["transformer.encoder_layers.0.feed_forward.0.weight"].shape[0],
+            "pre_norm": pre_norm,
+            "position_embedding": "learned" if "position_embedding.row_embed.weight" in state else "sine",
+            "num_queries_itm": num_queries_itm,
+            "num_queries_rec": len(state["query_embed.weight"]) - num_queries_itm,
+            "text_dim": state["itm_head.projection.2.weight"].shape[0],
+            "rec_text_dim": state["rec_head.token_projection.weight"].shape[1],
+            "contrastive_dim": state["rec_head.query_projection.weight"].shape[0],
+        }
+    except KeyError as error:
+        raise ValueError(f"the adapter's tensor {error} is missing") from error
     return AdapterConfig(**inferred | fixed)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A flat dict of tensors from a `.safetensors` or `torch.save` file, memory-mapped.
+
+    Raises:
+        ValueError: unreadable, or a pickle that holds anything but tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, EOFError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:160]
+        if isinstance(error, pickle.UnpicklingError):
+            reason = f"it holds something other than tensors, and is not run: {reason}"
+        raise ValueError(f"{path} is no readable weights file ({reason})") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds something other than a flat dict of tensors")
+    return dict(state)
+
+
+def load_checkpoint(path: str | Path, **released_settings) -> DPTCheckpoint:
+    """Reads our folder, the released file or its folder, or a training folder of the reference.
+
+    Args:
+        released_settings: for the reference's files, what shapes do not tell: `feature`, `base_model`, and the
+            arguments of `infer_adapter_config`.
+
+    Raises:
+        ValueError: nothing readable there, or tensors that are missing, left over or of another shape; each is named.
+    """
+    path = Path(path)
+    if (path / CONFIG_FILE).exists():
+        return _load_own(path)
+    file = path / RELEASED_FILE if path.is_dir() else path
+    if not file.exists():
+        raise ValueError(f"{path} holds neither {CONFIG_FILE} and {ADAPTER_FILE} nor {RELEASED_FILE}")
+    return _load_released(file, **released_settings)
+
+
+def _load_own(folder: Path) -> DPTCheckpoint:
+    config = load_config(DPTConfig, folder / CONFIG_FILE)
+    adapter = _fill_adapter(folder / ADAPTER_FILE, config.adapter, read_tensors(folder / ADAPTER_FILE))
+    lora_path = folder / "lora" / LORA_FILE
+    lora = {}
+    if config.lora_rank:
+        lora = {key.removeprefix("unet."): value for key, value in read_tensors(lora_path).items()}
+    return DPTCheckpoint(config, adapter, lora, source=str(folder))
+
+
+def _load_released(file: Path, *, feature: str = "up1", base_model: str = "sd21-base", **settings) -> DPTCheckpoint:
+    adapter_state, lora, unknown = {}, {}, []
+    for key, tensor in read_tensors(file).items():
+        if own := lora_key(key):
+            lora[own] = tensor
+        elif own := adapter_key(key):
+            adapter_state[own] = tensor
+        else:
+            unknown.append(key)
+    if unknown:
+        raise ValueError(f"{file}: {len(unknown)} tensors belong to neither adapter nor LoRA, such as {unknown[:3]}")
+    try:
+        adapter_config = infer_adapter_config(adapter_state, **settings)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    ranks = {value.shape[0] for key, value in lora.items() if ".lora_A." in key}
+    halves = Counter(key.replace(".lora_A.", ".").replace(".lora_B.", ".") for key in lora)
+    alone = [key for key, count in halves.items() if count == 1]
+    if alone or len(ranks) > 1:
+        raise ValueError(f"{file}: incomplete LoRA: ranks {sorted(ranks)}, tensors without partner: {alone[:3]}")
+    rank = ranks.pop() if ranks else 0
+    config = DPTConfig(base_model, feature, 0, adapter_config, lora_rank=rank, lora_alpha=float(rank))
+    return DPTCheckpoint(config, _fill_adapter(file, adapter_config, adapter_state), lora, source=str(file))
+
+
+def _fill_adapter(path: Path, config: AdapterConfig, state: dict[str, torch.Tensor]) -> DiscriminativeAdapter:
+    with torch.device("meta"):
+        adapter = DiscriminativeAdapter(config)
+    expected = adapter.state_dict()
+    problems = [f"{name} is missing" for name in expected if name not in state]
+    problems += [f"{name} is left over" for name in state if name not in expected]
+    problems += [
+        f"{name} is {tuple(state[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems[:5])}" + (f"; {len(problems)} in all" if problems[5:] else ""))
+    adapter.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    return adapter.eval()
+
+
+def save_checkpoint(checkpoint: DPTCheckpoint, folder: str | Path) -> None:
+    """Writes our folder under a temporary name, then renames it; one already there is refused."""
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; choose another or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        checkpoint.save_pretrained(temporary)
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def describe(checkpoint: DPTCheckpoint) -> str:
+    """What is in a checkpoint, a line each."""
+    config, adapter = checkpoint.config, checkpoint.config.adapter
+    size = sum(value.numel() for value in checkpoint.adapter.state_dict().values())
+    lines = [
+        f"{checkpoint.source}: for {config.base_model}, probed at {config.feature} ({adapter.in_channels} channels)",
+        f"adapter: {size:,} parameters, width {adapter.hidden_dim}, "
+        f"{adapter.enc_layers} + {adapter.dec_layers} layers, "
+        f"{adapter.num_queries_itm} ITM + {adapter.num_queries_rec} REC queries, text width {adapter.text_dim}",
+        f"logit_scale: exp({checkpoint.adapter.itm_head.logit_scale.item():.4f})",
+    ]
+    if checkpoint.lora:
+        total = sum(value.numel() for value in checkpoint.lora.values())
+        blocks = Counter(
+            ".".join(key.split(".")[:2]).replace("mid_block.attentions", "mid_block") for key in checkpoint.lora
+        )
+        lines.append(f"LoRA: {total:,} parameters, rank {config.lora_rank}, alpha {config.lora_alpha:g}")
+        lines += [f"  {block}: {count // 2} projections" for block, count in sorted(blocks.items())]
+    else:
+        lines.append("LoRA: none")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser("inspect", help="say what is in a checkpoint")
+    inspect.add_argument("path", type=Path)
+    convert = commands.add_parser("convert", help="write any readable checkpoint as our folder")
+    convert.add_argument("input", type=Path)
+    convert.add_argument("output", type=Path)
+    for command in (inspect, convert):
+        command.add_argument("--feature", default="up1", help="released files: the probed block (default: up1)")
+        command.add_argument("--base_model", default="sd21-base", help="released files: what they were trained on")
+        command.add_argument(
+            "--num_queries_itm", type=int, default=10, help="released files: ITM queries (default: 10)"
+        )
+        command.add_argument("--nheads", type=int, default=8, help="released files: attention heads (default: 8)")
+    args = parser.parse_args(argv)
+    settings = {name: getattr(args, name) for name in ("feature", "base_model", "num_queries_itm", "nheads")}
+    try:
+        checkpoint = load_checkpoint(args.path if args.command == "inspect" else args.input, **settings)
+        print(describe(checkpoint))
+        if args.command == "convert":
+            save_checkpoint(checkpoint, args.output)
+            print(f"written to {args.output}")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

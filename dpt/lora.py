@@ -1,16 +1,64 @@
-"""LoRA on the U-Net's attention: the released layout into PEFT."""
+"""LoRA on the U-Net's attention, through PEFT; tensors travel in diffusers' names (`<module>.lora_{A,B}.weight`)."""
+
+import re
 
 import torch
 from diffusers import UNet2DConditionModel
+from peft.utils import get_peft_model_state_dict
 
 ADAPTER_NAME = "dpt"
+_RELEASED = re.compile(r"unet\.(?P<attention>.+)\.processor\.to_(?P<name>q|k|v|out)_lora\.(?P<part>down|up)\.weight")
 
 
-def load_released_lora(unet: UNet2DConditionModel, state: dict[str, torch.Tensor]) -> None:
-    """Attaches LoRA tensors of the old attention-processor layout as the PEFT adapter "dpt".
+def lora_key(released_key: str) -> str | None:
+    """diffusers' name of a tensor of the old attention-processor layout; None for any other name."""
+    match = _RELEASED.fullmatch(released_key)
+    if not match:
+        return None
+    module = "to_out.0" if match["name"] == "out" else f"to_{match['name']}"
+    return f"{match['attention']}.{module}.lora_{'A' if match['part'] == 'down' else 'B'}.weight"
+
+
+def lora_metadata(state: dict[str, torch.Tensor], alpha: float) -> dict:
+    """PEFT settings of LoRA tensors of one rank, as diffusers keeps them beside the tensors."""
+    rank = next(value.shape[0] for key, value in state.items() if ".lora_A." in key)
+    return {"r": rank, "lora_alpha": alpha, "target_modules": sorted({key.rsplit(".lora_", 1)[0] for key in state})}
+
+
+def load_lora(unet: UNet2DConditionModel, state: dict[str, torch.Tensor], *, alpha: float) -> None:
+    """Attaches LoRA tensors as the PEFT adapter "dpt", frozen, in place of one already there.
 
     Args:
-        state: `unet.<block>...attn{1,2}.processor.to_{q,k,v,out}_lora.{down,up}.weight`; alpha is the rank.
+        state: diffusers' names, without a prefix; all of one rank.
+        alpha: the update is scaled by alpha / rank.
+
+    Raises:
+        ValueError: a module or a shape that the U-Net does not have.
     """
-    unet.load_lora_adapter(state, prefix="unet", adapter_name=ADAPTER_NAME)
+    modules = dict(unet.named_modules())
+    for key, tensor in state.items():
+        path = key.rsplit(".lora_", 1)[0]
+        module = modules.get(path)
+        if module is None:
+            raise ValueError(f"LoRA tensor {key}: this U-Net has no module {path}")
+        module = getattr(module, "base_layer", module)
+        wanted = module.in_features if ".lora_A." in key else module.out_features
+        found = tensor.shape[1] if ".lora_A." in key else tensor.shape[0]
+        if wanted != found:
+            raise ValueError(f"LoRA tensor {key} is for width {found}; this U-Net's {path} has {wanted}")
+    remove_lora(unet)
+    prefixed = {f"unet.{key}": value for key, value in state.items()}
+    metadata = {f"unet.{key}": value for key, value in lora_metadata(state, alpha).items()}
+    unet.load_lora_adapter(prefixed, prefix="unet", adapter_name=ADAPTER_NAME, metadata=metadata)
     unet.requires_grad_(False)
+
+
+def remove_lora(unet: UNet2DConditionModel) -> None:
+    """Detaches the PEFT adapter "dpt", if there is one."""
+    if ADAPTER_NAME in getattr(unet, "peft_config", {}):
+        unet.delete_adapters(ADAPTER_NAME)
+
+
+def lora_state(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+    """The tensors of the PEFT adapter "dpt", in diffusers' names."""
+    return get_peft_model_state_dict(unet, adapter_name=ADAPTER_NAME)

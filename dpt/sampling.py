@@ -3,6 +3,7 @@
 Shapes: B images, C latent channels, (h, w) latent size, L text tokens, E context width, P pooled text width.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from diffusers import SchedulerMixin, UNet2DConditionModel
 
-from dpt.adapter import DiscriminativeAdapter, itm_score
+from dpt.adapter import Scorer, itm_score
 from dpt.stable_diffusion import StableDiffusion
 from dpt.unet_features import unet_features
 
@@ -61,14 +62,12 @@ def classifier_free_guidance(
 
 def score_gradient(
     unet: UNet2DConditionModel,
-    adapter: DiscriminativeAdapter,
-    blocks: tuple[str, ...],
+    scorer: Scorer,
     noisy_latents: torch.Tensor,
     timestep: torch.Tensor,
     *,
     encoder_hidden_states: torch.Tensor,
     pooled_prompt_embeds: torch.Tensor,
-    itm_layer: int = -1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The matching score s(z_t, y) of each image, (B,), and d s / d z_t, (B, C, h, w); both float32.
 
@@ -77,16 +76,54 @@ def score_gradient(
     Args:
         noisy_latents: in the variance-preserving space of the U-Net's input, (B, C, h, w).
         encoder_hidden_states: (B, L, E); pooled_prompt_embeds: (B, P).
-        itm_layer: the decoder layer that ITM reads.
     """
     scale = HALF_GRADIENT_SCALE if unet.dtype == torch.float16 else 1.0
     with torch.enable_grad():
         noisy_latents = noisy_latents.detach().float().requires_grad_()
-        features, _ = unet_features(unet, blocks, noisy_latents.to(unet.dtype), timestep, encoder_hidden_states)
-        hs = adapter([feature.float() for feature in features], timestep)
-        score = itm_score(adapter.itm_embeddings(hs, itm_layer), pooled_prompt_embeds.float())
+        inputs = noisy_latents.to(unet.dtype)
+        features, _ = unet_features(unet, scorer.blocks, inputs, timestep, encoder_hidden_states)
+        hs = scorer.adapter([feature.float() for feature in features], timestep)
+        score = itm_score(scorer.adapter.itm_embeddings(hs, scorer.itm_layer), pooled_prompt_embeds.float())
         (gradient,) = torch.autograd.grad(score.sum() * scale, noisy_latents)
     return score.detach(), gradient / scale
+
+
+@dataclass(frozen=True)
+class CorrectionSettings:
+    """How far, where and when self-correction steps."""
+
+    factor: float = 0.5
+    """the paper's eta; the step is factor * gradient"""
+    norm: float | None = None
+    """instead of `factor`: the step's length as a share of the latent's norm"""
+    target: str = "conditional"
+    """conditional: corrected latents are the input of the conditional half alone, as in the reference; latent: everything
+    goes on from them, as in the paper's figure"""
+    start: float = 0.0
+    stop: float = 1.0
+    """the window, as fractions of the steps: start <= step / steps < stop"""
+    on_nan: str = "raise"
+    """what a non-finite score or gradient does: raise, or skip the image's correction"""
+
+    def __post_init__(self):
+        if self.target not in CORRECTION_TARGETS:
+            raise ValueError(f"correction_target is {self.target!r}; it must be {' or '.join(CORRECTION_TARGETS)}")
+        if not 0 <= self.start <= self.stop <= 1:
+            raise ValueError(
+                f"correction_start and correction_stop are {self.start} and {self.stop}; "
+                "they need 0 <= start <= stop <= 1"
+            )
+        if self.norm is not None and not 0 <= self.norm < math.inf:
+            raise ValueError(f"correction_norm is {self.norm}; it must be a number of at least 0")
+        if not math.isfinite(self.factor):
+            raise ValueError(f"correction_factor is {self.factor}; it must be a finite number")
+        if self.on_nan not in ("raise", "skip"):
+            raise ValueError(f"on_nan is {self.on_nan!r}; it must be raise or skip")
+
+    @property
+    def active(self) -> bool:
+        """Whether any step is corrected."""
+        return (self.factor if self.norm is None else self.norm) != 0 and self.start < self.stop
 
 
 @dataclass
@@ -97,73 +134,49 @@ class SelfCorrection:
     """
 
     unet: UNet2DConditionModel
-    adapter: DiscriminativeAdapter
-    blocks: tuple[str, ...]
+    scorer: Scorer
     scheduler: SchedulerMixin
     encoder_hidden_states: torch.Tensor
     pooled_prompt_embeds: torch.Tensor
-    factor: float = 0.5
-    """the paper's eta"""
-    norm: float | None = None
-    """instead of `factor`: the step's length as a share of the latent's norm"""
-    start: float = 0.0
-    stop: float = 1.0
-    """the window, as fractions of the steps: start <= step / steps < stop"""
-    itm_layer: int = -1
-    on_nan: str = "raise"
-    """what a non-finite score or gradient does: raise, or skip the image's correction"""
+    settings: CorrectionSettings = CorrectionSettings()
+    observe: bool = False
+    """record the score of uncorrected steps too"""
     trace: list[dict] = field(default_factory=list)
-    """a record a corrected step: step, timestep, and a list over images of score, length, relative_length"""
-
-    def __post_init__(self):
-        if not 0 <= self.start <= self.stop <= 1:
-            raise ValueError(f"correction window is {self.start} to {self.stop}; it needs 0 <= start <= stop <= 1")
-        if self.norm is not None and not 0 <= self.norm < float("inf"):
-            raise ValueError(f"correction_norm is {self.norm}; it must be a number of at least 0")
-        if not -float("inf") < self.factor < float("inf"):
-            raise ValueError(f"correction_factor is {self.factor}; it must be a finite number")
-        if self.on_nan not in ("raise", "skip"):
-            raise ValueError(f"on_nan is {self.on_nan!r}; it must be raise or skip")
+    """a record a step: step, timestep, and lists over images of score, length and relative_length of the correction"""
 
     def __call__(self, latents, timestep, step, num_steps) -> torch.Tensor | None:
         """Corrected latents, (B, C, h, w). Raises FloatingPointError as `on_nan` says."""
-        length = self.factor if self.norm is None else self.norm
-        if length == 0 or not self.start <= step / num_steps < self.stop:
+        settings = self.settings
+        corrects = settings.active and settings.start <= step / num_steps < settings.stop
+        if not corrects and not self.observe:
             return None
         noisy_latents = self.scheduler.scale_model_input(latents, timestep)
-        unscale = 1 / self.scheduler.scale_model_input(torch.ones_like(latents[:1, :1, :1, :1]), timestep)
         score, gradient = score_gradient(
             self.unet,
-            self.adapter,
-            self.blocks,
+            self.scorer,
             noisy_latents,
             timestep,
             encoder_hidden_states=self.encoder_hidden_states,
             pooled_prompt_embeds=self.pooled_prompt_embeds,
-            itm_layer=self.itm_layer,
         )
         finite = gradient.flatten(1).isfinite().all(1) & score.isfinite()  # (B,)
-        if not finite.all() and self.on_nan == "raise":
+        if not finite.all() and settings.on_nan == "raise":
             raise FloatingPointError(
                 f"the matching score or its gradient is not finite at step {step} (timestep {int(timestep)}): draw in "
                 "float32 (--dtype float32), end the correction earlier (--correction_stop), or pass --on_nan skip"
             )
         gradient = torch.where(finite[:, None, None, None], gradient, 0.0)
         latent_norm, gradient_norm = (x.flatten(1).norm(dim=1) for x in (noisy_latents.float(), gradient))
-        per_image = torch.full_like(score, self.factor)
-        if self.norm is not None:
-            per_image = self.norm * latent_norm / gradient_norm.clamp(min=1e-30)
-        lengths = per_image.abs() * gradient_norm
-        self.trace.append(
-            {
-                "step": step,
-                "timestep": float(timestep),
-                "score": score.tolist(),
-                "length": lengths.tolist(),
-                "relative_length": (lengths / latent_norm).tolist(),
-            }
-        )
-        return latents + per_image[:, None, None, None] * gradient * unscale
+        factor = torch.full_like(score, settings.factor if corrects else 0.0)  # (B,)
+        if settings.norm is not None and corrects:
+            factor = settings.norm * latent_norm / gradient_norm.clamp(min=1e-30)
+        lengths = factor.abs() * gradient_norm
+        record = {"score": score, "length": lengths, "relative_length": lengths / latent_norm}
+        self.trace.append({"step": step, "timestep": float(timestep)} | {k: v.tolist() for k, v in record.items()})
+        if not corrects:
+            return None
+        unscale = 1 / self.scheduler.scale_model_input(torch.ones_like(latents[:1, :1, :1, :1]), timestep)
+        return latents + factor[:, None, None, None] * gradient * unscale
 
 
 @torch.no_grad()
@@ -182,13 +195,10 @@ def sample(
 
     Args:
         correct: moves the latents before each step.
-        correction_target: "conditional", where the corrected latents are but the conditional half's input (the
-            reference), or "latent", where everything goes on from them (the paper's figure).
+        correction_target: "conditional" or "latent"; see `CorrectionSettings`.
         parity: end as the reference does: its last step runs off the schedule and is discarded. DDIM only.
         on_step: called after each step with its number and the latents.
     """
-    if correction_target not in CORRECTION_TARGETS:
-        raise ValueError(f"correction_target is {correction_target!r}; it must be {' or '.join(CORRECTION_TARGETS)}")
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
     latents = previous = noise * scheduler.init_noise_sigma
     for step, timestep in enumerate(scheduler.timesteps):
@@ -227,15 +237,24 @@ def draw(
     num_inference_steps: int = 50,
     height: int | None = None,
     width: int | None = None,
+    scorer: Scorer | None = None,
+    correction: CorrectionSettings | None = None,
+    parity: bool = False,
+    trace: list[dict] | None = None,
     on_step: Callable[[int, torch.Tensor], None] | None = None,
 ) -> np.ndarray:
     """One batch of pictures, (B, H, W, 3) uint8: picture b shows prompt b, from the noise of seed b.
+
+    Args:
+        scorer: reads the matching score, for `correction` and `trace`.
+        correction: none by default.
+        trace: a list that is filled with the score of every step; see `SelfCorrection`.
 
     Raises:
         ValueError: a size the model cannot draw.
     """
     noise = initial_noise(seeds, sd.latent_shape(height, width)).to(sd.device)
-    context, _ = sd.encode_prompts(prompts)
+    context, pooled = sd.encode_prompts(prompts)
     negative_context, _ = sd.encode_prompts(negative_prompts or [""] * len(prompts))
     denoise = classifier_free_guidance(
         sd.unet,
@@ -244,6 +263,27 @@ def draw(
         negative_encoder_hidden_states=negative_context,
         guidance_scale=guidance_scale,
     )
-    latents = sample(denoise, sd.scheduler, noise, num_inference_steps=num_inference_steps, on_step=on_step)
+    settings, correct = correction or CorrectionSettings(factor=0.0), None
+    if scorer is not None and (settings.active or trace is not None):
+        correct = SelfCorrection(
+            sd.unet,
+            scorer,
+            sd.scheduler,
+            context,
+            pooled,
+            settings,
+            observe=trace is not None,
+            trace=[] if trace is None else trace,
+        )
+    latents = sample(
+        denoise,
+        sd.scheduler,
+        noise,
+        num_inference_steps=num_inference_steps,
+        correct=correct,
+        correction_target=settings.target,
+        parity=parity,
+        on_step=on_step,
+    )
     pixels = sd.decode_latents(latents)
     return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

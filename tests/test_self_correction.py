@@ -3,8 +3,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpt.lora import load_released_lora
-from dpt.sampling import SelfCorrection, classifier_free_guidance, sample, score_gradient
+from dpt.adapter import Scorer
+from dpt.lora import load_lora, lora_key
+from dpt.sampling import CorrectionSettings, SelfCorrection, classifier_free_guidance, sample, score_gradient
 from dpt.stable_diffusion import load_stable_diffusion
 from tests.test_adapter import load_golden_adapter
 
@@ -20,7 +21,8 @@ def setting(golden, case, **changes):
     arrays = load(golden, case)
     sd = load_stable_diffusion(str(golden / "sd21"))
     if case.endswith("lora"):
-        load_released_lora(sd.unet, load_file(golden / "lora_only.safetensors"))
+        state = load_file(golden / "lora_only.safetensors")
+        load_lora(sd.unet, {lora_key(key): value for key, value in state.items()}, alpha=4)
     adapter, blocks, _ = load_golden_adapter(golden, "up1", sd.unet.config)
     negative, context = arrays["context"].chunk(2)
     denoise = classifier_free_guidance(
@@ -30,16 +32,10 @@ def setting(golden, case, **changes):
         negative_encoder_hidden_states=negative,
         guidance_scale=7.5,
     )
-    settings = {"factor": CASES[case]} | changes
-    correct = SelfCorrection(
-        sd.unet,
-        adapter.requires_grad_(False),
-        blocks,
-        sd.scheduler,
-        context,
-        arrays["context_pooled"].chunk(2)[1],
-        **settings,
-    )
+    settings = CorrectionSettings(**{"factor": CASES[case]} | changes)
+    scorer = Scorer(adapter.requires_grad_(False), blocks)
+    pooled = arrays["context_pooled"].chunk(2)[1]
+    correct = SelfCorrection(sd.unet, scorer, sd.scheduler, context, pooled, settings)
     return arrays, sd, denoise, correct
 
 
@@ -75,8 +71,7 @@ def test_golden_gradients_of_the_score(golden, case):
     for step in range(10):
         _, gradient = score_gradient(
             sd.unet,
-            correct.adapter,
-            correct.blocks,
+            correct.scorer,
             arrays["latents"][step],
             arrays["timesteps"][step],
             encoder_hidden_states=correct.encoder_hidden_states,
@@ -96,8 +91,9 @@ def test_golden_proper_last_step(golden, case):
     assert not torch.allclose(latents, arrays["decoded_latent"], rtol=1e-4, atol=1e-3)
 
 
-def run(golden, case="cf05", target="conditional", **changes):
+def run(golden, case="cf05", **changes):
     arrays, sd, denoise, correct = setting(golden, case, **changes)
+    target = correct.settings.target
     latents = sample(
         denoise, sd.scheduler, arrays["init"], num_inference_steps=10, correct=correct, correction_target=target
     )
@@ -138,11 +134,11 @@ def test_the_score_rises_along_its_gradient(golden):
         "pooled_prompt_embeds": correct.pooled_prompt_embeds,
     }
     z, t = arrays["latents"][3], arrays["timesteps"][3]
-    before, gradient = score_gradient(sd.unet, correct.adapter, correct.blocks, z, t, **texts)
+    before, gradient = score_gradient(sd.unet, correct.scorer, z, t, **texts)
     unit = gradient / gradient.flatten(1).norm(dim=1)[:, None, None, None]
-    after, _ = score_gradient(sd.unet, correct.adapter, correct.blocks, z + 0.05 * unit, t, **texts)
+    after, _ = score_gradient(sd.unet, correct.scorer, z + 0.05 * unit, t, **texts)
     assert (after > before).all()
-    assert not any(p.grad is not None for p in [*sd.unet.parameters(), *correct.adapter.parameters()])
+    assert not any(p.grad is not None for p in [*sd.unet.parameters(), *correct.scorer.adapter.parameters()])
 
 
 def test_each_image_has_its_own_gradient(golden):
@@ -151,8 +147,7 @@ def test_each_image_has_its_own_gradient(golden):
     gradients = [
         score_gradient(
             sd.unet,
-            correct.adapter,
-            correct.blocks,
+            correct.scorer,
             z[rows],
             t,
             encoder_hidden_states=correct.encoder_hidden_states[rows],
@@ -167,15 +162,14 @@ def test_each_image_has_its_own_gradient(golden):
 def half_cosines(golden, dtype, input_scale=1.0):
     """Cosines of half-precision gradients to float32 ones, (steps, B)."""
     arrays, sd, _, correct = setting(golden, "cf05")
-    correct.adapter.input_proj.weight.mul_(input_scale)
+    correct.scorer.adapter.input_proj.weight.mul_(input_scale)
     half = load_stable_diffusion(str(golden / "sd21"), dtype=dtype)
     rows = []
     for step in range(10):
         gradients = [
             score_gradient(
                 unet,
-                correct.adapter,
-                correct.blocks,
+                correct.scorer,
                 arrays["latents"][step],
                 arrays["timesteps"][step],
                 encoder_hidden_states=correct.encoder_hidden_states.to(unet.dtype),
@@ -207,7 +201,7 @@ def test_non_finite_scores_stop_or_are_skipped(golden):
     correct.pooled_prompt_embeds[1] = float("nan")
     with pytest.raises(FloatingPointError, match=r"at step 0 \(timestep 901\).*--on_nan skip"):
         sample(denoise, sd.scheduler, arrays["init"], num_inference_steps=10, correct=correct)
-    correct.on_nan = "skip"
+    correct.settings = CorrectionSettings(on_nan="skip")
     latents = sample(denoise, sd.scheduler, arrays["init"], num_inference_steps=10, correct=correct)
     assert latents.isfinite().all()
     assert torch.allclose(latents[0], run(golden)[0][0], rtol=1e-4, atol=1e-4)

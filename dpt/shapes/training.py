@@ -124,7 +124,7 @@ def _drop_metrics_after(path: Path, step: int) -> None:
 
 
 def plot_curves(metrics_path: Path, figure_path: Path) -> None:
-    """Draws every figure of a metrics file against the step, evaluated ones as dots; shares have an axis of their own."""
+    """Draws every figure of a metrics file against the step; the shares of verdicts have an axis of their own."""
     records = [json.loads(line) for line in metrics_path.read_text().splitlines()]
     shares = ("correct", "misaligned", "malformed")
     names = [n for n in dict.fromkeys(n for r in records for n in r) if n not in ("step", "seconds", "grad_norm")]

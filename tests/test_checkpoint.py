@@ -1,0 +1,222 @@
+import pickle
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from dpt.checkpoint import DPTCheckpoint, describe, load_checkpoint, main, save_checkpoint
+from dpt.lora import load_lora, lora_key
+from dpt.stable_diffusion import load_stable_diffusion
+
+SMALL = {"num_queries_itm": 4, "nheads": 4}
+
+
+@pytest.fixture
+def released(golden):
+    return load_checkpoint(golden / "stage2_pytorch_model.bin", **SMALL)
+
+
+def test_golden_released_layout_is_read_to_the_last_tensor(golden, released):
+    from_folder = load_checkpoint(golden / "accelerate_state", **SMALL)
+    assert len(released.lora) == 256
+    assert len(released.adapter.state_dict()) == 312 - 256
+    for name, value in released.adapter.state_dict().items():
+        assert torch.equal(value, from_folder.adapter.state_dict()[name])
+    assert (released.config.lora_rank, released.config.lora_alpha, released.config.feature) == (4, 4.0, "up1")
+    assert "LoRA" in describe(released)
+
+
+def test_golden_lora_outputs(golden):
+    import numpy as np
+
+    from dpt.unet_features import parse_feature, unet_features
+
+    arrays = {k: torch.from_numpy(v) for k, v in np.load(golden / "lora_unet.npz").items()}
+    unet = load_stable_diffusion(str(golden / "sd21")).unet
+    inputs = (arrays["latent"], arrays["t"], arrays["context"])
+    assert torch.allclose(unet(*inputs).sample, arrays["noise_pred_base"], rtol=1e-5, atol=1e-5)
+    for file in ("lora_only.bin", "lora_only.safetensors"):
+        state = torch.load(golden / file, weights_only=True) if file.endswith("bin") else load_file(golden / file)
+        load_lora(unet, {lora_key(k): v for k, v in state.items()}, alpha=4)
+        blocks = parse_feature("all", unet.config)
+        features, noise_pred = unet_features(unet, blocks, *inputs, with_noise_pred=True)
+        scale = arrays["noise_pred"].abs().max()
+        assert torch.allclose(noise_pred, arrays["noise_pred"], rtol=1e-5, atol=1e-5 * scale)
+        for block, feature in zip(blocks, features, strict=True):
+            expected = arrays["feat_" + block.replace("down", "bottom")]
+            assert torch.allclose(feature, expected, rtol=1e-5, atol=1e-5 * expected.abs().max()), block
+            (alone,), _ = unet_features(unet, (block,), *inputs)
+            assert torch.equal(alone, feature)
+
+
+def test_our_folder_round_trips(golden, released, tmp_path):
+    save_checkpoint(released, tmp_path / "dpt")
+    names = {str(p.relative_to(tmp_path / "dpt")) for p in (tmp_path / "dpt").rglob("*") if p.is_file()}
+    assert {"adapter.safetensors", "config.yaml", "lora/pytorch_lora_weights.safetensors", "README.md"} <= names
+    for again in (load_checkpoint(tmp_path / "dpt"), DPTCheckpoint.from_pretrained(tmp_path / "dpt")):
+        assert again.config == released.config
+        assert all(torch.equal(v, again.lora[k]) for k, v in released.lora.items())
+        state = again.adapter.state_dict()
+        assert all(torch.equal(v, state[k]) for k, v in released.adapter.state_dict().items())
+    with pytest.raises(ValueError, match="exists already"):
+        save_checkpoint(released, tmp_path / "dpt")
+    assert [p.name for p in tmp_path.iterdir()] == ["dpt"]
+
+
+@pytest.mark.parametrize("alpha", [4.0, 8.0])
+def test_stock_diffusers_loads_our_lora(golden, released, tmp_path, alpha):
+    released.config.lora_alpha = alpha
+    save_checkpoint(released, tmp_path / "dpt")
+    sd = load_stable_diffusion(str(golden / "sd21"))
+    load_checkpoint(tmp_path / "dpt").attach(sd)
+    pipe = StableDiffusionPipeline.from_pretrained(golden / "sd21", safety_checker=None)
+    pipe.load_lora_weights(tmp_path / "dpt/lora")
+    inputs = (torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 77, 32))
+    with torch.no_grad():
+        ours, stock = sd.unet(*inputs).sample, pipe.unet(*inputs).sample
+    assert torch.allclose(ours, stock, atol=1e-5)
+    plain = load_stable_diffusion(str(golden / "sd21")).unet(*inputs).sample
+    assert not torch.allclose(ours, plain, atol=1e-3)
+
+
+def test_attaching_replaces_and_freezes(golden, released):
+    sd = load_stable_diffusion(str(golden / "sd21"))
+    for _ in range(2):
+        assert released.attach(sd).blocks == ("up1",)
+    parameters = [*sd.unet.parameters(), *released.adapter.parameters()]
+    assert not any(p.requires_grad for p in parameters)
+    assert not released.adapter.training
+
+
+def test_other_models_are_refused_with_both_numbers(golden, released):
+    sd = load_stable_diffusion(str(golden / "sd21"))
+    released.config.feature = "up3"
+    with pytest.raises(ValueError, match=r"reads \[24\] channels at up3; .* has \[8\]"):
+        released.attach(sd)
+    released.config.feature, released.config.adapter.text_dim = "up1", 1024
+    with pytest.raises(ValueError, match=r"width 1024; .* has 32"):
+        released.attach(sd)
+
+
+def test_lora_for_another_unet_is_refused(released):
+    unet = load_stable_diffusion("shapes").unet
+    with pytest.raises(ValueError, match=r"is for width 8; this U-Net's .* has 48|has no module"):
+        load_lora(unet, released.lora, alpha=4)
+
+
+@pytest.mark.parametrize("damage", ["missing", "left over", "misshapen", "unknown", "half a LoRA"])
+def test_damaged_released_files_name_the_tensor(golden, tmp_path, capsys, damage):
+    state = torch.load(golden / "stage2_pytorch_model.bin", weights_only=True)
+    lora = next(key for key in state if key.startswith("unet."))
+    if damage == "missing":
+        del state["query_embed.weight"]
+    elif damage == "left over":
+        state["transformer.encoder.layers.0.norm9.weight"] = torch.zeros(1)
+    elif damage == "misshapen":
+        state["class_embed.bias"] = torch.zeros(3)
+    elif damage == "unknown":
+        state["surprise"] = torch.zeros(1)
+    else:
+        del state[lora]
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert main(["inspect", str(tmp_path), "--num_queries_itm", "4", "--nheads", "4"]) == 2
+    error = capsys.readouterr().err
+    expected = {
+        "missing": "query_embed.weight",
+        "left over": "transformer.encoder_layers.0.norm9.weight is left over",
+        "misshapen": "rec_head.class_embed.bias is (3,) instead of (256,)",
+        "unknown": "surprise",
+        "half a LoRA": lora_key(lora).split(".lora_")[0],
+    }[damage]
+    assert expected in error
+    assert error.count("\n") == 1
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("run!",))
+
+
+def test_pickles_of_anything_but_tensors_are_refused(tmp_path, capsys):
+    (tmp_path / "a.bin").write_bytes(pickle.dumps({"x": Harmful()}))
+    torch.save({"x": Harmful()}, tmp_path / "b.bin")
+    torch.save({"step": 3, "model": {"w": torch.zeros(1)}}, tmp_path / "c.bin")
+    (tmp_path / "d.safetensors").write_bytes(b"not at all")
+    for name in "a.bin", "b.bin", "c.bin", "d.safetensors", "missing.bin":
+        assert main(["inspect", str(tmp_path / name)]) == 2
+        captured = capsys.readouterr()
+        assert name in captured.err
+        assert "run!" not in captured.out
+
+
+def test_convert_and_inspect(golden, tmp_path, capsys):
+    flags = ["--num_queries_itm", "4", "--nheads", "4"]
+    assert main(["convert", str(golden / "stage2_pytorch_model.safetensors"), str(tmp_path / "out"), *flags]) == 0
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "4 ITM + 12 REC queries" in out
+    assert "rank 4, alpha 4" in out
+    assert "up_blocks.1: 24 projections" in out
+
+
+def test_a_config_that_does_not_fit_is_named(released, tmp_path, capsys):
+    save_checkpoint(released, tmp_path / "dpt")
+    config = (tmp_path / "dpt/config.yaml").read_text()
+    (tmp_path / "dpt/config.yaml").write_text(config.replace("num_queries_rec: 12", "num_queries_rec: 20"))
+    assert main(["inspect", str(tmp_path / "dpt")]) == 2
+    assert "query_embed.weight is (16, 32) instead of (24, 32)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_released_size_loads_converts_and_inspects_within_8_gb(golden, tmp_path):
+    """The released layout at full SD 2.1 size, random numbers, in a process of its own."""
+    import json
+    import subprocess
+    import sys
+
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import resource, torch\n"
+        "from diffusers import UNet2DConditionModel\n"
+        "from dpt.adapter import AdapterConfig, DiscriminativeAdapter\n"
+        "from dpt.checkpoint import ADAPTER_KEYS, main, load_checkpoint\n"
+        "from dpt.lora import load_lora\n"
+        "import json, sys\n"
+        "keys = json.load(open(sys.argv[1]))\n"
+        "with torch.device('meta'):\n"
+        "    unet = UNet2DConditionModel(sample_size=64, attention_head_dim=(5, 10, 20, 20),\n"
+        "        cross_attention_dim=1024, use_linear_projection=True)\n"
+        "    full = DiscriminativeAdapter(AdapterConfig()).state_dict()\n"
+        "modules, state = dict(unet.named_modules()), {}\n"
+        "from dpt.checkpoint import adapter_key\n"
+        "for key in keys:\n"
+        "    if not key.startswith('unet.'):\n"
+        "        state[key] = torch.randn(full[adapter_key(key)].shape)\n"
+        "for name, module in modules.items():\n"
+        "    if name.endswith(('attn1', 'attn2')):\n"
+        "        for part in ('q', 'k', 'v', 'out'):\n"
+        "            linear = module.to_out[0] if part == 'out' else getattr(module, 'to_' + part)\n"
+        "            prefix = f'unet.{name}.processor.to_{part}_lora.'\n"
+        "            state[prefix + 'down.weight'] = torch.randn(4, linear.in_features)\n"
+        "            state[prefix + 'up.weight'] = torch.randn(linear.out_features, 4)\n"
+        "torch.save(state, sys.argv[2] + '/pytorch_model.bin')\n"
+        "assert main(['convert', sys.argv[2], sys.argv[2] + '/own']) == 0\n"
+        "assert main(['inspect', sys.argv[2] + '/own']) == 0\n"
+        "unet = unet.to(torch.bfloat16).to_empty(device='cpu')\n"
+        "load_lora(unet, load_checkpoint(sys.argv[2] + '/own').lora, alpha=4)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2)\n"
+    )
+    keys = golden / "stage2_pytorch_model.keys.json"
+    command = [sys.executable, str(script), str(keys), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "100 REC queries, text width 1024" in done.stdout
+    assert float(done.stdout.splitlines()[-1]) < 8
+    assert json.loads(keys.read_text())
+
+
+def test_safetensors_of_the_released_layout(golden, tmp_path):
+    state = load_file(golden / "stage2_pytorch_model.safetensors")
+    save_file(state, tmp_path / "x.safetensors")
+    assert len(load_checkpoint(tmp_path / "x.safetensors", **SMALL).lora) == 256
