@@ -97,8 +97,8 @@ class CorrectionSettings:
     norm: float | None = None
     """instead of `factor`: the step's length as a share of the latent's norm"""
     target: str = "conditional"
-    """conditional: corrected latents are the input of the conditional half alone, as in the reference; latent: everything
-    goes on from them, as in the paper's figure"""
+    """conditional: corrected latents are the input of the conditional half alone, as in the reference; latent:
+    everything goes on from them, as in the paper's figure"""
     start: float = 0.0
     stop: float = 1.0
     """the window, as fractions of the steps: start <= step / steps < stop"""

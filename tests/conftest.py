@@ -10,6 +10,35 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
+def shapes_dpt(tmp_path_factory) -> Path:
+    """A checkpoint folder for the shapes model: a random adapter of its size and a random LoRA."""
+    from dpt.adapter import AdapterConfig, DiscriminativeAdapter
+    from dpt.checkpoint import DPTCheckpoint, DPTConfig, save_checkpoint
+    from dpt.stable_diffusion import load_stable_diffusion
+
+    torch.manual_seed(0)
+    sd = load_stable_diffusion("shapes")
+    adapter = AdapterConfig(
+        in_channels=[sd.unet.config.block_out_channels[-2]],
+        hidden_dim=64,
+        dim_feedforward=128,
+        num_queries_itm=4,
+        num_queries_rec=12,
+        text_dim=sd.text_encoder.config.hidden_size,
+        rec_text_dim=sd.text_encoder.config.hidden_size,
+    )
+    lora = {}
+    for name, module in sd.unet.named_modules():
+        if name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
+            lora[f"{name}.lora_A.weight"] = torch.randn(4, module.in_features) * 0.05
+            lora[f"{name}.lora_B.weight"] = torch.randn(module.out_features, 4) * 0.05
+    config = DPTConfig("shapes", "up1", -1, adapter, lora_rank=4, lora_alpha=4.0)
+    folder = tmp_path_factory.mktemp("weights") / "shapes-dpt"
+    save_checkpoint(DPTCheckpoint(config, DiscriminativeAdapter(adapter), lora), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of arrays that the reference produced; `.ci/run` fails where it is expected and missing."""
     given = os.environ.get("DPT_GOLDEN")

@@ -1,0 +1,117 @@
+"""Self-correction as a diffusers pipeline."""
+
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from dpt.adapter import Scorer
+from dpt.checkpoint import load_checkpoint
+from dpt.sampling import CorrectionSettings, SelfCorrection, classifier_free_guidance, sample
+from dpt.stable_diffusion import StableDiffusion
+
+
+class SelfCorrectionPipeline(StableDiffusionPipeline):
+    """A `StableDiffusionPipeline` whose steps follow the matching score of an adapter.
+
+    pipe = SelfCorrectionPipeline.from_pretrained("ckpt/shapes", safety_checker=None)
+    pipe.load_dpt("ckpt/shapes-dpt")
+    image = pipe("a red circle left of a blue square", correction_factor=0.5).images[0]
+
+    `from_pipe` takes another pipeline's components. Any scheduler may be set.
+    """
+
+    _scorer: Scorer | None = None
+
+    def load_dpt(self, path: str | Path, **released_settings) -> "SelfCorrectionPipeline":
+        """Attaches an adapter and a LoRA; see `dpt.checkpoint.load_checkpoint`."""
+        checkpoint = load_checkpoint(path, **released_settings)
+        self._scorer = checkpoint.attach(self._as_stable_diffusion())
+        return self
+
+    def _as_stable_diffusion(self) -> StableDiffusion:
+        for module in (self.text_encoder, self.vae, self.unet):
+            module.eval().requires_grad_(False)
+        name = self.config.get("_name_or_path") or type(self).__name__
+        return StableDiffusion(name, name, self.tokenizer, self.text_encoder, self.vae, self.unet, self.scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end=None,
+        correction_factor: float = 0.5,
+        correction_norm: float | None = None,
+        correction_target: str = "conditional",
+        correction_start: float = 0.0,
+        correction_stop: float = 1.0,
+        on_nan: str = "raise",
+    ) -> StableDiffusionPipelineOutput | tuple:
+        """Draws prompts; the arguments are `StableDiffusionPipeline`'s and `CorrectionSettings`'.
+
+        Args:
+            callback_on_step_end: called as (pipeline, step, timestep, {"latents": latents}) after each step; what it
+                returns is not used.
+
+        Raises:
+            ValueError: a size the model cannot draw, or a correction without `load_dpt`.
+        """
+        settings = CorrectionSettings(
+            correction_factor, correction_norm, correction_target, correction_start, correction_stop, on_nan
+        )
+        if settings.active and self._scorer is None:
+            raise ValueError("correction_factor needs an adapter: call load_dpt first, or pass correction_factor=0")
+        sd = self._as_stable_diffusion()
+        prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images_per_prompt)]
+        negatives = (
+            [negative_prompt or ""] if negative_prompt is None or isinstance(negative_prompt, str) else negative_prompt
+        )
+        negatives = [n for n in negatives for _ in range(len(prompts) // len(negatives))]
+        shape = (len(prompts), *sd.latent_shape(height, width))
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        context, pooled = sd.encode_prompts(prompts)
+        denoise = classifier_free_guidance(
+            self.unet,
+            self.scheduler,
+            encoder_hidden_states=context,
+            negative_encoder_hidden_states=sd.encode_prompts(negatives)[0],
+            guidance_scale=guidance_scale,
+        )
+        correct = None
+        if settings.active:
+            correct = SelfCorrection(self.unet, self._scorer, self.scheduler, context, pooled, settings)
+        with self.progress_bar(total=num_inference_steps) as bar:
+
+            def on_step(step, latents):
+                bar.update()
+                if callback_on_step_end is not None:
+                    callback_on_step_end(self, step, self.scheduler.timesteps[step], {"latents": latents})
+
+            latents = sample(
+                denoise,
+                self.scheduler,
+                latents.to(self._execution_device, torch.float32),
+                num_inference_steps=num_inference_steps,
+                correct=correct,
+                correction_target=settings.target,
+                on_step=on_step,
+            )
+        if output_type == "latent":
+            images = latents
+        else:
+            images = self.image_processor.postprocess(sd.decode_latents(latents) * 2 - 1, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return StableDiffusionPipelineOutput(images, None) if return_dict else (images, None)

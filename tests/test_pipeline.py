@@ -1,0 +1,79 @@
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+
+import dpt
+from dpt.sampling import initial_noise
+from dpt.stable_diffusion import CKPT_FOLDER
+
+
+@pytest.fixture(scope="module")
+def pipe(shapes_dpt):
+    pipe = dpt.SelfCorrectionPipeline.from_pretrained(CKPT_FOLDER / "shapes", safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.load_dpt(shapes_dpt)
+
+
+@pytest.fixture(scope="module")
+def stock(shapes_dpt):
+    pipe = StableDiffusionPipeline.from_pretrained(CKPT_FOLDER / "shapes", safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(shapes_dpt / "lora")
+    return pipe
+
+
+SCHEDULERS = [None, DPMSolverMultistepScheduler, EulerDiscreteScheduler]
+CALL = {"num_inference_steps": 6, "output_type": "latent"}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_factor_zero_equals_the_stock_pipeline(pipe, stock, scheduler):
+    original = pipe.scheduler
+    if scheduler:
+        pipe.scheduler, stock.scheduler = (scheduler.from_config(original.config) for _ in range(2))
+    noise = initial_noise([1, 2], (4, 16, 16))
+    prompts = ["a red circle", "two blue stars"]
+    ours = pipe(prompts, latents=noise, negative_prompt="a cross", correction_factor=0, **CALL).images
+    theirs = stock(prompts, latents=noise, negative_prompt=["a cross"] * 2, **CALL).images
+    pipe.scheduler = stock.scheduler = original
+    assert torch.allclose(ours, theirs, atol=1e-4 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("target", ["conditional", "latent"])
+def test_one_relative_length_moves_every_scheduler_s_first_step_alike(pipe, scheduler, target):
+    """The step is taken in the variance-preserving space, whatever scale the scheduler's own latents have."""
+    original = pipe.scheduler
+    if scheduler:
+        pipe.scheduler = scheduler.from_config(original.config, timestep_spacing="leading")
+    noise, first = initial_noise([1], (4, 16, 16)), {}
+    for norm in (0.0, 0.05):
+        latents = pipe("a red circle", latents=noise, correction_norm=norm, correction_target=target, **CALL).images
+        first[norm] = latents
+    pipe.scheduler = original
+    moved = (first[0.05] - first[0.0]).norm() / first[0.0].norm()
+    assert 1e-3 < moved < 1
+
+
+def test_the_usual_call(pipe):
+    steps = []
+    out = pipe(
+        "a red circle",
+        num_images_per_prompt=2,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(3),
+        correction_norm=0.01,
+        callback_on_step_end=lambda p, i, t, kwargs: steps.append((i, tuple(kwargs["latents"].shape))),
+    )
+    assert [image.size for image in out.images] == [(128, 128)] * 2
+    assert steps == [(0, (2, 4, 16, 16)), (1, (2, 4, 16, 16))]
+    again, _ = pipe("a red circle", num_inference_steps=2, output_type="np", return_dict=False, height=64, width=64)
+    assert again.shape == (1, 64, 64, 3)
+
+
+def test_from_pipe_and_a_missing_adapter(stock):
+    pipe = dpt.SelfCorrectionPipeline.from_pipe(stock)
+    assert pipe.unet is stock.unet
+    with pytest.raises(ValueError, match="call load_dpt first"):
+        pipe("a red circle")
+    assert pipe("a red circle", correction_factor=0, **CALL).images.shape == (1, 4, 16, 16)

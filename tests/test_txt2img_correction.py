@@ -1,0 +1,112 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import txt2img
+from dpt.images import read_metadata
+
+BASE = ["--model", "shapes", "--ddim_steps", "4", "--n_samples", "1", "--skip_grid", "--prompt", "a red circle"]
+
+
+def draw(outdir, *arguments):
+    return txt2img.main([*BASE, "--outdir", str(outdir), *arguments])
+
+
+def picture(outdir):
+    (record,) = read_metadata(outdir)
+    return np.array(Image.open(outdir / record["file"])).astype(int)
+
+
+@pytest.fixture
+def weights(shapes_dpt):
+    return ["--dpt", str(shapes_dpt)]
+
+
+def test_the_first_line_says_weights_and_factor(tmp_path, capsys, weights):
+    assert draw(tmp_path, *weights, "--dry-run") == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert weights[1] in first
+    assert "self-correction factor 0.5 (conditional)" in first
+    assert draw(tmp_path, "--dpt", "none", "--dry-run") == 0
+    assert "without DPT weights" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_weights_that_belong_to_the_model_are_the_default(tmp_path, capsys, monkeypatch, shapes_dpt):
+    monkeypatch.setitem(txt2img.DPT_WEIGHTS, "shapes", shapes_dpt)
+    assert draw(tmp_path, "--dry-run") == 0
+    assert "self-correction factor 0.5" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_every_flag_changes_the_picture_and_is_recorded(tmp_path, weights):
+    strong = [*weights, "--correction_norm", "0.1"]
+    variants = {
+        "none": ["--dpt", "none"],
+        "lora": [*weights, "--correction_factor", "0"],
+        "factor": [*weights, "--correction_factor", "500"],
+        "norm": strong,
+        "target": [*strong, "--correction_target", "latent"],
+        "start": [*strong, "--correction_start", "0.5"],
+        "stop": [*strong, "--correction_stop", "0.5"],
+        "parity": [*strong, "--parity"],
+    }
+    pictures = {}
+    for name, flags in variants.items():
+        assert draw(tmp_path / name, *flags) == 0
+        pictures[name] = picture(tmp_path / name)
+    names = list(pictures)
+    for k, a in enumerate(names):
+        for b in names[:k]:
+            assert (pictures[a] != pictures[b]).any(), (a, b)
+    (record,) = read_metadata(tmp_path / "target")
+    correction = record["settings"]["correction"]
+    assert (correction["norm"], correction["target"]) == (0.1, "latent")
+    assert len(record["settings"]["dpt"]) == 16
+    (record,) = read_metadata(tmp_path / "lora")
+    assert record["settings"]["correction"] is None
+
+
+def test_trace_shows_both_arms(tmp_path, weights):
+    assert draw(tmp_path, *weights, "--trace", "--correction_norm", "0.05", "--correction_stop", "0.5") == 0
+    (image,) = json.loads((tmp_path / "trace-0000.json").read_text())
+    assert (image["prompt"], image["seed"]) == ("a red circle", 42)
+    assert len(image["corrected"]["score"]) == len(image["uncorrected"]["score"]) == 4
+    assert image["corrected"]["relative_length"] == pytest.approx([0.05, 0.05, 0, 0], abs=1e-4)
+    assert image["uncorrected"]["length"] == [0, 0, 0, 0]
+    assert image["corrected"]["score"][0] == pytest.approx(image["uncorrected"]["score"][0], abs=1e-5)
+    assert Image.open(tmp_path / "trace-0000.png").size[0] > 200
+    traced = picture(tmp_path)
+    assert draw(tmp_path / "plain", *weights, "--correction_norm", "0.05", "--correction_stop", "0.5") == 0
+    assert (traced == picture(tmp_path / "plain")).all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dpt", "nowhere"], "--dpt nowhere is not there"),
+        (["--dpt", "none", "--correction_factor", "0.5"], "need an adapter: pass --dpt PATH"),
+        (["--dpt", "none", "--trace"], "need an adapter"),
+        (["--dpt", "tests"], "holds neither config.yaml"),
+        (
+            ["--correction_start", "0.8", "--correction_stop", "0.2"],
+            "correction_start and correction_stop are 0.8 and 0.2",
+        ),
+        (["--correction_norm", "-1"], "correction_norm is -1.0"),
+        (["--correction_factor", "nan"], "correction_factor is nan"),
+    ],
+)
+def test_bad_input(tmp_path, capsys, weights, flags, message, request, monkeypatch):
+    monkeypatch.chdir(request.config.rootpath)
+    assert draw(tmp_path, *([] if "--dpt" in flags else weights), *flags) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+
+
+def test_a_non_finite_score_stops_or_is_skipped(tmp_path, capsys, weights, monkeypatch):
+    monkeypatch.setattr("dpt.sampling.itm_score", lambda *a: a[0].sum((1, 2)) * float("nan"))
+    assert draw(tmp_path, *weights) == 2
+    assert "not finite at step 0" in capsys.readouterr().err
+    assert draw(tmp_path, *weights, "--on_nan", "skip") == 0
+    assert picture(tmp_path).std() > 0
