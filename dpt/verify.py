@@ -1,0 +1,298 @@
+"""Checks weights on the machine that has them: the day a user brings what this project never ran.
+
+    python -m dpt.verify --model sd21-base --dpt ckpt/dpt-v2.1 [--coco ROOT] [--outdir outputs/verify]
+
+Writes `report.json` and `pictures.png` to attach to a report; exit code 1 where a check fails. ROOT holds
+`annotations/captions_val2014.json`, `val2014/`, and for REC `annotations/finetune_refcoco_val.json`, `train2014/`.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from tqdm import tqdm
+
+from dpt.adapter import Scorer, itm_score
+from dpt.boxes import box_iou, cxcywh_to_xyxy
+from dpt.checkpoint import load_checkpoint
+from dpt.data.coco import load_captions, load_expressions, load_pixels
+from dpt.images import make_grid
+from dpt.metrics import bootstrap_interval
+from dpt.sampling import (
+    CorrectionSettings,
+    SelfCorrection,
+    classifier_free_guidance,
+    draw,
+    initial_noise,
+    sample,
+    score_gradient,
+)
+from dpt.shapes.clip import to_pixels
+from dpt.shapes.scenes import render
+from dpt.shapes.world import ShapesWorld
+from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion
+from dpt.unet_features import unet_features
+
+TIMESTEP = 500
+PROMPTS = {
+    "shapes": ["a red circle left of a blue square", "two green stars"],
+    "other": ["a red cube on top of a blue sphere", "two dogs and a cat on a green sofa"],
+}
+
+
+class Verification:
+    """A model with its scorer, and the checks; every check returns (passed or None where it could not run, figures)."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.half = torch.float16 if self.device.type == "cuda" else torch.bfloat16
+        self.checkpoint = load_checkpoint(args.dpt, base_model=args.model)
+        self.sd, self.scorer = self.load(torch.float32)
+        self.prompts = PROMPTS["shapes" if args.model == "shapes" else "other"]
+
+    def load(self, dtype: torch.dtype) -> tuple[StableDiffusion, Scorer]:
+        sd = load_stable_diffusion(
+            self.args.model, local_files_only=self.args.local_files_only, dtype=dtype, device=self.device
+        )
+        return sd, self.checkpoint.attach(sd)
+
+    def noisy(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents of pixels (B, 3, H, W), noised alike to `TIMESTEP`, and the timestep."""
+        timestep = torch.tensor(TIMESTEP, device=self.device)
+        latents = self.sd.encode_images(pixels)
+        noise = initial_noise([0] * len(latents), tuple(latents.shape[1:])).to(self.device)
+        return self.sd.scheduler.add_noise(latents, noise, timestep[None]), timestep
+
+    @torch.no_grad()
+    def read(self, noisy_latents, timestep, texts: list[str]) -> tuple[torch.Tensor, dict]:
+        """Matching scores (B,) and REC outputs of noisy latents conditioned on texts."""
+        context, pooled = self.sd.encode_prompts(texts)
+        features, _ = unet_features(self.sd.unet, self.scorer.blocks, noisy_latents, timestep, context)
+        hs = self.scorer.adapter(features, timestep)
+        score = itm_score(self.scorer.adapter.itm_embeddings(hs, self.scorer.itm_layer), pooled)
+        return score, self.scorer.adapter.rec_outputs(hs)
+
+    def tensors(self):
+        """Every tensor of the checkpoint is in the model (loading names what is not)."""
+        attached = {key: value for key, value in self.sd.unet.state_dict().items() if ".lora_" in key}
+        count = len(self.checkpoint.adapter.state_dict())
+        return len(attached) == len(self.checkpoint.lora), {"adapter": count, "lora": len(attached)}
+
+    def stock(self):
+        """Without correction, latents equal the stock pipeline's."""
+        sd, steps = self.sd, 5
+        noise = initial_noise([0, 1], sd.latent_shape()).to(self.device)
+        denoise = classifier_free_guidance(
+            sd.unet,
+            sd.scheduler,
+            encoder_hidden_states=sd.encode_prompts(self.prompts)[0],
+            negative_encoder_hidden_states=sd.encode_prompts([""] * 2)[0],
+            guidance_scale=7.5,
+        )
+        ours = sample(denoise, sd.scheduler, noise, num_inference_steps=steps)
+        pipe = StableDiffusionPipeline(
+            sd.vae, sd.text_encoder, sd.tokenizer, sd.unet, DDIMScheduler.from_config(sd.scheduler.config), None, None,
+            requires_safety_checker=False,
+        )  # fmt: skip
+        pipe.set_progress_bar_config(disable=True)
+        stock = pipe(self.prompts, latents=noise, num_inference_steps=steps, output_type="latent").images
+        difference = (ours - stock).abs().max().item() / stock.abs().max().item()
+        return difference < 1e-4, {"largest_relative_difference": difference}
+
+    def half_precision(self):
+        """Half-precision pictures are like float32's, and the score's gradient points the same way."""
+        half, scorer = self.load(self.half)
+        settings = {"guidance_scale": 7.5, "num_inference_steps": 10}
+        pictures = [draw(sd, self.prompts, [0, 1], **settings).astype(int) for sd in (self.sd, half)]
+        z = initial_noise([0, 1], self.sd.latent_shape()).to(self.device)
+        timestep, gradients = torch.tensor(TIMESTEP, device=self.device), []
+        for sd, s in ((self.sd, self.scorer), (half, scorer)):
+            context, pooled = sd.encode_prompts(self.prompts)
+            gradients.append(
+                score_gradient(sd.unet, s, z, timestep, encoder_hidden_states=context, pooled_prompt_embeds=pooled)[1]
+            )
+        cosine = torch.cosine_similarity(*(g.flatten(1) for g in gradients)).min().item()
+        difference = float(np.abs(pictures[0] - pictures[1]).mean())
+        figures = {"dtype": str(self.half), "mean_pixel_difference": difference, "gradient_cosine": cosine}
+        return difference < 8 and cosine > 0.95, figures
+
+    def score_rises(self):
+        """A small step along the gradient raises the score, one against it lowers it."""
+        z = initial_noise(list(range(8)), self.sd.latent_shape()).to(self.device)
+        timestep = torch.tensor(TIMESTEP, device=self.device)
+        context, pooled = self.sd.encode_prompts((self.prompts * 4)[:8])
+        texts = {"encoder_hidden_states": context, "pooled_prompt_embeds": pooled}
+        before, gradient = score_gradient(self.sd.unet, self.scorer, z, timestep, **texts)
+        step = 0.01 * z.flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1)
+        move = step[:, None, None, None] * gradient
+        rises = [
+            (score_gradient(self.sd.unet, self.scorer, z + sign * move, timestep, **texts)[0] - before).tolist()
+            for sign in (1, -1)
+        ]
+        return min(rises[0]) > 0 > max(rises[1]), {"rise_along": rises[0], "rise_against": rises[1]}
+
+    def itm(self):
+        """An image's own caption scores above another's more often than not (95 % interval above 50 %)."""
+        pairs = self._pairs()
+        if not pairs:
+            return None, {"why": "no --coco ROOT with annotations/captions_val2014.json"}
+        right = []
+        for start in tqdm(range(0, len(pairs), 8), desc="itm", leave=False):
+            batch = pairs[start : start + 8]
+            noisy, timestep = self.noisy(torch.stack([pixels for pixels, _ in batch]))
+            own = self.read(noisy, timestep, [caption for _, caption in batch])[0]
+            others = [pairs[(start + k + len(pairs) // 2) % len(pairs)][1] for k in range(len(batch))]
+            right += (own > self.read(noisy, timestep, others)[0]).tolist()
+        mean, low, high = bootstrap_interval(right)
+        return low > 0.5, {"accuracy": mean, "interval": [low, high], "pairs": len(pairs), "chance": 0.5}
+
+    def _pairs(self):
+        if self.args.model == "shapes":
+            world = ShapesWorld("val", seed=5)
+            examples = [world[i] for i in range(self.args.num_pairs)]
+            return [(to_pixels([render(e.scene)])[0], e.caption) for e in examples]
+        annotations = self.args.coco and self.args.coco / "annotations/captions_val2014.json"
+        if not annotations or not annotations.exists():
+            return []
+        captions = load_captions(annotations, self.args.coco / "val2014")
+        chosen = {c.path: c for c in captions}.values()
+        size = self.sd.default_size
+        return [(load_pixels(c.path, size), c.caption) for c in list(chosen)[: self.args.num_pairs]]
+
+    def rec(self):
+        """The surest box overlaps the referred object more often than it overlaps another image's."""
+        expressions = self._expressions()
+        if not expressions:
+            return None, {"why": "no --coco ROOT with annotations/finetune_refcoco_val.json"}
+        predicted, truth = [], []
+        for start in tqdm(range(0, len(expressions), 8), desc="rec", leave=False):
+            batch = expressions[start : start + 8]
+            noisy, timestep = self.noisy(torch.stack([pixels for pixels, _, _ in batch]))
+            _, outputs = self.read(noisy, timestep, [text for _, text, _ in batch])
+            surest = outputs["pred_logits"].softmax(-1)[..., -1].argmin(1)
+            predicted.append(outputs["pred_boxes"][torch.arange(len(batch)), surest].float().cpu())
+            truth += [box for _, _, box in batch]
+        iou = box_iou(cxcywh_to_xyxy(torch.cat(predicted)), cxcywh_to_xyxy(torch.stack(truth)))
+        hits = (iou.diagonal() >= 0.5).float()
+        chance = (iou.roll(len(iou) // 2, dims=1).diagonal() >= 0.5).float()
+        mean, low, high = bootstrap_interval((hits - chance).numpy())
+        figures = {"precision_at_1": hits.mean().item(), "chance": chance.mean().item(), "expressions": len(iou)}
+        return low > 0, figures | {"above_chance": mean, "interval": [low, high]}
+
+    def _expressions(self):
+        if self.args.model == "shapes":
+            world = ShapesWorld("val", seed=6)
+            chosen = [(e, e.expressions[0]) for e in (world[i] for i in range(self.args.num_pairs))]
+            return [
+                (to_pixels([render(e.scene)])[0], x.text, torch.tensor(e.scene.boxes()[x.index]).float())
+                for e, x in chosen
+            ]
+        annotations = self.args.coco and self.args.coco / "annotations/finetune_refcoco_val.json"
+        if not annotations or not annotations.exists():
+            return []
+        referred = load_expressions(annotations, self.args.coco / "train2014")[: self.args.num_pairs]
+        size = self.sd.default_size
+        return [(load_pixels(r.path, size), r.expression, torch.from_numpy(r.boxes[0]).float()) for r in referred]
+
+    def cost(self):
+        """A corrected step costs at most 1.10 x (1 + f) plain ones; f is the share of the scored part of a pass."""
+        sd, batch = self.sd, 2
+        z = initial_noise(list(range(batch)), sd.latent_shape()).to(self.device)
+        context, pooled = sd.encode_prompts(self.prompts)
+        scheduler = copy.deepcopy(sd.scheduler)
+        scheduler.set_timesteps(50)
+        timestep = scheduler.timesteps[10].to(self.device)
+        denoise = classifier_free_guidance(
+            sd.unet,
+            scheduler,
+            encoder_hidden_states=context,
+            negative_encoder_hidden_states=sd.encode_prompts([""] * batch)[0],
+            guidance_scale=7.5,
+        )
+        correct = SelfCorrection(sd.unet, self.scorer, scheduler, context, pooled)
+        runs = {
+            "plain": lambda: denoise(z, z, timestep),
+            "corrected": lambda: denoise(z, correct(z, timestep, 0, 50), timestep),
+            "whole": lambda: sd.unet(z, timestep, context),
+            "feature": lambda: self.read(z, timestep, self.prompts),
+        }
+        times, peaks = {name: [] for name in runs}, {}
+        for _ in range(6):
+            for name, run in runs.items():
+                if self.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(self.device)
+                began = time.perf_counter()
+                with torch.no_grad():
+                    run()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                    peaks[f"{name}_peak_mb"] = torch.cuda.max_memory_allocated(self.device) / 2**20
+                times[name].append(time.perf_counter() - began)
+        median = {name: statistics.median(values[1:]) for name, values in times.items()}
+        share, ratio = median["feature"] / median["whole"], median["corrected"] / median["plain"]
+        figures = {"feature_share": share, "ratio": ratio, "allowed_ratio": 1.1 * (1 + share)} | peaks
+        # timings of a few steps are rough: only a gross excess fails here; `dpt.benchmark` measures it
+        return ratio <= 1.5 * (1 + share), figures | {f"{name}_s": value for name, value in median.items()}
+
+    def pictures(self):
+        """Draws the prompts with and without correction."""
+        rows = []
+        for prompt in self.prompts:
+            images = [
+                draw(
+                    self.sd,
+                    [prompt] * 2,
+                    [0, 1],
+                    num_inference_steps=self.args.steps,
+                    scorer=self.scorer,
+                    correction=CorrectionSettings(factor=factor),
+                )
+                for factor in (0.0, 0.5)
+            ]
+            rows.append((f"{prompt} (two without correction, two with)", [x for pair in images for x in pair]))
+        make_grid(rows).save(self.args.outdir / "pictures.png")
+        return all(image.std() > 1 for _, images in rows for image in images), {}
+
+
+CHECKS = ("tensors", "stock", "half_precision", "score_rises", "itm", "rec", "cost", "pictures")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="sd21-base")
+    parser.add_argument("--dpt", type=Path, required=True, help="adapter and LoRA")
+    parser.add_argument(
+        "--coco", type=Path, help="folder with COCO and REC annotations; without it ITM and REC are left out"
+    )
+    parser.add_argument("--device", help="default: the first CUDA device, else the CPU")
+    parser.add_argument("--num_pairs", type=int, default=400, help="images for ITM and for REC (default: 400)")
+    parser.add_argument("--steps", type=int, default=20, help="steps of the pictures (default: 20)")
+    parser.add_argument("--local_files_only", action="store_true", help="never ask the hub")
+    parser.add_argument("--outdir", type=Path, default=Path("outputs/verify"))
+    args = parser.parse_args(argv)
+    try:
+        args.outdir.mkdir(parents=True, exist_ok=True)
+        verification = Verification(args)
+        report = {"model": args.model, "dpt": str(args.dpt), "torch": torch.__version__, "checks": {}}
+        for name in CHECKS:
+            passed, figures = getattr(verification, name)()
+            report["checks"][name] = {"passed": passed} | figures
+            print(f"{ {True: 'passed', False: 'FAILED', None: 'left out'}[passed]:9}{name}: {json.dumps(figures)}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    (args.outdir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"report: {args.outdir / 'report.json'}, {args.outdir / 'pictures.png'}")
+    return 1 if any(check["passed"] is False for check in report["checks"].values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
