@@ -166,7 +166,7 @@ def load_stable_diffusion(
             feature_extractor=None,
             requires_safety_checker=False,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(_missing(model, source, error)) from error
     config = pipeline.scheduler.config
     parts = {"text_encoder": pipeline.text_encoder, "vae": pipeline.vae, "unet": pipeline.unet}

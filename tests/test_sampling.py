@@ -55,7 +55,7 @@ def test_the_loop_reports_every_step_and_keeps_no_graph(sd):
     steps = []
     weight = torch.ones(1, requires_grad=True)
     latents = sample(
-        lambda latents, timestep: latents * weight,
+        lambda latents, conditional_latents, timestep: latents * weight,
         sd.scheduler,
         initial_noise([1], (4, 16, 16)),
         num_inference_steps=5,
