@@ -20,11 +20,10 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from tqdm import tqdm
 
 from dpt.adapter import Scorer, itm_score
-from dpt.boxes import box_iou, cxcywh_to_xyxy
 from dpt.checkpoint import load_checkpoint
 from dpt.data.coco import load_captions, load_expressions, load_pixels
 from dpt.images import make_grid
-from dpt.metrics import bootstrap_interval
+from dpt.metrics import bootstrap_interval, rec_hits
 from dpt.sampling import (
     CorrectionSettings,
     SelfCorrection,
@@ -177,14 +176,13 @@ class Verification:
             batch = expressions[start : start + 8]
             noisy, timestep = self.noisy(torch.stack([pixels for pixels, _, _ in batch]))
             _, outputs = self.read(noisy, timestep, [text for _, text, _ in batch])
-            surest = outputs["pred_logits"].softmax(-1)[..., -1].argmin(1)
-            predicted.append(outputs["pred_boxes"][torch.arange(len(batch)), surest].float().cpu())
+            predicted.append({name: value.float().cpu() for name, value in outputs.items()})
             truth += [box for _, _, box in batch]
-        iou = box_iou(cxcywh_to_xyxy(torch.cat(predicted)), cxcywh_to_xyxy(torch.stack(truth)))
-        hits = (iou.diagonal() >= 0.5).float()
-        chance = (iou.roll(len(iou) // 2, dims=1).diagonal() >= 0.5).float()
+        logits, boxes = (torch.cat([p[name] for p in predicted]) for name in ("pred_logits", "pred_boxes"))
+        others = truth[len(truth) // 2 :] + truth[: len(truth) // 2]
+        hits, chance = (rec_hits(logits, boxes, torch.stack(t), ks=(1,))[:, 0].float() for t in (truth, others))
         mean, low, high = bootstrap_interval((hits - chance).numpy())
-        figures = {"precision_at_1": hits.mean().item(), "chance": chance.mean().item(), "expressions": len(iou)}
+        figures = {"precision_at_1": hits.mean().item(), "chance": chance.mean().item(), "expressions": len(truth)}
         return low > 0, figures | {"above_chance": mean, "interval": [low, high]}
 
     def _expressions(self):

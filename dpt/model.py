@@ -1,0 +1,145 @@
+"""DPT: the module that DDP wraps. One forward is one training step's losses.
+
+Shapes: B samples, C latent channels, (h, w) latent size, L text tokens, E context width, P pooled text width,
+T expression tokens, R width of the REC text encoder.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from diffusers import SchedulerMixin, UNet2DConditionModel
+from torch import nn
+
+from dpt.adapter import DiscriminativeAdapter
+from dpt.losses import denoising_loss, itm_loss, rec_losses
+from dpt.unet_features import unet_features
+
+# The passes after (image, caption): which of (image, negative, random) is conditioned on which of (caption, negative,
+# random); None is the referring expression.
+EARLY_PASSES = ((0, None), (0, 1), (0, 2), (1, 0), (2, 0))
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """What each named loss is multiplied by; a group at 0 is not computed."""
+
+    itm_i2t: float = 1.0
+    itm_t2i: float = 1.0
+    ce: float = 1.0
+    bbox: float = 5.0
+    giou: float = 2.0
+    contrastive_align: float = 1.0
+    denoise: float = 1.0
+
+    def total(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The weighted sum of `loss_*` values."""
+        return sum(getattr(self, name.removeprefix("loss_")) * value for name, value in losses.items())
+
+    @property
+    def itm(self) -> bool:
+        return bool(self.itm_i2t or self.itm_t2i)
+
+    @property
+    def rec(self) -> bool:
+        return bool(self.ce or self.bbox or self.giou or self.contrastive_align)
+
+
+class DPT(nn.Module):
+    """A U-Net (frozen, or with LoRA) and the adapter that reads it.
+
+    Args:
+        blocks: the probed blocks; see `unet_features`.
+        train_unet: whether gradients reach the U-Net (tune) or stop at its features (probe).
+        scheduler: says what timesteps mean to the denoising loss.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        adapter: DiscriminativeAdapter,
+        blocks: tuple[str, ...],
+        scheduler: SchedulerMixin,
+        *,
+        train_unet: bool,
+        weights: LossWeights | None = None,
+        snr_gamma: float | None = None,
+        itm_layer: int = -1,
+    ):
+        super().__init__()
+        self.unet, self.adapter, self.blocks, self.scheduler = unet, adapter, blocks, scheduler
+        self.train_unet, self.weights = train_unet, weights or LossWeights()
+        self.snr_gamma, self.itm_layer = snr_gamma, itm_layer
+
+    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
+        """The losses of one step.
+
+        Args:
+            batch: `noisy_latents` (B, 3, C, h, w) of image, hard-negative and random image, all noised alike;
+                `timesteps` (B,); `caption_context` (B, 3, L, E) and `caption_pooled` (B, 3, P) of the caption, its hard
+                negative and a random one; for REC `expression_context` (B, L, E), `targets` and `num_boxes` as
+                `rec_losses` takes them, and `token_states` (B, T, R) where there is contrastive alignment; for
+                denoising `noise_target` (B, C, h, w).
+
+        Returns:
+            Named losses, unweighted, those whose weight is 0 left out.
+        """
+        weights, losses = self.weights, {}
+        denoises = self.train_unet and bool(weights.denoise)
+        passes = [p for p in EARLY_PASSES if (weights.rec if p[1] is None else weights.itm)]
+        if weights.itm and not denoises:  # (image, caption) may stop early too
+            passes.append((0, 0))
+        features, noise_pred = self._features(batch, passes, with_full=denoises)
+        passes += [(0, 0)] if denoises else []
+        hs = self.adapter(features, batch["timesteps"].repeat(len(passes)))
+        hs = dict(zip(passes, hs.chunk(len(passes), dim=1), strict=True))
+        if weights.itm:
+            losses |= self._itm(hs, batch["caption_pooled"])
+        if weights.rec:
+            losses |= self._rec(hs[0, None], batch)
+        if denoises:
+            losses |= denoising_loss(
+                noise_pred, batch["noise_target"], batch["timesteps"], self.scheduler, snr_gamma=self.snr_gamma
+            )
+        return {name: value for name, value in losses.items() if getattr(weights, name.removeprefix("loss_"))}
+
+    def _features(self, batch, passes, *, with_full):
+        """Feature maps of the early passes as one batch, followed by those of the full pass, if there is one."""
+        gradients = contextlib.nullcontext() if self.train_unet else torch.no_grad()
+        timesteps, images, captions = batch["timesteps"], batch["noisy_latents"], batch["caption_context"]
+        parts, noise_pred = [], None
+        with gradients:
+            if passes:
+                latents = torch.cat([images[:, image] for image, _ in passes])
+                contexts = [batch["expression_context"] if text is None else captions[:, text] for _, text in passes]
+                repeated = timesteps.repeat(len(passes))
+                parts.append(unet_features(self.unet, self.blocks, latents, repeated, torch.cat(contexts))[0])
+            if with_full:
+                features, noise_pred = unet_features(
+                    self.unet, self.blocks, images[:, 0], timesteps, captions[:, 0], with_noise_pred=True
+                )
+                parts.append(features)
+        return [torch.cat(maps) for maps in zip(*parts, strict=True)], noise_pred
+
+    def _itm(self, hs, pooled):
+        def embeddings(passes):
+            return torch.stack([self.adapter.itm_embeddings(hs[p], self.itm_layer) for p in passes], dim=1)
+
+        return itm_loss(
+            embeddings([(0, 0), (0, 1), (0, 2)]),
+            pooled,
+            embeddings([(0, 0), (1, 0), (2, 0)]),
+            pooled[:, 0],
+            self.adapter.itm_head.logit_scale.exp(),
+        )
+
+    def _rec(self, hs, batch):
+        proj_tokens = None
+        if self.weights.contrastive_align:
+            proj_tokens = self.adapter.rec_head.project_tokens(batch["token_states"])
+        return rec_losses(
+            self.adapter.rec_outputs(hs),
+            batch["targets"],
+            proj_tokens=proj_tokens,
+            num_boxes=batch.get("num_boxes"),
+        )
