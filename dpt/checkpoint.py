@@ -19,14 +19,14 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from huggingface_hub import ModelHubMixin
+from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dpt.adapter import AdapterConfig, DiscriminativeAdapter, Scorer
 from dpt.config import load_config, save_config
 from dpt.lora import load_lora, lora_key, lora_metadata
-from dpt.stable_diffusion import StableDiffusion
+from dpt.stable_diffusion import MODELS, StableDiffusion
 from dpt.unet_features import block_channels, parse_feature
 
 ADAPTER_FILE, CONFIG_FILE, LORA_FILE = "adapter.safetensors", "config.yaml", "pytorch_lora_weights.safetensors"
@@ -68,6 +68,8 @@ class DPTConfig:
     lora_rank: int = 0
     """0: no LoRA"""
     lora_alpha: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    """figures for the model card"""
 
 
 class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
@@ -102,6 +104,19 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
         self.adapter.to(sd.device).eval().requires_grad_(False)
         return Scorer(self.adapter, blocks, self.config.itm_layer)
 
+    def generate_model_card(self, *args, **kwargs) -> ModelCard:
+        """What the weights are, in words, with their metrics and licence."""
+        figures = "".join(f"| {name} | {value:g} |\n" for name, value in self.config.metrics.items())
+        metrics = f"\n| metric | value |\n|---|---|\n{figures}" if figures else "\nNo metrics were recorded.\n"
+        data = ModelCardData(
+            library_name="dpt", license="apache-2.0", base_model=MODELS.get(self.config.base_model), tags=["dpt"]
+        )
+        return ModelCard(
+            f"---\n{data.to_yaml()}\n---\n\n# DPT weights\n\nAdapter and LoRA for {self.config.base_model}, probed at "
+            f"{self.config.feature}. Load with `dpt.SelfCorrectionPipeline.load_dpt`, the LoRA alone with "
+            f"`pipe.load_lora_weights`.\n{metrics}\nLicence: Apache-2.0.\n"
+        )
+
     def _save_pretrained(self, save_directory: Path) -> None:
         save_file(self.adapter.state_dict(), save_directory / ADAPTER_FILE)
         save_config(self.config, save_directory / CONFIG_FILE)
@@ -116,8 +131,6 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
     def _from_pretrained(cls, *, model_id, **kwargs) -> "DPTCheckpoint":
         if Path(model_id).exists():
             return load_checkpoint(model_id)
-        from huggingface_hub import snapshot_download
-
         names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
         return load_checkpoint(snapshot_download(model_id, **{n: kwargs[n] for n in names if n in kwargs}))
 

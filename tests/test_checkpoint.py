@@ -1,4 +1,6 @@
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -51,6 +53,7 @@ def test_golden_lora_outputs(golden):
 
 
 def test_our_folder_round_trips(golden, released, tmp_path):
+    released.config.metrics = {"itm": 0.9}
     save_checkpoint(released, tmp_path / "dpt")
     names = {str(p.relative_to(tmp_path / "dpt")) for p in (tmp_path / "dpt").rglob("*") if p.is_file()}
     assert {"adapter.safetensors", "config.yaml", "lora/pytorch_lora_weights.safetensors", "README.md"} <= names
@@ -59,6 +62,8 @@ def test_our_folder_round_trips(golden, released, tmp_path):
         assert all(torch.equal(v, again.lora[k]) for k, v in released.lora.items())
         state = again.adapter.state_dict()
         assert all(torch.equal(v, state[k]) for k, v in released.adapter.state_dict().items())
+    card = (tmp_path / "dpt/README.md").read_text()
+    assert all(text in card for text in ("sd21-base", "up1", "apache-2.0", "| itm | 0.9 |"))
     with pytest.raises(ValueError, match="exists already"):
         save_checkpoint(released, tmp_path / "dpt")
     assert [p.name for p in tmp_path.iterdir()] == ["dpt"]
@@ -169,51 +174,14 @@ def test_a_config_that_does_not_fit_is_named(released, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_released_size_loads_converts_and_inspects_within_8_gb(golden, tmp_path):
-    """The released layout at full SD 2.1 size, random numbers, in a process of its own."""
-    import json
-    import subprocess
-    import sys
-
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import resource, torch\n"
-        "from diffusers import UNet2DConditionModel\n"
-        "from dpt.adapter import AdapterConfig, DiscriminativeAdapter\n"
-        "from dpt.checkpoint import ADAPTER_KEYS, main, load_checkpoint\n"
-        "from dpt.lora import load_lora\n"
-        "import json, sys\n"
-        "keys = json.load(open(sys.argv[1]))\n"
-        "with torch.device('meta'):\n"
-        "    unet = UNet2DConditionModel(sample_size=64, attention_head_dim=(5, 10, 20, 20),\n"
-        "        cross_attention_dim=1024, use_linear_projection=True)\n"
-        "    full = DiscriminativeAdapter(AdapterConfig()).state_dict()\n"
-        "modules, state = dict(unet.named_modules()), {}\n"
-        "from dpt.checkpoint import adapter_key\n"
-        "for key in keys:\n"
-        "    if not key.startswith('unet.'):\n"
-        "        state[key] = torch.randn(full[adapter_key(key)].shape)\n"
-        "for name, module in modules.items():\n"
-        "    if name.endswith(('attn1', 'attn2')):\n"
-        "        for part in ('q', 'k', 'v', 'out'):\n"
-        "            linear = module.to_out[0] if part == 'out' else getattr(module, 'to_' + part)\n"
-        "            prefix = f'unet.{name}.processor.to_{part}_lora.'\n"
-        "            state[prefix + 'down.weight'] = torch.randn(4, linear.in_features)\n"
-        "            state[prefix + 'up.weight'] = torch.randn(linear.out_features, 4)\n"
-        "torch.save(state, sys.argv[2] + '/pytorch_model.bin')\n"
-        "assert main(['convert', sys.argv[2], sys.argv[2] + '/own']) == 0\n"
-        "assert main(['inspect', sys.argv[2] + '/own']) == 0\n"
-        "unet = unet.to(torch.bfloat16).to_empty(device='cpu')\n"
-        "load_lora(unet, load_checkpoint(sys.argv[2] + '/own').lora, alpha=4)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2)\n"
-    )
+def test_the_released_size_loads_converts_and_inspects_within_8_gb(golden, tmp_path, request):
     keys = golden / "stage2_pytorch_model.keys.json"
-    command = [sys.executable, str(script), str(keys), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.released_size", str(keys), str(tmp_path)]
+    done = subprocess.run(command, cwd=request.config.rootpath, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "100 REC queries, text width 1024" in done.stdout
+    assert "rank 4, alpha 4" in done.stdout
     assert float(done.stdout.splitlines()[-1]) < 8
-    assert json.loads(keys.read_text())
 
 
 def test_safetensors_of_the_released_layout(golden, tmp_path):

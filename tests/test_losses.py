@@ -102,6 +102,8 @@ def test_golden_denoising_loss(golden):
     scheduler = DDIMScheduler.from_pretrained(golden / "sd21/scheduler")
     assert torch.allclose(scheduler.alphas_cumprod, arrays["alphas_cumprod"])
     assert torch.allclose(signal_to_noise_ratio(scheduler, arrays["t"]), arrays["snr"])
+    noisy = scheduler.add_noise(arrays["pred"], arrays["noise"], arrays["t"])
+    assert torch.allclose(noisy, arrays["add_noise"], rtol=1e-5, atol=1e-6)
     inputs = (arrays["pred"], arrays["noise"], arrays["t"], scheduler)
     assert denoising_loss(*inputs)["loss_denoise"].item() == pytest.approx(arrays["mse"].item(), rel=1e-5)
     weighted = denoising_loss(*inputs, snr_gamma=5.0)["loss_denoise"].item()
