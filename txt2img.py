@@ -91,8 +91,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("n_samples", "n_iter", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    if not 1 <= args.steps <= 1000:
-        raise ValueError(f"--ddim_steps is {args.steps}; it must be between 1 and 1000")
+    if not 1 <= args.steps <= 500:
+        raise ValueError(f"--ddim_steps is {args.steps}; it must be between 1 and 500")
+    if args.correction_norm is not None and args.correction_factor is not None:
+        raise ValueError("--correction_factor and --correction_norm exclude each other: pass one of them")
     if not 0 <= args.scale < 1000:
         raise ValueError(f"--scale is {args.scale}; it must be a number from 0 to 1000")
     if not 0 <= args.seed < 2**62:
@@ -173,7 +175,7 @@ def describe_correction(weights: Path | None, correction: CorrectionSettings) ->
 
 
 def weights_fingerprint(*modules: torch.nn.Module) -> str:
-    """16 hex digits that change when any tensor does: a hash of every tensor's shape and first values."""
+    """16 hex digits that tell models apart: a hash of every tensor's name, shape and first 16 values."""
     digest = hashlib.sha256()
     for module in modules:
         for name, tensor in module.state_dict().items():
@@ -194,7 +196,7 @@ def announce_limits(sd: StableDiffusion, prompts: list[str]) -> None:
         if cut:
             limit = sd.tokenizer.model_max_length
             print(f"note: {sd.name} reads {limit} tokens a prompt; not read of {prompt[:40]!r}...: {cut[:60]!r}...")
-    if sd.name != "shapes":
+    if Path(sd.source).resolve() != (CKPT_FOLDER / "shapes").resolve():
         return
     for prompt in prompts:
         try:
@@ -208,11 +210,15 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
         return run(args)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except torch.OutOfMemoryError:
+        print(
+            f"error: out of memory: lower --batch_size (now {args.batch_size}), --H and --W, or use --dtype float16; "
+            f"finished pictures are in {args.outdir / 'samples'}",
+            file=sys.stderr,
+        )
         return 2
     except OSError as error:  # such as a full disk
         print(f"error: {error}; finished pictures are in {args.outdir / 'samples'}", file=sys.stderr)
@@ -255,7 +261,7 @@ def run(args: argparse.Namespace) -> int:
         device=device,
     )
     _, h, w = sd.latent_shape(args.H, args.W)
-    checkpoint = load_checkpoint(weights, base_model=args.model) if weights else None
+    checkpoint = load_checkpoint(weights) if weights else None
     scorer = checkpoint.attach(sd) if checkpoint else None
     settings = {
         "model": args.model,
@@ -274,6 +280,8 @@ def run(args: argparse.Namespace) -> int:
     for job in jobs:
         job["settings"] = settings
     announce_limits(sd, prompts)
+    if args.negative_prompt and args.scale <= 1:
+        print("note: --negative_prompt has no effect at a --scale of 1 or less")
     if args.skip_existing:
         there = {job_key(record) for record in read_metadata(args.outdir)}
         jobs = [job for job in jobs if job_key(job) not in there]
@@ -322,7 +330,8 @@ def draw_jobs(
                 record = {name: job[name] for name in ("prompt", "seed", "settings")} | {"versions": versions}
                 pattern = "{:05d}.png"
                 if args.compbench:
-                    name = " ".join(job["prompt"].replace("/", " ").split())[:200]
+                    name = " ".join(job["prompt"].replace("/", " ").split())
+                    name = name.encode()[:200].decode(errors="ignore")  # file names end at 255 bytes
                     pattern = name.replace("{", "{{").replace("}", "}}") + "_{:06d}.png"
                 candidates = numbered(args.outdir / "samples", pattern, job["number"])
                 chunks = record | {"seed": str(job["seed"])}

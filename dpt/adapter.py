@@ -5,56 +5,17 @@ L text tokens, R width of the REC text encoder, K width of the contrastive space
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dpt.config import AdapterConfig
 from dpt.embeddings import LearnedPositionEmbedding, SinePositionEmbedding, TimestepEmbedder
 from dpt.transformer import Transformer
 
 NUM_TOKEN_SLOTS = 255  # REC's classes are the expression's token positions, and one for "no object"
-
-
-@dataclass
-class AdapterConfig:
-    """What an adapter is made of; the defaults are the paper's for SD 2.1."""
-
-    in_channels: list[int] = field(default_factory=lambda: [1280])
-    """channels of each feature map"""
-    fuse: bool = False
-    """sum the maps after a 1x1 convolution each (`all`) instead of concatenating them"""
-    fusion_dim: int = 1280
-    fusion_size: int = 16
-    """channels, height and width of the fused map"""
-    hidden_dim: int = 256
-    nheads: int = 8
-    enc_layers: int = 1
-    dec_layers: int = 1
-    dim_feedforward: int = 2048
-    dropout: float = 0.1
-    pre_norm: bool = False
-    position_embedding: str = "sine"
-    """sine or learned"""
-    num_queries_itm: int = 10
-    num_queries_rec: int = 100
-    text_dim: int = 1024
-    """width of the pooled text that ITM compares with"""
-    rec_text_dim: int = 768
-    """width of the token states that REC is aligned with"""
-    contrastive_dim: int = 64
-
-    def __post_init__(self):
-        if self.position_embedding not in ("sine", "learned"):
-            raise ValueError(f"position_embedding is {self.position_embedding!r}; it must be sine or learned")
-        if self.hidden_dim % self.nheads or self.hidden_dim % 4:
-            raise ValueError(
-                f"hidden_dim is {self.hidden_dim}; it must be divisible by 4 and by nheads ({self.nheads})"
-            )
-        for name in ("num_queries_itm", "num_queries_rec", "enc_layers", "dec_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
 class FeatureFusion(nn.Module):

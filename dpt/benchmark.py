@@ -17,7 +17,8 @@ import time
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from dpt.adapter import AdapterConfig, DiscriminativeAdapter, Scorer
+from dpt.adapter import DiscriminativeAdapter, Scorer
+from dpt.config import AdapterConfig
 from dpt.sampling import CorrectionSettings, SelfCorrection, classifier_free_guidance
 from dpt.stable_diffusion import load_stable_diffusion
 from dpt.unet_features import block_channels, unet_features

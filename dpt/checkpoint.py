@@ -14,7 +14,6 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,9 +22,9 @@ from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_do
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dpt.adapter import AdapterConfig, DiscriminativeAdapter, Scorer
-from dpt.config import load_config, save_config
-from dpt.lora import load_lora, lora_key, lora_metadata
+from dpt.adapter import DiscriminativeAdapter, Scorer
+from dpt.config import AdapterConfig, DPTConfig, load_config, save_config
+from dpt.lora import load_lora, lora_key, lora_metadata, remove_lora
 from dpt.stable_diffusion import MODELS, StableDiffusion
 from dpt.unet_features import block_channels, parse_feature
 
@@ -55,23 +54,6 @@ ADAPTER_KEYS = (
 """Reference's key pattern -> our name. The first that matches counts."""
 
 
-@dataclass
-class DPTConfig:
-    """What the weights are, and for which model."""
-
-    base_model: str = "sd21-base"
-    feature: str = "up1"
-    """the probed block, or several; see `unet_features`"""
-    itm_layer: int = -1
-    """the decoder layer that ITM reads; the reference reads the first (0)"""
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    lora_rank: int = 0
-    """0: no LoRA"""
-    lora_alpha: float = 0.0
-    metrics: dict[str, float] = field(default_factory=dict)
-    """figures for the model card"""
-
-
 class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
     """An adapter, a LoRA for the U-Net (perhaps empty), and their config.
 
@@ -87,9 +69,11 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
         Raises:
             ValueError: made for another text width or block layout.
         """
+        if self.config.base_model != sd.name and {self.config.base_model, sd.name} <= MODELS.keys():
+            raise ValueError(f"{self.source} was made for {self.config.base_model}; the model here is {sd.name}")
         blocks, config = parse_feature(self.config.feature, sd.unet.config), self.config.adapter
         found, wanted = [block_channels(block, sd.unet.config) for block in blocks], config.in_channels
-        if found != wanted:
+        if found != wanted and (config.fuse or sum(found) != sum(wanted)):
             raise ValueError(
                 f"{self.source}: the adapter reads {wanted} channels at {self.config.feature}; "
                 f"{sd.name} has {found} there"
@@ -101,6 +85,8 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
             )
         if self.lora:
             load_lora(sd.unet, self.lora, alpha=self.config.lora_alpha)
+        else:
+            remove_lora(sd.unet)
         self.adapter.to(sd.device).eval().requires_grad_(False)
         return Scorer(self.adapter, blocks, self.config.itm_layer)
 
@@ -144,7 +130,7 @@ def adapter_key(reference_key: str) -> str | None:
 
 
 def infer_adapter_config(
-    state: dict[str, torch.Tensor], *, num_queries_itm: int = 10, nheads: int = 8, pre_norm: bool = False, **fixed
+    state: dict[str, torch.Tensor], *, num_queries_itm: int = 10, nheads: int = 8, **fixed
 ) -> AdapterConfig:
     """The config that an adapter's tensors (our names) fit; what shapes do not tell is given.
 
@@ -171,7 +157,7 @@ def infer_adapter_config(
             "enc_layers": layers("encoder"),
             "dec_layers": layers("decoder"),
             "dim_feedforward": state["transformer.encoder_layers.0.feed_forward.0.weight"].shape[0],
-            "pre_norm": pre_norm,
+            "pre_norm": "transformer.encoder_norm.weight" in state,
             "position_embedding": "learned" if "position_embedding.row_embed.weight" in state else "sine",
             "num_queries_itm": num_queries_itm,
             "num_queries_rec": len(state["query_embed.weight"]) - num_queries_itm,
@@ -327,9 +313,11 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument(
             "--num_queries_itm", type=int, default=10, help="released files: ITM queries (default: 10)"
         )
+        command.add_argument("--fusion_size", type=int, default=16, help="released files with `all`: map size (16)")
         command.add_argument("--nheads", type=int, default=8, help="released files: attention heads (default: 8)")
     args = parser.parse_args(argv)
-    settings = {name: getattr(args, name) for name in ("feature", "base_model", "num_queries_itm", "nheads")}
+    names = ("feature", "base_model", "num_queries_itm", "nheads", "fusion_size")
+    settings = {name: getattr(args, name) for name in names}
     try:
         checkpoint = load_checkpoint(args.path if args.command == "inspect" else args.input, **settings)
         print(describe(checkpoint))

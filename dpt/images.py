@@ -12,9 +12,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 METADATA_FILE = "metadata.jsonl"
+
+
+def to_pixels(images: list[np.ndarray]) -> torch.Tensor:
+    """uint8 images (H, W, 3) to (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_images(pixels: torch.Tensor) -> np.ndarray:
+    """Pixels (B, 3, H, W) in [0, 1] to uint8 images (B, H, W, 3)."""
+    return (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def save_new(image: Image.Image, candidates: Iterator[Path], metadata: dict | None = None) -> Path:
@@ -31,13 +42,24 @@ def save_new(image: Image.Image, candidates: Iterator[Path], metadata: dict | No
         temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
             image.save(temporary, "PNG", pnginfo=info)
-            os.link(temporary, path)  # fails where the name was taken meanwhile
+            _take_name(temporary, path)
             return path
-        except FileExistsError:
+        except FileExistsError:  # taken meanwhile
             continue
         finally:
             temporary.unlink(missing_ok=True)
     raise AssertionError("candidates are endless")
+
+
+def _take_name(temporary: Path, path: Path) -> None:
+    """Gives a finished file its name; FileExistsError where there is one of that name."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        with path.open("xb") as file:
+            file.write(temporary.read_bytes())
 
 
 def numbered(folder: Path, pattern: str, start: int = 0) -> Iterator[Path]:

@@ -4,7 +4,6 @@ import re
 
 import torch
 from diffusers import UNet2DConditionModel
-from peft.utils import get_peft_model_state_dict
 
 ADAPTER_NAME = "dpt"
 _RELEASED = re.compile(r"unet\.(?P<attention>.+)\.processor\.to_(?P<name>q|k|v|out)_lora\.(?P<part>down|up)\.weight")
@@ -57,8 +56,3 @@ def remove_lora(unet: UNet2DConditionModel) -> None:
     """Detaches the PEFT adapter "dpt", if there is one."""
     if ADAPTER_NAME in getattr(unet, "peft_config", {}):
         unet.delete_adapters(ADAPTER_NAME)
-
-
-def lora_state(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
-    """The tensors of the PEFT adapter "dpt", in diffusers' names."""
-    return get_peft_model_state_dict(unet, adapter_name=ADAPTER_NAME)

@@ -5,44 +5,19 @@ T expression tokens, R width of the REC text encoder.
 """
 
 import contextlib
-from dataclasses import dataclass
 
 import torch
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import nn
 
 from dpt.adapter import DiscriminativeAdapter
+from dpt.config import LossWeights
 from dpt.losses import denoising_loss, itm_loss, rec_losses
 from dpt.unet_features import unet_features
 
 # The passes after (image, caption): which of (image, negative, random) is conditioned on which of (caption, negative,
 # random); None is the referring expression.
 EARLY_PASSES = ((0, None), (0, 1), (0, 2), (1, 0), (2, 0))
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """What each named loss is multiplied by; a group at 0 is not computed."""
-
-    itm_i2t: float = 1.0
-    itm_t2i: float = 1.0
-    ce: float = 1.0
-    bbox: float = 5.0
-    giou: float = 2.0
-    contrastive_align: float = 1.0
-    denoise: float = 1.0
-
-    def total(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The weighted sum of `loss_*` values."""
-        return sum(getattr(self, name.removeprefix("loss_")) * value for name, value in losses.items())
-
-    @property
-    def itm(self) -> bool:
-        return bool(self.itm_i2t or self.itm_t2i)
-
-    @property
-    def rec(self) -> bool:
-        return bool(self.ce or self.bbox or self.giou or self.contrastive_align)
 
 
 class DPT(nn.Module):

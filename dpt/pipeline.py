@@ -92,6 +92,7 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
         )
         correct = None
         if settings.active:
+            self._scorer.adapter.to(self._execution_device)
             correct = SelfCorrection(self.unet, self._scorer, self.scheduler, context, pooled, settings)
         with self.progress_bar(total=num_inference_steps) as bar:
 
@@ -107,6 +108,7 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
                 num_inference_steps=num_inference_steps,
                 correct=correct,
                 correction_target=settings.target,
+                generator=generator,
                 on_step=on_step,
             )
         if output_type == "latent":

@@ -3,15 +3,17 @@
 Shapes: B images, C latent channels, (h, w) latent size, L text tokens, E context width, P pooled text width.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from diffusers import SchedulerMixin, UNet2DConditionModel
+from diffusers import DDIMScheduler, SchedulerMixin, UNet2DConditionModel
 
 from dpt.adapter import Scorer, itm_score
+from dpt.images import to_images
 from dpt.stable_diffusion import StableDiffusion
 from dpt.unet_features import unet_features
 
@@ -189,6 +191,7 @@ def sample(
     correct: Corrector | None = None,
     correction_target: str = "conditional",
     parity: bool = False,
+    generator: torch.Generator | list[torch.Generator] | None = None,
     on_step: Callable[[int, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """Denoises standard normal `noise` (B, C, h, w) to scaled latents of the same shape, in float32.
@@ -196,13 +199,26 @@ def sample(
     Args:
         correct: moves the latents before each step.
         correction_target: "conditional" or "latent"; see `CorrectionSettings`.
-        parity: end as the reference does: its last step runs off the schedule and is discarded. DDIM only.
+        parity: end as the reference does: its last step runs off the schedule and is discarded.
+        generator: for schedulers that draw noise at each step.
         on_step: called after each step with its number and the latents.
+
+    Raises:
+        ValueError: more steps than the schedule has, or `parity` with anything but DDIM predicting epsilon.
     """
+    if parity and not (isinstance(scheduler, DDIMScheduler) and scheduler.config.prediction_type == "epsilon"):
+        raise ValueError("parity is the reference's DDIM for models that predict epsilon; this one needs parity=False")
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    if scheduler.timesteps.max() >= scheduler.config.num_train_timesteps:
+        raise ValueError(
+            f"num_inference_steps is {num_inference_steps}; the schedule's {scheduler.config.num_train_timesteps} "
+            "timesteps allow fewer: half of them is always safe"
+        )
+    draws_noise = "generator" in inspect.signature(scheduler.step).parameters
+    options = {"generator": generator} if draws_noise and generator is not None else {}
     latents = previous = noise * scheduler.init_noise_sigma
     for step, timestep in enumerate(scheduler.timesteps):
-        corrected = correct(latents, timestep, step, num_inference_steps) if correct is not None else None
+        corrected = correct(latents, timestep, step, len(scheduler.timesteps)) if correct is not None else None
         if corrected is None:
             corrected = latents
         elif correction_target == "latent":
@@ -212,7 +228,7 @@ def sample(
         if parity:
             latents = reference_ddim_step(scheduler, noise_pred, timestep, latents)
         else:
-            latents = scheduler.step(noise_pred, timestep, latents).prev_sample
+            latents = scheduler.step(noise_pred, timestep, latents, **options).prev_sample
         if on_step is not None:
             on_step(step, latents)
     return previous if parity else latents
@@ -285,5 +301,4 @@ def draw(
         parity=parity,
         on_step=on_step,
     )
-    pixels = sd.decode_latents(latents)
-    return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return to_images(sd.decode_latents(latents))

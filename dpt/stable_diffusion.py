@@ -194,6 +194,10 @@ def _source(model: str, notice) -> str:
 
 def _missing(model: str, source: str, error: Exception) -> str:
     reason = " ".join(str(error).split())[:200]
+    if model == "shapes":
+        return (
+            f"the embedded model is missing: {source} should be part of the repository; restore it with git ({reason})"
+        )
     if Path(source).is_dir():
         return f"model {model!r}: {source} is not a complete Stable Diffusion folder ({reason})"
     folder = CKPT_FOLDER / model if model in MODELS else "a local folder"

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dpt.adapter import Scorer, itm_score
 from dpt.checkpoint import load_checkpoint
 from dpt.data.coco import load_captions, load_expressions, load_pixels
-from dpt.images import make_grid
+from dpt.images import make_grid, to_pixels
 from dpt.metrics import bootstrap_interval, rec_hits
 from dpt.sampling import (
     CorrectionSettings,
@@ -33,7 +33,6 @@ from dpt.sampling import (
     sample,
     score_gradient,
 )
-from dpt.shapes.clip import to_pixels
 from dpt.shapes.scenes import render
 from dpt.shapes.world import ShapesWorld
 from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion
@@ -53,7 +52,7 @@ class Verification:
         self.args = args
         self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.half = torch.float16 if self.device.type == "cuda" else torch.bfloat16
-        self.checkpoint = load_checkpoint(args.dpt, base_model=args.model)
+        self.checkpoint = load_checkpoint(args.dpt)
         self.sd, self.scorer = self.load(torch.float32)
         self.prompts = PROMPTS["shapes" if args.model == "shapes" else "other"]
 
@@ -281,13 +280,16 @@ def main(argv: list[str] | None = None) -> int:
         verification = Verification(args)
         report = {"model": args.model, "dpt": str(args.dpt), "torch": torch.__version__, "checks": {}}
         for name in CHECKS:
-            passed, figures = getattr(verification, name)()
+            try:
+                passed, figures = getattr(verification, name)()
+            except (ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
+                passed, figures = False, {"error": str(error)}
             report["checks"][name] = {"passed": passed} | figures
             print(f"{ {True: 'passed', False: 'FAILED', None: 'left out'}[passed]:9}{name}: {json.dumps(figures)}")
+            (args.outdir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    (args.outdir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"report: {args.outdir / 'report.json'}, {args.outdir / 'pictures.png'}")
     return 1 if any(check["passed"] is False for check in report["checks"].values()) else 0
 

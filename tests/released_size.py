@@ -1,4 +1,4 @@
-"""Run as a script by `test_checkpoint`: the released layout at SD 2.1's size with random numbers, and its peak memory."""
+"""A script of `test_checkpoint`: the released layout at SD 2.1's size with random numbers, and its peak memory."""
 
 import json
 import resource
@@ -7,8 +7,9 @@ import sys
 import torch
 from diffusers import UNet2DConditionModel
 
-from dpt.adapter import AdapterConfig, DiscriminativeAdapter
+from dpt.adapter import DiscriminativeAdapter
 from dpt.checkpoint import adapter_key, load_checkpoint, main
+from dpt.config import AdapterConfig
 from dpt.lora import load_lora
 
 keys_file, folder = sys.argv[1:]

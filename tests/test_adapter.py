@@ -7,8 +7,9 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from dpt.adapter import AdapterConfig, DiscriminativeAdapter, itm_score
+from dpt.adapter import DiscriminativeAdapter, itm_score
 from dpt.checkpoint import adapter_key, infer_adapter_config
+from dpt.config import AdapterConfig
 from dpt.unet_features import block_channels, parse_feature, unet_features
 
 CASES = ["up1", "mid", "bottom1_up0", "all"]
@@ -29,7 +30,6 @@ def load_golden_adapter(golden, case, unet_config):
         state,
         num_queries_itm=options["num_queries_matching"],
         nheads=options["nheads"],
-        pre_norm=options["pre_norm"],
         in_channels=[block_channels(block, unet_config) for block in blocks],
         **({"fusion_size": int(fusion[1])} if fusion else {}),
     )

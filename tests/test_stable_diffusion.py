@@ -47,7 +47,7 @@ def test_sizes_come_from_the_config(sd):
 
 
 def test_latents_have_unit_scale_and_decode_to_the_picture(sd):
-    from dpt.shapes.clip import to_pixels
+    from dpt.images import to_pixels
     from dpt.shapes.scenes import render
     from dpt.shapes.world import ShapesWorld
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from dpt.images import to_pixels
 from dpt.shapes.captions import CATEGORIES, caption_text, sample_description
 from dpt.shapes.scenes import IMAGE_SIZE, render
 from dpt.shapes.world import ShapesWorld
@@ -71,11 +72,6 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     return tokenizer(
         texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
     ).input_ids
-
-
-def to_pixels(images: list[np.ndarray]) -> torch.Tensor:
-    """uint8 images (H, W, 3) to a (B, 3, H, W) tensor in [-1, 1]."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def embed_images(clip: CLIPModel, images: list[np.ndarray]) -> torch.Tensor:

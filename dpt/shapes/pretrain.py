@@ -5,9 +5,11 @@
 Every stage can be killed at any moment; the same command goes on where it stopped.
 """
 
+import argparse
 import json
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +22,9 @@ from dpt.shapes.captions import WebNoise
 from dpt.shapes.clip import contrastive_loss, load_clip, make_clip, make_tokenizer, pooled_cosines, retrieval, save_clip
 from dpt.shapes.quality import LABELS, judge_prompts
 from dpt.shapes.scenes import IMAGE_SIZE
-from dpt.shapes.training import plot_curves, train_stage
+from dpt.shapes.training import plot_curves, save_folder, train_stage
 from dpt.shapes.unet import Latents, denoising_losses, make_scheduler, make_unet, validation_loss
-from dpt.shapes.vae import cache_latents, make_vae, measure_scaling_factor, reconstruction_error, vae_losses
+from dpt.shapes.vae import cache_latents, make_vae, measure_scaling_factor, reconstruction_error, vae_losses, whiten
 from dpt.shapes.world import PROMPT_CATEGORIES, ShapesWorld, load_prompts
 from dpt.stable_diffusion import StableDiffusion
 
@@ -49,7 +51,7 @@ class Clip:
     heads: int = 4
     hard_share: float = 0.25
     """share of a batch that is pairs of an example and its hard negative"""
-    train: Optimization = field(default_factory=lambda: Optimization(steps=400, batch_size=256))
+    train: Optimization = field(default_factory=lambda: Optimization(steps=900, batch_size=256))
 
 
 @dataclass
@@ -57,7 +59,7 @@ class Vae:
     channels: list[int] = field(default_factory=lambda: [16, 32, 64, 64])
     crop: int = 64
     kl_weight: float = 1e-6
-    train: Optimization = field(default_factory=lambda: Optimization(steps=2000, batch_size=24, lr=2e-3))
+    train: Optimization = field(default_factory=lambda: Optimization(steps=3500, batch_size=24, lr=2e-3))
     decoder: Optimization = field(default_factory=lambda: Optimization(steps=800, batch_size=24, lr=1e-3))
     """the decoder alone, trained on with the encoder, and so the latents, as they are"""
 
@@ -75,7 +77,7 @@ class Unet:
     prompts_per_category: int = 10
     """val prompts drawn at each evaluation"""
     train: Optimization = field(
-        default_factory=lambda: Optimization(steps=2600, ema=0.998, save_every=100, evaluate_every=400, warmup=100)
+        default_factory=lambda: Optimization(steps=2000, ema=0.998, save_every=100, evaluate_every=500, warmup=100)
     )
 
 
@@ -99,7 +101,7 @@ def run_clip(config: PretrainConfig, folder: Path) -> None:
     if (folder / "clip/model.safetensors").exists():
         return
     if config.init_from:
-        save_clip(*load_clip(Path(config.init_from) / "clip"), folder / "clip")
+        save_folder(folder / "clip", partial(save_clip, *load_clip(Path(config.init_from) / "clip")))
         return
     torch.manual_seed(0)
     tokenizer, train = make_tokenizer(), config.clip.train
@@ -115,7 +117,7 @@ def run_clip(config: PretrainConfig, folder: Path) -> None:
         evaluate=lambda model, step: retrieval(model, tokenizer),
         **_loop(train),
     )
-    save_clip(average, tokenizer, folder / "clip")
+    save_folder(folder / "clip", partial(save_clip, average, tokenizer))
     print("pooled cosine to the hard negative:", pooled_cosines(average, tokenizer))
 
 
@@ -124,11 +126,13 @@ def run_vae(config: PretrainConfig, folder: Path) -> None:
     if (folder / "vae/config.json").exists():
         return
     if config.init_from:
-        AutoencoderKL.from_pretrained(config.init_from, subfolder="vae").save_pretrained(folder / "vae")
+        save_folder(folder / "vae", AutoencoderKL.from_pretrained(config.init_from, subfolder="vae").save_pretrained)
         return
     torch.manual_seed(1)
     vae = make_vae(config.vae.channels)
-    _train_vae("vae", config, folder, vae, config.vae.train, seed=2).save_pretrained(folder / "vae")
+    vae = _train_vae("vae", config, folder, vae, config.vae.train, seed=2)
+    whiten(vae, cache_latents(vae, ShapesWorld("train", seed=4), folder / "latents", count=2000))
+    save_folder(folder / "vae", vae.save_pretrained)
 
 
 def run_decoder(config: PretrainConfig, folder: Path) -> None:
@@ -138,7 +142,8 @@ def run_decoder(config: PretrainConfig, folder: Path) -> None:
     vae = AutoencoderKL.from_pretrained(folder / "vae").requires_grad_(False)
     vae.decoder.requires_grad_(True)
     vae.post_quant_conv.requires_grad_(True)
-    _train_vae("decoder", config, folder, vae, config.vae.decoder, seed=3).save_pretrained(folder / "vae-decoder")
+    vae = _train_vae("decoder", config, folder, vae, config.vae.decoder, seed=3)
+    save_folder(folder / "vae-decoder", vae.save_pretrained)
 
 
 def _train_vae(name, config, folder, vae, train, *, seed):
@@ -202,7 +207,7 @@ def run_unet(config: PretrainConfig, folder: Path) -> None:
 
     average = train_stage("unet", folder, sd.unet, losses_at, evaluate=evaluate, **_loop(train))
     plot_curves(folder / "unet.metrics.jsonl", folder / "unet.png")
-    average.save_pretrained(folder / "unet")
+    save_folder(folder / "unet", average.save_pretrained)
 
 
 def assemble(config: PretrainConfig, folder: Path, scaling_factor: float) -> StableDiffusion:
@@ -241,12 +246,16 @@ def run_export(config: PretrainConfig, folder: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.save_pretrained(config.output)
-    # transformers loads a tower in the precision its config names; the stock pipeline expects float32 by default
-    text_config = Path(config.output) / "text_encoder/config.json"
-    text_config.write_text(json.dumps(json.loads(text_config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     clip, tokenizer = load_clip(folder / "clip")
-    save_clip(clip.half(), tokenizer, Path(config.output) / "clip")
+
+    def write(output: Path):
+        pipeline.save_pretrained(output)
+        # transformers loads a tower in the precision its config names; the stock pipeline expects float32 by default
+        text_config = output / "text_encoder/config.json"
+        text_config.write_text(json.dumps(json.loads(text_config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+        save_clip(clip.half(), tokenizer, output / "clip")
+
+    save_folder(Path(config.output), write)
     print(f"{config.output}: U-Net of step {state['step']}, scaling factor {scaling_factor:.4f}")
 
 
@@ -266,17 +275,23 @@ STAGES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a YAML file: what differs from the defaults of `PretrainConfig`")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args(argv)
     try:
-        config = load_config(PretrainConfig, argv[0], argv[1:])
-    except (ValueError, IndexError) as error:
+        config = load_config(PretrainConfig, args.config, args.overrides)
+        unknown = [stage for stage in config.stages if stage not in STAGES]
+        if unknown:
+            raise ValueError(f"stages names {unknown[0]!r}; the stages are {', '.join(STAGES)}")
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     torch.set_num_threads(config.threads)
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, folder / "config.yaml")
     for stage in config.stages:
+        save_config(config, folder / f"{stage}.yaml")
         STAGES[stage](config, folder)
     return 0
 

@@ -15,14 +15,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dpt.images import make_grid
+from dpt.images import make_grid, to_images, to_pixels
 from dpt.metrics import bootstrap_interval
 from dpt.sampling import draw
-from dpt.shapes.clip import load_clip, pooled_cosines, retrieval, to_pixels
+from dpt.shapes.clip import load_clip, pooled_cosines, retrieval
 from dpt.shapes.oracle import judge
 from dpt.shapes.scenes import IMAGE_SIZE, render
 from dpt.shapes.world import PROMPT_CATEGORIES, ShapesWorld, load_prompts
@@ -69,7 +68,7 @@ def judge_prompts(
             num_inference_steps=num_inference_steps,
         )
         for (category, text, seed), image in zip(batch, images, strict=True):
-            verdict = judge(np.ascontiguousarray(image), text)
+            verdict = judge(image, text)
             record = {"category": category, "prompt": text, "seed": seed}
             records.append(record | {"label": verdict.label, "reason": verdict.reason})
             if folder is not None:
@@ -138,10 +137,7 @@ def oracle_section(args: argparse.Namespace) -> str:
             batch.append((image, example.caption))
         if len(batch) == 50 or (batch and i + 1 == args.renders):
             decoded = sd.decode_latents(sd.encode_images(to_pixels([image for image, _ in batch])))
-            decoded = (decoded * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-            trips += [
-                judge(np.ascontiguousarray(d), c).label == "correct" for d, (_, c) in zip(decoded, batch, strict=True)
-            ]
+            trips += [judge(d, c).label == "correct" for d, (_, c) in zip(to_images(decoded), batch, strict=True)]
             batch = []
     rows = [
         ("fresh renders judged correct", right, "99.5"),

@@ -12,7 +12,6 @@ A scene holds 1 to 4 objects. An object's `radius` is the circle's radius; the o
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -176,9 +175,3 @@ def render(scene: Scene) -> np.ndarray:
         region = canvas[y0:y1, x0:x1]
         region += alpha * (np.array(obj.rgb, np.float32) - region)
     return np.round(canvas).astype(np.uint8)
-
-
-@cache
-def all_pairs() -> tuple[tuple[str, str], ...]:
-    """Every (colour, shape) pair, 40 of them."""
-    return tuple((color, shape) for color in COLORS for shape in SHAPES)

@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,19 @@ def save_atomically(state: dict, path: Path) -> None:
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     torch.save(state, temporary)
     temporary.replace(path)
+
+
+def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a folder under a temporary name, then puts it in the place of one of that name."""
+    temporary, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("tmp", "old"))
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write(temporary)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
@@ -119,8 +133,11 @@ def train_stage(
 
 def _drop_metrics_after(path: Path, step: int) -> None:
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        lines = path.read_text().splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.replace(path)
 
 
 def plot_curves(metrics_path: Path, figure_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The autoencoder of the `shapes` world: 8x down, 4 latent channels, trained on crops."""
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +10,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-from dpt.shapes.clip import to_pixels
-from dpt.shapes.scenes import IMAGE_SIZE, render
+from dpt.images import to_images, to_pixels
+from dpt.shapes.scenes import IMAGE_SIZE, Scene, render
 from dpt.shapes.world import ShapesWorld
 
 
@@ -37,13 +39,16 @@ def vae_losses(
 ) -> dict[str, torch.Tensor]:
     """L1 and squared error of pixels, L1 of edges, and a slight KL term, on crops that show an object.
 
-    Edges are differences of neighbouring pixels; the squared error makes colours come early.
+    Edges are differences of neighbouring pixels; the squared error makes colours come early. Every other scene has any
+    colours instead of the palette's, so that the latents tell colours apart rather than name them.
     """
     pixels = []
     for k in range(batch_size):
         index = step * batch_size + k
         rng = world.generator(index, 8)
         _, scene = world.scene(index)
+        if k % 2:
+            scene = recolor(scene, rng)
         focus = scene.objects[0]
         x, y = (int(np.clip(v - rng.integers(0, crop), 0, IMAGE_SIZE - crop)) for v in (focus.x, focus.y))
         pixels.append(render(scene)[y : y + crop, x : x + crop])
@@ -60,11 +65,18 @@ def vae_losses(
     }
 
 
+def recolor(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with uniformly random colours of objects and background."""
+    colors = rng.integers(0, 256, (len(scene.objects) + 1, 3)).tolist()
+    objects = tuple(replace(o, rgb=tuple(c)) for o, c in zip(scene.objects, colors[1:], strict=True))
+    return Scene(objects, tuple(colors[0]))
+
+
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, images: list[np.ndarray]) -> list[np.ndarray]:
     """Images after an encode (to the mean) and decode round trip, uint8."""
     decoded = vae.decode(vae.encode(to_pixels(images)).latent_dist.mean).sample
-    return list(((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+    return list(to_images(decoded / 2 + 0.5))
 
 
 def reconstruction_error(vae: AutoencoderKL, *, size: int = 32) -> dict[str, float]:
@@ -79,12 +91,16 @@ def reconstruction_error(vae: AutoencoderKL, *, size: int = 32) -> dict[str, flo
 def cache_latents(vae: AutoencoderKL, world: ShapesWorld, folder: Path, *, count: int, chunk: int = 1000) -> np.ndarray:
     """Posterior means and log-variances of the first `count` scenes, (count, 8, H, W) float16, unscaled.
 
-    Written in chunks; chunks already there are kept.
+    Written in chunks into a folder of this autoencoder's and world's; chunks already there are kept.
     """
+    digest = hashlib.sha256(f"{world.split} {world.seed}".encode())
+    for tensor in vae.state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    folder = folder / digest.hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for start in tqdm(range(0, count, chunk), desc="latents", mininterval=5):
-        path = folder / f"latents_{world.split}_{start:07d}_{min(chunk, count - start)}.npy"
+        path = folder / f"{start:07d}_{min(chunk, count - start)}.npy"
         if not path.exists():
             rows = []
             for first in range(start, min(start + chunk, count), 50):
@@ -97,6 +113,34 @@ def cache_latents(vae: AutoencoderKL, world: ShapesWorld, folder: Path, *, count
             temporary.replace(path)
         parts.append(np.load(path))
     return np.concatenate(parts)
+
+
+@torch.no_grad()
+def whiten(vae: AutoencoderKL, posteriors: np.ndarray) -> None:
+    """Gives the latents zero mean and unit covariance, by a linear map folded into the 1x1 convolutions around them.
+
+    Left as trained, their channels differ in scale and go together, and diffusion learns the weak directions late. The
+    posterior's variance becomes a constant, its mean over the data.
+
+    Args:
+        posteriors: cached posteriors (N, 8, h, w) of the autoencoder as it is.
+    """
+    mean, logvar = np.split(posteriors.astype(np.float64), 2, axis=1)
+    cells = mean.transpose(1, 0, 2, 3).reshape(4, -1)  # (4, N * h * w)
+    center = cells.mean(1)
+    values, vectors = np.linalg.eigh(np.cov(cells))
+    forward = vectors @ np.diag(values**-0.5) @ vectors.T
+    variance = forward**2 @ np.exp(np.clip(logvar, -30, 20)).mean((0, 2, 3))
+    forward, center = torch.tensor(forward), torch.tensor(center)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    weight, bias = quant.weight[:4, :, 0, 0].double(), quant.bias[:4].double()
+    quant.weight[:4, :, 0, 0] = (forward @ weight).float()
+    quant.bias[:4] = (forward @ (bias - center)).float()
+    quant.weight[4:] = 0
+    quant.bias[4:] = torch.tensor(variance).log().float()
+    weight = post.weight[:, :, 0, 0].double()
+    post.bias += (weight @ center).float()
+    post.weight[:, :, 0, 0] = (weight @ forward.inverse()).float()
 
 
 def measure_scaling_factor(latents: np.ndarray) -> float:

@@ -158,7 +158,10 @@ def _refer_by_relation(objects, index):
 
 
 def edit_description(description: Description, rng: np.random.Generator, split: str) -> tuple[str, Description]:
-    """A minimally different description of the split and the kind of edit: attribute, count, relation or size."""
+    """The kind of edit (attribute, count, relation or size) and a minimally different description.
+
+    It is one of the split's or of "train", never another held-out one.
+    """
     phrases, relations = description.phrases, description.relations
     kinds = ["attribute"] * 2
     kinds += ["relation"] * 2 if relations else []
@@ -191,7 +194,7 @@ def edit_description(description: Description, rng: np.random.Generator, split: 
             continue
         if not _distinct(edited) or result.key() == description.key():
             continue
-        if split_of(result) == split or (split != "train" and not has_unseen_pair(result)):
+        if split_of(result) in (split, "train"):
             return kind, result
 
 

@@ -1,0 +1,61 @@
+"""The frozen text encoder whose token states REC is aligned with: RoBERTa (the paper's), or the base model's own CLIP.
+
+Shapes: B texts, T tokens, R width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModel, AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+
+from dpt.stable_diffusion import CKPT_FOLDER, StableDiffusion
+
+
+@dataclass
+class RecTextEncoder:
+    """A tokenizer, which class targets need, and a model, which contrastive alignment alone needs (else None)."""
+
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel | None
+
+    def tokenize(self, texts: list[str]) -> BatchEncoding:
+        """Padded to the longest text, cut at the model's limit; `char_to_token` finds the tokens of spans."""
+        return self.tokenizer(texts, padding="longest", truncation=True, return_tensors="pt")
+
+    @torch.no_grad()
+    def encode(self, encoding: BatchEncoding) -> torch.Tensor:
+        """Token states (B, T, R) float32."""
+        output = self.model(
+            encoding.input_ids.to(self.model.device), attention_mask=encoding.attention_mask.to(self.model.device)
+        )
+        return output.last_hidden_state.float()
+
+
+def load_rec_text_encoder(
+    name: str, sd: StableDiffusion, *, with_model: bool, local_files_only: bool = False
+) -> RecTextEncoder:
+    """Loads the encoder, frozen, in evaluation mode; it is never part of what is trained or saved.
+
+    Args:
+        name: "clip" for the base model's own text encoder, "roberta-base", a local folder or a hub id.
+        with_model: False where only the tokens are needed: then no weights are loaded.
+
+    Raises:
+        ValueError: nothing usable there; the message says what to do.
+    """
+    if name == "clip":
+        return RecTextEncoder(sd.tokenizer, sd.text_encoder if with_model else None)
+    folder = CKPT_FOLDER / name
+    source = str(folder) if folder.is_dir() else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only, use_fast=True)
+        if not with_model:
+            return RecTextEncoder(tokenizer, None)
+        model = AutoModel.from_pretrained(source, local_files_only=local_files_only, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(
+            f"rec_text_encoder {name!r} cannot be loaded from {source} ({reason}): put its files into {folder}, name a "
+            "folder that holds them, or use clip"
+        ) from error
+    return RecTextEncoder(tokenizer, model.to(sd.device).eval().requires_grad_(False))
