@@ -1,9 +1,64 @@
-"""From character spans of an expression to the tokens and class slots that its boxes are matched with."""
+"""The batch that both worlds give, and how it becomes the input of `DPT.forward`.
 
+Shapes: B samples, N boxes, C latent channels, (h, w) latent size, (H, W) image, T expression tokens.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
 import torch
 from transformers import BatchEncoding
 
 from dpt.adapter import NUM_TOKEN_SLOTS
+from dpt.rec_text import RecTextEncoder
+from dpt.stable_diffusion import StableDiffusion
+
+
+@dataclass
+class Sample:
+    """One training sample. Index 0 is the pair itself, 1 a hard negative, 2 a random one."""
+
+    id: int
+    """the same in every epoch and on every machine; names the sample's random numbers"""
+    images: torch.Tensor
+    """pixels (3, 3, H, W) in [-1, 1], or scaled latents (3, C, h, w)"""
+    captions: tuple[str, str, str]
+    expression: str
+    boxes: torch.Tensor
+    """(N, 4) normalised cxcywh; N may be 0"""
+    tokens_positive: list[list[tuple[int, int]]]
+    """for each box the [begin, end) character spans of its phrase in `expression`"""
+
+
+@dataclass
+class Batch:
+    """Samples put together; `images` is (B, 3, ...), the lists run over samples."""
+
+    ids: list[int]
+    images: torch.Tensor
+    captions: list[tuple[str, str, str]]
+    expressions: list[str]
+    boxes: list[torch.Tensor]
+    tokens_positive: list[list[list[tuple[int, int]]]]
+    epoch: int = 0
+    num_boxes: int = field(init=False)
+    """all boxes of the batch"""
+
+    def __post_init__(self):
+        self.num_boxes = sum(len(boxes) for boxes in self.boxes)
+
+
+def collate(samples: list[Sample], epoch: int = 0) -> Batch:
+    """Puts samples together in their order."""
+    return Batch(
+        [s.id for s in samples],
+        torch.stack([s.images for s in samples]),
+        [s.captions for s in samples],
+        [s.expression for s in samples],
+        [s.boxes for s in samples],
+        [s.tokens_positive for s in samples],
+        epoch,
+    )
 
 
 def token_mask(encoding: BatchEncoding, index: int, spans: list[tuple[int, int]], length: int) -> torch.Tensor:
@@ -27,7 +82,7 @@ def token_mask(encoding: BatchEncoding, index: int, spans: list[tuple[int, int]]
 
 
 def positive_map(masks: torch.Tensor, *, normalize: bool = True) -> torch.Tensor:
-    """Class targets of boxes, (N, 256), of their token masks (N, L).
+    """Class targets of boxes, (N, 256), of their token masks (N, T).
 
     Args:
         normalize: rows sum to one, as MDETR means it; without it they are 0/1, which is what the reference trains on.
@@ -36,3 +91,69 @@ def positive_map(masks: torch.Tensor, *, normalize: bool = True) -> torch.Tensor
     width = min(masks.shape[1], NUM_TOKEN_SLOTS)
     slots[:, :width] = masks[:, :width].float()
     return slots / (slots.sum(1, keepdim=True) + 1e-6) if normalize else slots
+
+
+def sample_generator(seed: int, sample_id: int, epoch: int) -> torch.Generator:
+    """The random numbers of one sample in one epoch, whatever batch, rank or run it is in."""
+    state = np.random.SeedSequence((seed, sample_id, epoch)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state) & (2**63 - 1))
+
+
+@torch.no_grad()
+def encode_batch(
+    batch: Batch,
+    sd: StableDiffusion,
+    rec_text: RecTextEncoder,
+    *,
+    seed: int,
+    timesteps: tuple[int, int] | None = None,
+    noise_offset: float = 0.0,
+    normalize_positive_map: bool = True,
+) -> dict:
+    """The input of `DPT.forward`: everything that no gradient reaches.
+
+    A sample's three images share its timestep and noise. Equal captions of the batch are encoded once.
+
+    Args:
+        rec_text: without a model there are no `token_states`.
+        timesteps: drawn from [first, last]; by default from the whole schedule.
+        noise_offset: weight of noise that is constant over a channel.
+    """
+    latents = batch.images
+    if latents.shape[2] == 3:
+        flat = latents.flatten(0, 1)
+        latents = sd.encode_images(flat).unflatten(0, latents.shape[:2])
+    latents = latents.to(sd.device).float()  # (B, 3, C, h, w)
+    first, last = timesteps or (0, sd.scheduler.config.num_train_timesteps - 1)
+    drawn, noise = [], []
+    for sample_id in batch.ids:
+        generator = sample_generator(seed, sample_id, batch.epoch)
+        drawn.append(torch.randint(first, last + 1, (1,), generator=generator))
+        noise.append(torch.randn(latents.shape[2:], generator=generator))
+        if noise_offset:
+            noise[-1] += noise_offset * torch.randn((latents.shape[2], 1, 1), generator=generator)
+    drawn, noise = torch.cat(drawn).to(sd.device), torch.stack(noise).to(sd.device)  # (B,), (B, C, h, w)
+    noisy = [sd.scheduler.add_noise(latents[:, k], noise, drawn) for k in range(3)]
+    context, pooled = sd.encode_prompts([text for captions in batch.captions for text in captions])
+    inputs = {
+        "noisy_latents": torch.stack(noisy, dim=1),
+        "timesteps": drawn,
+        "noise_target": sd.noise_target(latents[:, 0], noise, drawn),
+        "caption_context": context.unflatten(0, (-1, 3)),
+        "caption_pooled": pooled.unflatten(0, (-1, 3)),
+        "expression_context": sd.encode_prompts(batch.expressions)[0],
+        "num_boxes": max(1, batch.num_boxes),
+    }
+    encoding = rec_text.tokenize(batch.expressions)
+    length = encoding.input_ids.shape[1]
+    if rec_text.model is not None:
+        inputs["token_states"] = rec_text.encode(encoding)
+    inputs["targets"] = []
+    for k, (boxes, spans) in enumerate(zip(batch.boxes, batch.tokens_positive, strict=True)):
+        masks = torch.zeros(len(boxes), length, dtype=torch.bool)
+        for n, box_spans in enumerate(spans):
+            masks[n] = token_mask(encoding, k, box_spans, length)
+        classes = positive_map(masks, normalize=normalize_positive_map)
+        target = {"boxes": boxes.float(), "positive_map": classes, "token_mask": masks}
+        inputs["targets"].append({name: value.to(sd.device) for name, value in target.items()})
+    return inputs

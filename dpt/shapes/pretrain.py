@@ -21,7 +21,7 @@ from dpt.config import load_config, save_config
 from dpt.shapes.captions import WebNoise
 from dpt.shapes.clip import contrastive_loss, load_clip, make_clip, make_tokenizer, pooled_cosines, retrieval, save_clip
 from dpt.shapes.quality import LABELS, judge_prompts
-from dpt.shapes.scenes import IMAGE_SIZE
+from dpt.shapes.scenes import IMAGE_SIZE, render
 from dpt.shapes.training import plot_curves, save_folder, train_stage
 from dpt.shapes.unet import Latents, denoising_losses, make_scheduler, make_unet, validation_loss
 from dpt.shapes.vae import cache_latents, make_vae, measure_scaling_factor, reconstruction_error, vae_losses, whiten
@@ -131,7 +131,11 @@ def run_vae(config: PretrainConfig, folder: Path) -> None:
     torch.manual_seed(1)
     vae = make_vae(config.vae.channels)
     vae = _train_vae("vae", config, folder, vae, config.vae.train, seed=2)
-    whiten(vae, cache_latents(vae, ShapesWorld("train", seed=4), folder / "latents", count=2000))
+    world = ShapesWorld("train", seed=4)
+    whiten(
+        vae,
+        cache_latents(vae, lambda i: render(world.scene(i)[1]), folder / "latents", key=world.key(), count=2000),
+    )
     save_folder(folder / "vae", vae.save_pretrained)
 
 
@@ -163,11 +167,13 @@ def _train_vae(name, config, folder, vae, train, *, seed):
 def run_latents(config: PretrainConfig, folder: Path) -> dict[str, np.ndarray]:
     """Caches latents of the train scenes and of 512 val scenes."""
     vae, unet = AutoencoderKL.from_pretrained(folder / "vae").eval(), config.unet
-    counts = {"train": unet.num_latents, "val": 512}
-    return {
-        split: cache_latents(vae, ShapesWorld(split, noise=unet.web_noise), folder / "latents", count=count)
-        for split, count in counts.items()
-    }
+    posteriors = {}
+    for split, count in {"train": unet.num_latents, "val": 512}.items():
+        world = ShapesWorld(split)
+        posteriors[split] = cache_latents(
+            vae, lambda i, world=world: render(world.scene(i)[1]), folder / "latents", key=world.key(), count=count
+        )
+    return posteriors
 
 
 def run_unet(config: PretrainConfig, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The autoencoder of the `shapes` world: 8x down, 4 latent channels, trained on crops."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,26 +89,32 @@ def reconstruction_error(vae: AutoencoderKL, *, size: int = 32) -> dict[str, flo
 
 
 @torch.no_grad()
-def cache_latents(vae: AutoencoderKL, world: ShapesWorld, folder: Path, *, count: int, chunk: int = 1000) -> np.ndarray:
-    """Posterior means and log-variances of the first `count` scenes, (count, 8, H, W) float16, unscaled.
+def cache_latents(
+    vae: AutoencoderKL, draw: Callable[[int], np.ndarray], folder: Path, *, key: str, count: int, chunk: int = 1000
+) -> np.ndarray:
+    """Posterior means and log-variances of the first `count` pictures, (count, 8, h, w) float16, unscaled.
 
-    Written in chunks into a folder of this autoencoder's and world's; chunks already there are kept.
+    Written in chunks into a folder of this autoencoder and key; chunks already there are kept.
+
+    Args:
+        draw: picture number -> (H, W, 3) uint8.
+        key: tells what `draw` draws.
     """
-    digest = hashlib.sha256(f"{world.split} {world.seed}".encode())
+    digest = hashlib.sha256(key.encode())
     for tensor in vae.state_dict().values():
-        digest.update(tensor.numpy().tobytes())
+        digest.update(tensor.float().cpu().numpy().tobytes())
     folder = folder / digest.hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for start in tqdm(range(0, count, chunk), desc="latents", mininterval=5):
-        path = folder / f"{start:07d}_{min(chunk, count - start)}.npy"
+        stop = min(start + chunk, count)
+        path = folder / f"{start:07d}_{stop - start}.npy"
         if not path.exists():
             rows = []
-            for first in range(start, min(start + chunk, count), 50):
-                indices = range(first, min(first + 50, start + chunk, count))
-                pixels = to_pixels([render(world.scene(i)[1]) for i in indices])
-                with torch.autocast("cpu", torch.bfloat16):
-                    rows.append(vae.encode(pixels).latent_dist.parameters.half().numpy())
+            for first in range(start, stop, 50):
+                pixels = to_pixels([draw(i) for i in range(first, min(first + 50, stop))])
+                with torch.autocast(vae.device.type, torch.bfloat16):
+                    rows.append(vae.encode(pixels.to(vae.device)).latent_dist.parameters.half().cpu().numpy())
             temporary = path.with_suffix(".tmp.npy")
             np.save(temporary, np.concatenate(rows))
             temporary.replace(path)

@@ -273,6 +273,10 @@ class ShapesWorld:
             raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
         self.split, self.seed, self.noise = split, seed, noise or WebNoise()
 
+    def key(self) -> str:
+        """Tells the world's scenes from other splits' and seeds'."""
+        return f"{self.split} {self.seed}"
+
     def generator(self, index: int, stream: int = 0) -> np.random.Generator:
         """The example's random generator; `stream` gives independent ones."""
         return np.random.default_rng((SPLITS[self.split], self.seed, index, stream))
