@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -261,8 +262,14 @@ def _fill_adapter(path: Path, config: AdapterConfig, state: dict[str, torch.Tens
     return adapter.eval()
 
 
-def save_checkpoint(checkpoint: DPTCheckpoint, folder: str | Path) -> None:
-    """Writes our folder under a temporary name, then renames it; one already there is refused."""
+def save_checkpoint(
+    checkpoint: DPTCheckpoint, folder: str | Path, *, also: Callable[[Path], None] | None = None
+) -> None:
+    """Writes our folder under a temporary name, then renames it; one already there is refused.
+
+    Args:
+        also: writes more into the temporary folder.
+    """
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists already; choose another or remove it")
@@ -270,6 +277,8 @@ def save_checkpoint(checkpoint: DPTCheckpoint, folder: str | Path) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         checkpoint.save_pretrained(temporary)
+        if also is not None:
+            also(temporary)
         temporary.chmod(0o755)
         temporary.rename(folder)
     finally:

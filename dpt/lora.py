@@ -4,6 +4,8 @@ import re
 
 import torch
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 
 ADAPTER_NAME = "dpt"
 _RELEASED = re.compile(r"unet\.(?P<attention>.+)\.processor\.to_(?P<name>q|k|v|out)_lora\.(?P<part>down|up)\.weight")
@@ -56,3 +58,43 @@ def remove_lora(unet: UNet2DConditionModel) -> None:
     """Detaches the PEFT adapter "dpt", if there is one."""
     if ADAPTER_NAME in getattr(unet, "peft_config", {}):
         unet.delete_adapters(ADAPTER_NAME)
+
+
+def add_lora(unet: UNet2DConditionModel, *, rank: int, alpha: float, blocks: tuple[str, ...] = ()) -> None:
+    """Adds a fresh, trainable LoRA (its update starts at zero) to every attention projection, in float32.
+
+    Args:
+        blocks: restricts it to these blocks of the U-Net (see `unet_features`); none means all.
+
+    Raises:
+        ValueError: blocks without attention.
+    """
+    prefixes = tuple(_prefix(block) for block in blocks)
+    targets = [
+        name
+        for name, _ in unet.named_modules()
+        if name.endswith(("to_q", "to_k", "to_v", "to_out.0")) and (not prefixes or name.startswith(prefixes))
+    ]
+    if not targets:
+        raise ValueError(f"lora.blocks is {list(blocks)}; there is no attention in them")
+    remove_lora(unet)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian")
+    unet.add_adapter(config, adapter_name=ADAPTER_NAME)
+    for name, parameter in unet.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+
+
+def _prefix(block: str) -> str:
+    if block == "mid":
+        return "mid_block."
+    kind = block.rstrip("0123456789")
+    return f"{kind}_blocks.{block.removeprefix(kind)}."
+
+
+def lora_state(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+    """The tensors of the PEFT adapter "dpt", in diffusers' names; empty where there is none."""
+    if ADAPTER_NAME not in getattr(unet, "peft_config", {}):
+        return {}
+    return get_peft_model_state_dict(unet, adapter_name=ADAPTER_NAME)

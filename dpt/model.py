@@ -10,7 +10,7 @@ import torch
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import nn
 
-from dpt.adapter import DiscriminativeAdapter
+from dpt.adapter import DiscriminativeAdapter, itm_score
 from dpt.config import LossWeights
 from dpt.losses import denoising_loss, itm_loss, rec_losses
 from dpt.unet_features import unet_features
@@ -27,6 +27,7 @@ class DPT(nn.Module):
         blocks: the probed blocks; see `unet_features`.
         train_unet: whether gradients reach the U-Net (tune) or stop at its features (probe).
         scheduler: says what timesteps mean to the denoising loss.
+        rec_options: further arguments of `rec_losses`.
     """
 
     def __init__(
@@ -39,12 +40,13 @@ class DPT(nn.Module):
         train_unet: bool,
         weights: LossWeights | None = None,
         snr_gamma: float | None = None,
+        rec_options: dict | None = None,
         itm_layer: int = -1,
     ):
         super().__init__()
         self.unet, self.adapter, self.blocks, self.scheduler = unet, adapter, blocks, scheduler
         self.train_unet, self.weights = train_unet, weights or LossWeights()
-        self.snr_gamma, self.itm_layer = snr_gamma, itm_layer
+        self.snr_gamma, self.rec_options, self.itm_layer = snr_gamma, rec_options or {}, itm_layer
 
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """The losses of one step.
@@ -117,4 +119,22 @@ class DPT(nn.Module):
             batch["targets"],
             proj_tokens=proj_tokens,
             num_boxes=batch.get("num_boxes"),
+            **self.rec_options,
         )
+
+    @torch.no_grad()
+    def evaluate(self, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What the adapter says of a batch as `forward` takes it.
+
+        Returns:
+            Matching scores (B, 3): of image and caption, of the image and the negative caption, of the negative image
+            and the caption. REC outputs of the image under the expression; see `RecHead`.
+        """
+        passes = [(0, 0), (0, 1), (1, 0), (0, None)]
+        features, _ = self._features(batch, passes, with_full=False)
+        chunks = self.adapter(features, batch["timesteps"].repeat(len(passes))).chunk(len(passes), dim=1)
+        scores = [
+            itm_score(self.adapter.itm_embeddings(hs, self.itm_layer), batch["caption_pooled"][:, text])
+            for hs, (_, text) in zip(chunks[:3], passes, strict=False)
+        ]
+        return torch.stack(scores, dim=1), self.adapter.rec_outputs(chunks[3])

@@ -35,7 +35,7 @@ def test_a_sample_s_numbers_do_not_depend_on_its_batch(sd, rec_text):
     for name in ("noisy_latents", "timesteps", "noise_target", "caption_context", "token_states"):
         assert torch.allclose(together[name][1:], alone[name], atol=1e-5), name
     assert not torch.equal(together["noise_target"][0], together["noise_target"][1])
-    other_epoch = encode_batch(collate([make(9)], epoch=1), sd, rec_text, seed=1)
+    other_epoch = encode_batch(collate([make(9)], [1]), sd, rec_text, seed=1)
     assert not torch.equal(other_epoch["noise_target"], alone["noise_target"])
 
 

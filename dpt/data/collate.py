@@ -40,7 +40,7 @@ class Batch:
     expressions: list[str]
     boxes: list[torch.Tensor]
     tokens_positive: list[list[list[tuple[int, int]]]]
-    epoch: int = 0
+    epochs: list[int]
     num_boxes: int = field(init=False)
     """all boxes of the batch"""
 
@@ -48,8 +48,8 @@ class Batch:
         self.num_boxes = sum(len(boxes) for boxes in self.boxes)
 
 
-def collate(samples: list[Sample], epoch: int = 0) -> Batch:
-    """Puts samples together in their order."""
+def collate(samples: list[Sample], epochs: list[int] | None = None) -> Batch:
+    """Puts samples together in their order; `epochs` says of which epoch each is (by default the first)."""
     return Batch(
         [s.id for s in samples],
         torch.stack([s.images for s in samples]),
@@ -57,7 +57,7 @@ def collate(samples: list[Sample], epoch: int = 0) -> Batch:
         [s.expression for s in samples],
         [s.boxes for s in samples],
         [s.tokens_positive for s in samples],
-        epoch,
+        epochs or [0] * len(samples),
     )
 
 
@@ -126,8 +126,8 @@ def encode_batch(
     latents = latents.to(sd.device).float()  # (B, 3, C, h, w)
     first, last = timesteps or (0, sd.scheduler.config.num_train_timesteps - 1)
     drawn, noise = [], []
-    for sample_id in batch.ids:
-        generator = sample_generator(seed, sample_id, batch.epoch)
+    for sample_id, epoch in zip(batch.ids, batch.epochs, strict=True):
+        generator = sample_generator(seed, sample_id, epoch)
         drawn.append(torch.randint(first, last + 1, (1,), generator=generator))
         noise.append(torch.randn(latents.shape[2:], generator=generator))
         if noise_offset:

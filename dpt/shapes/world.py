@@ -285,6 +285,10 @@ class ShapesWorld:
         """The example's description and scene alone: all that drawing needs."""
         return sample_scene(self.split, self.generator(index))
 
+    def caption(self, index: int) -> str:
+        """One clean caption of the example."""
+        return caption_text(self.scene(index)[0], self.generator(index, 2**31 + 1))
+
     def web_caption(self, index: int, description: Description, epoch: int = 0) -> str:
         """A web-like caption of the example, another one each epoch."""
         rng = self.generator(index, 1 + epoch)
