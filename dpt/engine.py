@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -56,13 +57,9 @@ def step_indices(step: int, *, count: int, num_samples: int, seed: int) -> list[
     return pairs
 
 
-def _permutation(num_samples: int, seed: int, epoch: int, _cache: dict = {}) -> np.ndarray:  # noqa: B006
-    key = (num_samples, seed, epoch)
-    if key not in _cache:
-        if len(_cache) > 3:
-            _cache.clear()
-        _cache[key] = np.random.default_rng((seed, epoch)).permutation(num_samples)
-    return _cache[key]
+@lru_cache(maxsize=4)
+def _permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(num_samples)
 
 
 def make_adapter(config: TrainConfig, sd: StableDiffusion, rec_text_dim: int) -> DiscriminativeAdapter:
