@@ -67,16 +67,9 @@ def save_config(config, path: str | Path) -> None:
 
 
 @dataclass
-class AdapterConfig:
-    """What an adapter is made of; the defaults are the paper's for SD 2.1."""
+class AdapterSettings:
+    """The adapter's free sizes; the defaults are the paper's."""
 
-    in_channels: list[int] = field(default_factory=lambda: [1280])
-    """channels of each feature map"""
-    fuse: bool = False
-    """sum the maps after a 1x1 convolution each (`all`) instead of concatenating them"""
-    fusion_dim: int = 1280
-    fusion_size: int = 16
-    """channels, height and width of the fused map"""
     hidden_dim: int = 256
     nheads: int = 8
     enc_layers: int = 1
@@ -88,11 +81,10 @@ class AdapterConfig:
     """sine or learned"""
     num_queries_itm: int = 10
     num_queries_rec: int = 100
-    text_dim: int = 1024
-    """width of the pooled text that ITM compares with"""
-    rec_text_dim: int = 768
-    """width of the token states that REC is aligned with"""
     contrastive_dim: int = 64
+    fusion_dim: int = 1280
+    fusion_size: int = 16
+    """channels, height and width of the map that `all` is fused to"""
 
     def __post_init__(self):
         if self.position_embedding not in ("sine", "learned"):
@@ -104,6 +96,20 @@ class AdapterConfig:
         for name in ("num_queries_itm", "num_queries_rec", "enc_layers", "dec_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass
+class AdapterConfig(AdapterSettings):
+    """What an adapter is made of: its free sizes, and those that follow from the model (here SD 2.1's)."""
+
+    in_channels: list[int] = field(default_factory=lambda: [1280])
+    """channels of each feature map"""
+    fuse: bool = False
+    """sum the maps after a 1x1 convolution each (`all`) instead of concatenating them"""
+    text_dim: int = 1024
+    """width of the pooled text that ITM compares with"""
+    rec_text_dim: int = 768
+    """width of the token states that REC is aligned with"""
 
 
 @dataclass
@@ -164,25 +170,6 @@ class ModelSettings:
     rec_text_encoder: str = "roberta-base"
     """roberta-base, a folder, or clip: the base model's own"""
     gradient_checkpointing: bool = False
-
-
-@dataclass
-class AdapterSettings:
-    """The adapter's free sizes; the others follow from the model."""
-
-    hidden_dim: int = 256
-    nheads: int = 8
-    enc_layers: int = 1
-    dec_layers: int = 1
-    dim_feedforward: int = 2048
-    dropout: float = 0.1
-    pre_norm: bool = False
-    position_embedding: str = "sine"
-    num_queries_itm: int = 10
-    num_queries_rec: int = 100
-    contrastive_dim: int = 64
-    fusion_dim: int = 1280
-    fusion_size: int = 16
 
 
 @dataclass

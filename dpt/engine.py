@@ -65,14 +65,13 @@ def _permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
 def make_adapter(config: TrainConfig, sd: StableDiffusion, rec_text_dim: int) -> DiscriminativeAdapter:
     """A new adapter of the configured size for the model."""
     blocks = parse_feature(config.model.feature, sd.unet.config)
-    sizes = {name: getattr(config.adapter, name) for name in vars(config.adapter)}
     return DiscriminativeAdapter(
         AdapterConfig(
             in_channels=[block_channels(block, sd.unet.config) for block in blocks],
             fuse=config.model.feature == "all",
             text_dim=sd.text_encoder.config.hidden_size,
             rec_text_dim=rec_text_dim,
-            **sizes,
+            **vars(config.adapter),
         )
     )
 
