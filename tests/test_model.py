@@ -31,7 +31,9 @@ def golden_step(golden, stage):
     if stage == 1:
         adapter, blocks, _ = load_golden_adapter(golden, "up1", sd.unet.config)
     else:
-        checkpoint = load_checkpoint(golden / "stage2_pytorch_model.bin", num_queries_itm=4, nheads=4)
+        options = json.loads((golden / "adapter_up1.args.json").read_text())
+        given = {"num_queries_itm": options["num_queries_matching"], "nheads": options["nheads"]}
+        checkpoint = load_checkpoint(golden / "stage2_pytorch_model.bin", **given)
         adapter, blocks = checkpoint.adapter, checkpoint.attach(sd).blocks
         for name, parameter in sd.unet.named_parameters():
             parameter.requires_grad_(".lora_" in name)

@@ -22,7 +22,8 @@ def setting(golden, case, **changes):
     sd = load_stable_diffusion(str(golden / "sd21"))
     if case.endswith("lora"):
         state = load_file(golden / "lora_only.safetensors")
-        load_lora(sd.unet, {lora_key(key): value for key, value in state.items()}, alpha=4)
+        state = {lora_key(key): value for key, value in state.items()}
+        load_lora(sd.unet, state, alpha=next(v.shape[0] for k, v in state.items() if ".lora_A." in k))
     adapter, blocks, _ = load_golden_adapter(golden, "up1", sd.unet.config)
     negative, context = arrays["context"].chunk(2)
     denoise = classifier_free_guidance(
