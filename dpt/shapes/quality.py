@@ -7,9 +7,7 @@ Each prints a Markdown section and puts it into docs/results.md, in place of the
 
 import argparse
 import json
-import re
 import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +18,7 @@ from tqdm import tqdm
 
 from dpt.images import make_grid, to_images, to_pixels
 from dpt.metrics import bootstrap_interval
+from dpt.results import RESULTS, record_section
 from dpt.sampling import draw
 from dpt.shapes.clip import load_clip, pooled_cosines, retrieval
 from dpt.shapes.oracle import judge
@@ -29,7 +28,6 @@ from dpt.stable_diffusion import CKPT_FOLDER, StableDiffusion, load_stable_diffu
 
 LABELS = ("correct", "misaligned", "malformed")
 LABELLED_FOLDER = Path(__file__).parent / "labelled"
-RESULTS = CKPT_FOLDER.parent / "docs/results.md"
 
 
 # Pictures of prompts
@@ -197,15 +195,6 @@ def base_section(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def write_section(path: Path, name: str, text: str) -> None:
-    """Replaces the section of that name in a Markdown file, or adds it at the end."""
-    block = f"<!-- begin {name} -->\n{text}\n<!-- end {name} -->"
-    old = path.read_text() if path.exists() else "# Results\n"
-    pattern = re.compile(rf"<!-- begin {name} -->.*?<!-- end {name} -->", re.DOTALL)
-    new = pattern.sub(lambda _: block, old) if pattern.search(old) else f"{old.rstrip()}\n\n{block}\n"
-    path.write_text(new)
-
-
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -219,11 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     sections = {"oracle": oracle_section, "clip": clip_section, "base": base_section}
     text = sections[args.section](args)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True)
-    command = f"python -m dpt.shapes.quality {shlex.join(argv)}"
-    text = f"`{command}`, on the code of commit {commit.stdout.strip() or 'unknown'}:\n\n{text}"
-    print(text)
-    write_section(args.output, args.section, text)
+    record_section(args.output, args.section, f"python -m dpt.shapes.quality {shlex.join(argv)}", text)
     return 0
 
 
