@@ -8,6 +8,7 @@
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from dpt.adapter import DiscriminativeAdapter, Scorer
 from dpt.config import AdapterConfig
+from dpt.results import RESULTS, record_section
 from dpt.sampling import CorrectionSettings, SelfCorrection, classifier_free_guidance
 from dpt.stable_diffusion import load_stable_diffusion
 from dpt.unet_features import block_channels, unet_features
@@ -130,6 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=7, help="interleaved runs of each kind (default: 7)")
     parser.add_argument("--threads", type=int, default=1, help="default: 1")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a sentence")
+    parser.add_argument("--record", action="store_true", help="put the sentence into docs/results.md")
     parser.add_argument(
         "--peak_of", choices=("plain", "corrected"), help="print one step's peak memory in MB alone (Linux)"
     )
@@ -147,13 +150,18 @@ def main(argv: list[str] | None = None) -> int:
     result = time_sampling(args.model, batch_size, args.repeats)
     if args.json:
         print(json.dumps(result, indent=1))
+        return 0
+    sentence = (
+        f"{args.model}, batch {batch_size}, {args.threads} thread(s): plain {result['plain_step_s']:.3f} s, corrected "
+        f"{result['corrected_step_s']:.3f} s = {result['ratio']:.2f} x (f = {result['feature_share']:.2f}, allowed "
+        f"{result['allowed_ratio']:.2f} x); peak {result['plain_peak_mb']:.0f} and "
+        f"{result['corrected_peak_mb']:.0f} MB"
+    )
+    if args.record:
+        command = f"python -m dpt.benchmark {shlex.join(sys.argv[1:] if argv is None else argv)}"
+        record_section(RESULTS, f"sampling {args.model}", command, sentence)
     else:
-        print(
-            f"{args.model}, batch {batch_size}: plain {result['plain_step_s']:.3f} s, corrected "
-            f"{result['corrected_step_s']:.3f} s = {result['ratio']:.2f} x (f = {result['feature_share']:.2f}, allowed "
-            f"{result['allowed_ratio']:.2f} x); "
-            f"peak {result['plain_peak_mb']:.0f} and {result['corrected_peak_mb']:.0f} MB"
-        )
+        print(sentence)
     return 0
 
 
