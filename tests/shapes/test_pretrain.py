@@ -6,6 +6,7 @@ from dpt.shapes.pretrain import main
 
 TINY = [
     "clip.width=32 clip.layers=1 clip.heads=2 clip.train.steps=2 clip.train.batch_size=8 clip.train.evaluate_every=10",
+    "vae.decoder.steps=2 vae.decoder.batch_size=2 vae.decoder.evaluate_every=10",
     "vae.channels=[8,8,8,8] vae.train.steps=2 vae.train.batch_size=2 vae.train.evaluate_every=10",
     "unet.channels=[16,16,16,16] unet.heads=[1,1,1,1] unet.num_latents=96 unet.prompts_per_category=1",
     "unet.train.steps=4 unet.train.batch_size=4 unet.train.save_every=2 unet.train.evaluate_every=4 threads=1",
