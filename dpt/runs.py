@@ -44,8 +44,8 @@ def save_step(
     """
     target = folder / "checkpoints" / f"step_{step:07d}"
     tensors = {}
-    for name, values in zip(names, optimizer.state_dict()["state"].values(), strict=True):
-        tensors |= {f"{name}|{key}": value.contiguous() for key, value in values.items()}
+    for index, values in optimizer.state_dict()["state"].items():  # none for what never had a gradient
+        tensors |= {f"{names[index]}|{key}": value.contiguous() for key, value in values.items()}
 
     def write_training_state(temporary: Path) -> None:
         (temporary / "training_state").mkdir()
