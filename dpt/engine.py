@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from dataclasses import asdict
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +143,10 @@ class Trainer:
                 negatives=data.negatives,
                 mined=mined,
             )
+
+    @cached_property
+    def _val_data(self) -> ShapesSamples:
+        return self._load_data("val", self.config.num_val_samples)
 
     def _make_model(self, newest: DPTCheckpoint | None) -> DPT:
         """The trained parts from the newest checkpoint, from `init_from`, or new."""
@@ -304,7 +308,7 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """ITM accuracy on texts and images and REC precision at t = 500; what is compared shares noise and timestep."""
-        data = self._load_data("val", self.config.num_val_samples)
+        data = self._val_data
         self.model.eval()
         texts, images, hits = [], [], []
         for start in range(0, len(data), self.config.optim.batch_size):

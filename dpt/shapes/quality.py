@@ -53,7 +53,7 @@ def judge_prompts(
         One record a picture: category, prompt, seed, label, reason.
     """
     jobs = [(c, text, seed) for c, texts in prompts.items() for text in texts for seed in seeds]
-    records = []
+    records, rows = [], {}
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     for start in tqdm(range(0, len(jobs), batch_size), desc="drawing", leave=False):
@@ -71,10 +71,8 @@ def judge_prompts(
             records.append(record | {"label": verdict.label, "reason": verdict.reason})
             if folder is not None:
                 Image.fromarray(image).save(folder / f"{len(records) - 1:04d}.png")
+                rows.setdefault(category, []).append(image)
     if folder is not None:
-        rows: dict[str, list] = {}
-        for k, record in enumerate(records):
-            rows.setdefault(record["category"], []).append(np.array(Image.open(folder / f"{k:04d}.png")))
         make_grid([(name, row[:10]) for name, row in rows.items()], cell=132).save(folder / "grid.png")
         (folder / "verdicts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return records
