@@ -63,6 +63,18 @@ def save_config(config, path: str | Path) -> None:
     Path(path).write_text(yaml.safe_dump(asdict(config), sort_keys=False))
 
 
+def flatten(config, prefix: str = "") -> dict[str, str | int | float | bool]:
+    """Every value of a config dataclass by its dotted key; lists and None as text."""
+    flat = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{entry.name}.")
+        else:
+            flat[prefix + entry.name] = value if isinstance(value, str | int | float | bool) else str(value)
+    return flat
+
+
 # What weights are made of
 
 
@@ -181,6 +193,8 @@ class LoraSettings:
     """by default the rank: scale 1"""
     blocks: list[str] = field(default_factory=list)
     """restricts LoRA to these blocks (down0..3, mid, up0..3); empty: all"""
+    only: bool = False
+    """train LoRA alone; the adapter stays as `init_from` has it"""
 
 
 @dataclass
@@ -192,6 +206,8 @@ class LossSettings:
     """min-SNR weighting of the denoising loss"""
     normalize_positive_map: bool = True
     """False: 0/1, as the reference trains"""
+    align_to_padding: bool = False
+    """True: padding counts as wrong tokens in contrastive alignment, as in the reference"""
     eos_coef: float = 0.1
     temperature: float = 0.07
     cost_class: float = 1.0
@@ -211,14 +227,49 @@ class NoiseSettings:
 
 @dataclass
 class DataSettings:
-    """Where samples come from."""
+    """Where samples come from; paths are relative to `root`. docs/data.md shows the tree."""
 
     kind: str = "shapes"
-    num_samples: int = 10_000
+    """shapes, or coco: COCO with RefCOCO/+/g and mined hard negatives"""
+    num_samples: int | None = None
+    """the first so many; by default 10,000 of shapes, all of coco"""
     negatives: str = "edited"
-    """shapes: edited or mined"""
+    """shapes: edited (a minimal edit of the sample) or mined (other scenes that are alike, as in the paper)"""
     cache_folder: str = "outputs/cache"
-    """for latents"""
+    """shapes: for latents"""
+    root: str | None = None
+    """coco: the data folder"""
+    images: str = "train2014"
+    expressions: str = "annotations/finetune_refall_train.json"
+    itm: str = "itm/train"
+    """hard negatives: a folder, or a .tsv"""
+    latents: str | None = None
+    """a folder of cached latents, read instead of the training images"""
+    val_expressions: list[str] = field(
+        default_factory=lambda: [
+            f"annotations/finetune_{name}_val.json" for name in ("refcoco", "refcoco+", "refcocog")
+        ]
+    )
+    """their images are in `images`"""
+    val_itm: str = "itm/val.tsv"
+    val_images: str = "val2014"
+    """the images of `val_itm`"""
+    flip: bool = False
+    """coco: mirror half of the images, swapping left and right in the texts; the paper does not"""
+    num_workers: int = 0
+    """processes that read data ahead"""
+
+    def __post_init__(self):
+        if self.kind not in ("shapes", "coco"):
+            raise ValueError(f"data.kind is {self.kind!r}; it must be shapes or coco")
+        if self.negatives not in ("edited", "mined"):
+            raise ValueError(f"data.negatives is {self.negatives!r}; it must be edited or mined")
+        if self.num_workers < 0:
+            raise ValueError(f"data.num_workers is {self.num_workers}; it must be at least 0")
+        if self.kind == "coco" and self.root is None:
+            raise ValueError("data.root is missing: the folder that docs/data.md shows")
+        if self.flip and (self.latents is not None or self.kind == "shapes"):
+            raise ValueError("data.flip is true; cached latents cannot be mirrored")
 
 
 @dataclass
@@ -237,6 +288,8 @@ class OptimSettings:
     gradient_accumulation_steps: int = 1
     steps: int = 60_000
     """updates of the weights"""
+    epochs: float | None = None
+    """passes over the data, instead of `steps`"""
     mixed_precision: str = "no"
     """no, fp16 or bf16"""
 
@@ -246,6 +299,38 @@ class CheckpointSettings:
     every: int = 1000
     keep: int = 3
     """older ones are removed"""
+
+
+@dataclass
+class ValidationSettings:
+    """ITM accuracy and REC precision on the val split."""
+
+    every: int = 500
+    num_samples: int = 200
+    """of each list, evenly spread"""
+    timesteps: list[int] = field(default_factory=lambda: [100, 300, 500, 700, 900])
+    """noise levels of the means; figures at 500, the paper's, stand beside them"""
+
+    def __post_init__(self):
+        if not self.timesteps or min(self.timesteps) < 0:
+            raise ValueError(f"validation.timesteps is {self.timesteps}; it must name at least one, none below 0")
+
+
+@dataclass
+class SampleSettings:
+    """Pictures drawn while training, always of the same prompts and seeds."""
+
+    every: int = 0
+    """0: at the last step only; -1: never"""
+    prompts: list[str] = field(
+        default_factory=lambda: ["a red circle left of a blue square", "two green stars", "a small black cross"]
+    )
+    num_images: int = 2
+    """a prompt, plain and with self-correction each"""
+    seed: int = 0
+    num_inference_steps: int = 20
+    guidance_scale: float = 7.5
+    correction_factor: float = 0.5
 
 
 @dataclass
@@ -262,8 +347,8 @@ class TrainConfig:
     on_nan: str = "raise"
     """a non-finite loss: raise, or skip the step and count it"""
     log_every: int = 10
-    validate_every: int = 500
-    num_val_samples: int = 200
+    tracker: str | None = None
+    """a tracker of accelerate, such as tensorboard or wandb, beside metrics.jsonl"""
     model: ModelSettings = field(default_factory=ModelSettings)
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -272,11 +357,12 @@ class TrainConfig:
     data: DataSettings = field(default_factory=DataSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     checkpoints: CheckpointSettings = field(default_factory=CheckpointSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
+    samples: SampleSettings = field(default_factory=SampleSettings)
 
     def __post_init__(self):
         choices = {
             "on_nan": (self.on_nan, ("raise", "skip")),
-            "data.kind": (self.data.kind, ("shapes",)),
             "optim.schedule": (self.optim.schedule, ("constant", "linear", "cosine")),
             "optim.mixed_precision": (self.optim.mixed_precision, ("no", "fp16", "bf16")),
         }
@@ -291,7 +377,8 @@ class TrainConfig:
             "checkpoints.every": self.checkpoints.every,
             "checkpoints.keep": self.checkpoints.keep,
             "log_every": self.log_every,
-            "validate_every": self.validate_every,
+            "validation.every": self.validation.every,
+            "validation.num_samples": self.validation.num_samples,
         }
         for name, value in positive.items():
             if value < 1:

@@ -44,6 +44,7 @@ def rec_losses(
     targets: list[dict],
     *,
     proj_tokens: torch.Tensor | None = None,
+    token_valid: torch.Tensor | None = None,
     num_boxes: float | torch.Tensor | None = None,
     eos_coef: float = 0.1,
     temperature: float = 0.07,
@@ -56,6 +57,8 @@ def rec_losses(
         targets: one an image: `boxes` (N, 4) normalised cxcywh, `positive_map` (N, 256); with `proj_tokens` also
             `token_mask` (N, L) bool, the tokens that each box's phrase covers. N may be 0.
         proj_tokens: unit token vectors, (B, L, K); without them there is no contrastive alignment.
+        token_valid: tokens that are not padding, (B, L) bool. Without it padding counts as wrong tokens, as in the
+            reference, and the loss of a sample depends on the longest expression of its batch.
         num_boxes: what the sums are divided by, at least 1; by default the boxes of this batch.
 
     Returns:
@@ -74,13 +77,11 @@ def rec_losses(
         giou = generalized_box_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(boxes)).diagonal()
         losses["loss_giou"] = (1 - giou).sum() / num_boxes
         if proj_tokens is not None:
-            rows, queries, token_mask = _matched(indices, [target["token_mask"] for target in targets])
-            losses["loss_contrastive_align"] = (
-                _contrastive_alignment(
-                    outputs["proj_queries"], proj_tokens.float(), (rows, queries, token_mask), temperature
-                )
-                / num_boxes
+            matches = _matched(indices, [target["token_mask"] for target in targets])
+            total = _contrastive_alignment(
+                outputs["proj_queries"], proj_tokens.float(), matches, token_valid, temperature
             )
+            losses["loss_contrastive_align"] = total / num_boxes
         return losses
 
 
@@ -102,10 +103,12 @@ def _soft_token_loss(pred_logits, targets, indices, eos_coef):
     return -(weight * (target * pred_logits.log_softmax(-1)).sum(-1)).sum()
 
 
-def _contrastive_alignment(proj_queries, proj_tokens, matches, temperature):
+def _contrastive_alignment(proj_queries, proj_tokens, matches, token_valid, temperature):
     """InfoNCE between matched queries and the tokens of their phrases, both ways, averaged."""
     rows, queries, token_mask = matches
     logits = proj_queries @ proj_tokens.mT / temperature  # (B, Q, L)
+    if token_valid is not None:
+        logits = logits.masked_fill(~token_valid[:, None], torch.finfo(logits.dtype).min)
     positive = torch.zeros_like(logits, dtype=torch.bool)
     positive[rows, queries] = token_mask[:, : logits.shape[-1]]
     total = 0.0

@@ -55,8 +55,8 @@ class DPT(nn.Module):
             batch: `noisy_latents` (B, 3, C, h, w) of image, hard-negative and random image, all noised alike;
                 `timesteps` (B,); `caption_context` (B, 3, L, E) and `caption_pooled` (B, 3, P) of the caption, its hard
                 negative and a random one; for REC `expression_context` (B, L, E), `targets` and `num_boxes` as
-                `rec_losses` takes them, and `token_states` (B, T, R) where there is contrastive alignment; for
-                denoising `noise_target` (B, C, h, w).
+                `rec_losses` takes them, and `token_states` (B, T, R) where there is contrastive alignment, and
+                `token_valid` (B, T) where padding is left out of it; for denoising `noise_target` (B, C, h, w).
 
         Returns:
             Named losses, unweighted, those whose weight is 0 left out.
@@ -118,23 +118,25 @@ class DPT(nn.Module):
             self.adapter.rec_outputs(hs),
             batch["targets"],
             proj_tokens=proj_tokens,
+            token_valid=batch.get("token_valid"),
             num_boxes=batch.get("num_boxes"),
             **self.rec_options,
         )
 
     @torch.no_grad()
-    def evaluate(self, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def evaluate(self, batch: dict, *, itm: bool = True, rec: bool = True) -> tuple[torch.Tensor | None, dict | None]:
         """What the adapter says of a batch as `forward` takes it.
 
         Returns:
-            Matching scores (B, 3): of image and caption, of the image and the negative caption, of the negative image
-            and the caption. REC outputs of the image under the expression; see `RecHead`.
+            With `itm`, matching scores (B, 3): of image and caption, of the image and the negative caption, of the
+            negative image and the caption. With `rec`, REC outputs of the image under the expression; see `RecHead`.
         """
-        passes = [(0, 0), (0, 1), (1, 0), (0, None)]
+        passes = [(0, 0), (0, 1), (1, 0)] * itm + [(0, None)] * rec
         features, _ = self._features(batch, passes, with_full=False)
         chunks = self.adapter(features, batch["timesteps"].repeat(len(passes))).chunk(len(passes), dim=1)
         scores = [
             itm_score(self.adapter.itm_embeddings(hs, self.itm_layer), batch["caption_pooled"][:, text])
-            for hs, (_, text) in zip(chunks[:3], passes, strict=False)
+            for hs, (_, text) in zip(chunks, passes, strict=True)
+            if text is not None
         ]
-        return torch.stack(scores, dim=1), self.adapter.rec_outputs(chunks[3])
+        return torch.stack(scores, dim=1) if itm else None, self.adapter.rec_outputs(chunks[-1]) if rec else None

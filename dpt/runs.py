@@ -1,17 +1,26 @@
 """Run folders: where a training run keeps its state, so that it can be killed at any moment.
 
-outputs/<run_name>/{config.yaml, log.txt, metrics.jsonl, checkpoints/step_0005000/}
+outputs/<run_name>/{config.yaml, log.txt, metrics.jsonl, curves.png, samples/, checkpoints/step_0005000/}
 step_N/{adapter.safetensors, lora/, config.yaml, training_state/{optimizer.safetensors, state.json}}
 """
 
+import importlib.metadata
 import json
+import platform
 import shutil
+import subprocess
+import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from dpt.checkpoint import DPTCheckpoint, load_checkpoint, read_tensors, save_checkpoint
+from dpt.curves import plot_curves
+
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 def open_run(folder: Path, *, resume: bool) -> Path:
@@ -41,6 +50,9 @@ def save_step(
     Args:
         names: of the optimiser's parameters, in its order.
         state: what else a resumption needs, as JSON.
+
+    Raises:
+        ValueError: it cannot be written, such as on a full disk; checkpoints written before are as they were.
     """
     target = folder / "checkpoints" / f"step_{step:07d}"
     tensors = {}
@@ -52,7 +64,15 @@ def save_step(
         save_file(tensors, temporary / "training_state/optimizer.safetensors")
         (temporary / "training_state/state.json").write_text(json.dumps(state | {"step": step}))
 
-    save_checkpoint(checkpoint, target, also=write_training_state)
+    try:
+        save_checkpoint(checkpoint, target, also=write_training_state)
+    except (OSError, SafetensorError) as error:
+        steps = _steps(folder)
+        last = f"the last good one is {steps[0]}" if steps else "there is none before it"
+        raise ValueError(
+            f"checkpoint {target} cannot be written ({' '.join(str(error).split())}); {last}. Free some space, or "
+            "lower checkpoints.keep, and go on with resume=true"
+        ) from error
     for old in _steps(folder)[keep:]:
         shutil.rmtree(old)
     return target
@@ -82,6 +102,52 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensor
         by_name.setdefault(name, {})[field] = value
     state["state"] = {index: by_name[name] for index, name in enumerate(names) if name in by_name}
     optimizer.load_state_dict(state)
+
+
+class RunLog:
+    """What a run says and measures: `log.txt`, `metrics.jsonl` and `curves.png` in its folder.
+
+    Args:
+        step: where the run goes on; metrics after it, of a run that was killed, are dropped.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        self.folder, self.metrics = folder, folder / "metrics.jsonl"
+        if self.metrics.exists():
+            lines = [line for line in self.metrics.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            temporary = self.metrics.with_suffix(".tmp")
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+            temporary.replace(self.metrics)
+
+    def say(self, message: str) -> None:
+        """Prints a line, beside any progress bar, and adds it to the log with the time."""
+        tqdm.write(message)
+        with (self.folder / "log.txt").open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+
+    def record(self, step: int, figures: dict[str, float]) -> None:
+        """Adds a line of figures."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps({"step": step} | figures) + "\n")
+
+    def plot(self) -> None:
+        """Draws the curves so far."""
+        if self.metrics.exists():
+            plot_curves(self.metrics, self.folder / "curves.png")
+
+
+def versions() -> str:
+    """The commit (with + where files differ from it), Python and the libraries that results depend on."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+", "--abbrev=10"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    libraries = " ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
+    return f"dpt {described or 'without git'}, python {platform.python_version()}, {libraries}"
 
 
 def _steps(folder: Path) -> list[Path]:

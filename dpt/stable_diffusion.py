@@ -4,6 +4,7 @@ Shapes: B batch, L text tokens, E context width, P pooled width, C latent channe
 Whatever a size or a factor is, the model's own config says it.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from transformers import CLIPTextModel, CLIPTokenizer
 
 CKPT_FOLDER = Path(__file__).resolve().parents[1] / "ckpt"
@@ -28,7 +31,23 @@ MIRRORS = {
 }
 """Hub ids that were taken down, and where the same files are kept."""
 
-VAE_SLICING_ABOVE = 4  # images decoded at once
+_SD2 = {
+    "sample_size": 64,
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
+ARCHITECTURES = {
+    "sd21-base": _SD2,
+    "sd21": _SD2 | {"sample_size": 96},
+    "sd14": {"sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768},
+}
+"""What the U-Nets of named models differ in from `UNet2DConditionModel`'s defaults; their text encoders are as wide as
+`cross_attention_dim`."""
+OTHER_PARAMETERS = {"sd21-base": 424_000_000, "sd21": 424_000_000, "sd14": 207_000_000}
+"""about: text encoder and autoencoder"""
+
+VAE_SLICING_ABOVE = 4  # images encoded or decoded at once
 
 
 @dataclass
@@ -111,11 +130,15 @@ class StableDiffusion:
 
         With a CPU `generator` the latents are sampled from the posterior; without one they are its mean.
         """
-        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
-        latents = posterior.mean.float()
+        encoded = [
+            self.vae.encode(part.to(self.device, self.vae.dtype)).latent_dist.parameters
+            for part in pixels.split(VAE_SLICING_ABOVE)
+        ]
+        posterior = DiagonalGaussianDistribution(torch.cat(encoded).float())
+        latents = posterior.mean
         if generator is not None:
             noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-            latents = latents + posterior.std.float() * noise
+            latents = latents + posterior.std * noise
         return latents * self.vae.config.scaling_factor
 
     @torch.no_grad()
@@ -180,6 +203,33 @@ def load_stable_diffusion(
         scheduler=DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False)),
         **parts,
     )
+
+
+def architecture(model: str) -> tuple[FrozenDict, int, int]:
+    """The U-Net's config, the text encoder's width, and about how many parameters the other parts have; reads no weights.
+
+    Raises:
+        ValueError: neither a local folder nor a model whose architecture is known.
+    """
+    folder = Path(_source(model, lambda _: None))
+    try:
+        if folder.is_dir():
+            unet = json.loads((folder / "unet/config.json").read_text())
+            width = json.loads((folder / "text_encoder/config.json").read_text())["hidden_size"]
+            files = [f for part in ("text_encoder", "vae") for f in (folder / part).glob("*.safetensors")]
+            return _whole_config(unet), width, sum(f.stat().st_size for f in files) // 2
+        known = next(name for name, source in MODELS.items() if str(folder) in (name, source))
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"model {model!r}: {folder} is not a complete Stable Diffusion folder ({error})") from error
+    except StopIteration:
+        raise ValueError(f"model {model!r}: its architecture is not known before it is downloaded") from None
+    config = ARCHITECTURES[known]
+    return _whole_config(config), config["cross_attention_dim"], OTHER_PARAMETERS[known]
+
+
+def _whole_config(given: dict) -> FrozenDict:
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(given).config
 
 
 def _source(model: str, notice) -> str:

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from dpt.adapter import Scorer, itm_score
 from dpt.checkpoint import load_checkpoint
-from dpt.data.coco import load_captions, load_expressions, load_pixels
+from dpt.data.coco import load_captions, load_pixels
+from dpt.data.refcoco import load_expressions
 from dpt.images import make_grid, to_pixels
 from dpt.metrics import bootstrap_interval, rec_hits
 from dpt.sampling import (

@@ -6,7 +6,8 @@ import torch
 import train_probe
 import train_tune
 from dpt.checkpoint import load_checkpoint
-from dpt.engine import learning_rate_factor, step_indices
+from dpt.data.loader import step_indices
+from dpt.engine import learning_rate_factor
 
 TINY = {
     "probe": "configs/shapes/probe.yaml",
@@ -17,12 +18,14 @@ COMMON = [
     "adapter.nheads=4",
     "adapter.dim_feedforward=32",
     "data.num_samples=12",
-    "num_val_samples=8",
+    "validation.num_samples=8",
     "optim.batch_size=4",
     "optim.steps=6",
     "optim.warmup_steps=2",
     "checkpoints.every=2",
-    "validate_every=3",
+    "validation.every=3",
+    "validation.timesteps=[500]",
+    "samples.every=-1",
     "log_every=1",
 ]
 SCRIPTS = {"probe": train_probe.main, "tune": train_tune.main}
@@ -170,7 +173,9 @@ def test_a_non_finite_loss_stops_or_is_skipped(tmp_path, cache, capsys, monkeypa
 
 def test_dry_run_trains_nothing(tmp_path, cache, capsys):
     assert run("probe", tmp_path, cache, "--dry-run") == 0
-    assert "probe: 6 steps of 4 samples" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "4 samples x 1 accumulated = 4 a process and step; 6 steps" in out
+    assert "GiB" in out
     assert not (tmp_path / "run").exists()
 
 

@@ -59,7 +59,8 @@ def test_reads_the_user_s_coco_tree(tmp_path, shapes_dpt):
 
 
 def test_boxes_and_spans_of_a_rec_file(tmp_path):
-    from dpt.data.coco import load_captions, load_expressions, load_pixels
+    from dpt.data.coco import load_captions, load_pixels
+    from dpt.data.refcoco import load_expressions
 
     make_coco(tmp_path)
     world = ShapesWorld("val", seed=8)

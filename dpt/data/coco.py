@@ -1,6 +1,6 @@
-"""COCO captions and MDETR's REC annotations, in the files that users have.
+"""COCO's captions and images, in the files that users have.
 
-Boxes are normalised cxcywh. Images are resized to a square without keeping the aspect, as the paper trains on them.
+Images are resized to a square without keeping the aspect, as the paper trains on them.
 """
 
 import json
@@ -18,17 +18,6 @@ class CaptionedImage:
 
     path: Path
     caption: str
-
-
-@dataclass(frozen=True)
-class ReferredImage:
-    """An image file, an expression, the boxes it refers to, (N, 4), and each box's character spans."""
-
-    path: Path
-    expression: str
-    boxes: np.ndarray
-    tokens_positive: tuple[tuple[tuple[int, int], ...], ...]
-    dataset_name: str
 
 
 def read_json(path: Path):
@@ -49,27 +38,6 @@ def load_captions(annotations: Path, images: Path) -> list[CaptionedImage]:
         raise ValueError(f"{annotations} is no COCO caption file: {error!r} is missing") from error
 
 
-def load_expressions(annotations: Path, images: Path) -> list[ReferredImage]:
-    """All expressions of a `finetune_*.json`: one an image entry, with its boxes."""
-    content = read_json(annotations)
-    try:
-        boxes: dict[int, list[dict]] = {}
-        for annotation in content["annotations"]:
-            boxes.setdefault(annotation["image_id"], []).append(annotation)
-        return [_referred(entry, boxes.get(entry["id"], []), images) for entry in content["images"]]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{annotations} is no REC annotation file: {error!r} is missing") from error
-
-
-def _referred(entry: dict, annotations: list[dict], images: Path) -> ReferredImage:
-    scale = np.array([entry["width"], entry["height"]] * 2, float)
-    xywh = np.array([a["bbox"] for a in annotations], float).reshape(-1, 4)
-    cxcywh = np.concatenate([xywh[:, :2] + xywh[:, 2:] / 2, xywh[:, 2:]], axis=1) / scale
-    spans = tuple(tuple((int(b), int(e)) for b, e in a["tokens_positive"]) for a in annotations)
-    path = images / entry["file_name"]
-    return ReferredImage(path, entry["caption"], cxcywh, spans, entry.get("dataset_name", "refcoco"))
-
-
 def load_pixels(path: Path, size: int) -> torch.Tensor:
     """An image as (3, size, size) in [-1, 1]: EXIF rotation applied, any mode turned into RGB, aspect not kept.
 
@@ -79,6 +47,6 @@ def load_pixels(path: Path, size: int) -> torch.Tensor:
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1

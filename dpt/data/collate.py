@@ -21,7 +21,7 @@ class Sample:
     id: int
     """the same in every epoch and on every machine; names the sample's random numbers"""
     images: torch.Tensor
-    """pixels (3, 3, H, W) in [-1, 1], or scaled latents (3, C, h, w)"""
+    """pixels (K, 3, H, W) in [-1, 1], or scaled latents (K, C, h, w); K is 3, or 1 where there is no matching"""
     captions: tuple[str, str, str]
     expression: str
     boxes: torch.Tensor
@@ -32,7 +32,7 @@ class Sample:
 
 @dataclass
 class Batch:
-    """Samples put together; `images` is (B, 3, ...), the lists run over samples."""
+    """Samples put together; `images` is (B, K, ...), the lists run over samples."""
 
     ids: list[int]
     images: torch.Tensor
@@ -109,6 +109,7 @@ def encode_batch(
     timesteps: tuple[int, int] | None = None,
     noise_offset: float = 0.0,
     normalize_positive_map: bool = True,
+    align_to_padding: bool = False,
 ) -> dict:
     """The input of `DPT.forward`: everything that no gradient reaches.
 
@@ -118,12 +119,13 @@ def encode_batch(
         rec_text: without a model there are no `token_states`.
         timesteps: drawn from [first, last]; by default from the whole schedule.
         noise_offset: weight of noise that is constant over a channel.
+        align_to_padding: leave `token_valid` out, so that contrastive alignment counts padding as the reference does.
     """
     latents = batch.images
     if latents.shape[2] == 3:
         flat = latents.flatten(0, 1)
         latents = sd.encode_images(flat).unflatten(0, latents.shape[:2])
-    latents = latents.to(sd.device).float()  # (B, 3, C, h, w)
+    latents = latents.to(sd.device).float()  # (B, K, C, h, w)
     first, last = timesteps or (0, sd.scheduler.config.num_train_timesteps - 1)
     drawn, noise = [], []
     for sample_id, epoch in zip(batch.ids, batch.epochs, strict=True):
@@ -133,7 +135,7 @@ def encode_batch(
         if noise_offset:
             noise[-1] += noise_offset * torch.randn((latents.shape[2], 1, 1), generator=generator)
     drawn, noise = torch.cat(drawn).to(sd.device), torch.stack(noise).to(sd.device)  # (B,), (B, C, h, w)
-    noisy = [sd.scheduler.add_noise(latents[:, k], noise, drawn) for k in range(3)]
+    noisy = [sd.scheduler.add_noise(latents[:, k], noise, drawn) for k in range(latents.shape[1])]
     context, pooled = sd.encode_prompts([text for captions in batch.captions for text in captions])
     inputs = {
         "noisy_latents": torch.stack(noisy, dim=1),
@@ -148,6 +150,8 @@ def encode_batch(
     length = encoding.input_ids.shape[1]
     if rec_text.model is not None:
         inputs["token_states"] = rec_text.encode(encoding)
+        if not align_to_padding:
+            inputs["token_valid"] = encoding.attention_mask.bool().to(sd.device)
     inputs["targets"] = []
     for k, (boxes, spans) in enumerate(zip(batch.boxes, batch.tokens_positive, strict=True)):
         masks = torch.zeros(len(boxes), length, dtype=torch.bool)

@@ -18,12 +18,13 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from transformers import CLIPTextModel
 
 from dpt.config import load_config, save_config
+from dpt.curves import plot_curves
 from dpt.shapes.captions import WebNoise
 from dpt.shapes.clip import contrastive_loss, load_clip, make_clip, make_tokenizer, pooled_cosines, retrieval, save_clip
 from dpt.shapes.quality import LABELS, judge_prompts
 from dpt.shapes.scenes import IMAGE_SIZE, render
-from dpt.shapes.training import plot_curves, save_folder, train_stage
-from dpt.shapes.unet import Latents, denoising_losses, make_scheduler, make_unet, validation_loss
+from dpt.shapes.training import save_folder, train_stage
+from dpt.shapes.unet import Latents, denoising_losses, make_scheduler, make_unet, set_cpu_attention, validation_loss
 from dpt.shapes.vae import cache_latents, make_vae, measure_scaling_factor, reconstruction_error, vae_losses, whiten
 from dpt.shapes.world import PROMPT_CATEGORIES, ShapesWorld, load_prompts
 from dpt.stable_diffusion import StableDiffusion
@@ -77,7 +78,7 @@ class Unet:
     prompts_per_category: int = 10
     """val prompts drawn at each evaluation"""
     train: Optimization = field(
-        default_factory=lambda: Optimization(steps=6000, ema=0.998, save_every=100, evaluate_every=500, warmup=100)
+        default_factory=lambda: Optimization(steps=4500, ema=0.998, save_every=100, evaluate_every=500, warmup=100)
     )
 
 
@@ -185,6 +186,7 @@ def run_unet(config: PretrainConfig, folder: Path) -> None:
     sd = assemble(config, folder, measure_scaling_factor(posteriors["train"]))
     if config.init_from:
         sd.unet = UNet2DConditionModel.from_pretrained(config.init_from, subfolder="unet", torch_dtype=torch.float32)
+    set_cpu_attention(sd.unet)
     cached = {split: Latents(rows, sd.vae.config.scaling_factor) for split, rows in posteriors.items()}
     worlds = {split: ShapesWorld(split, noise=settings.web_noise) for split in cached}
 

@@ -6,13 +6,17 @@ import numpy as np
 import torch
 
 from dpt.data.collate import Sample, sample_generator
+from dpt.data.mining import most_similar
 from dpt.shapes.captions import caption_text
+from dpt.shapes.clip import embed_images, embed_texts, load_clip
 from dpt.shapes.scenes import render
 from dpt.shapes.vae import cache_latents
 from dpt.shapes.world import ShapesWorld
-from dpt.stable_diffusion import StableDiffusion
+from dpt.stable_diffusion import CKPT_FOLDER, StableDiffusion
 
 NEGATIVES = ("edited", "mined")
+NUM_TEXTS, NUM_IMAGES = 20, 4  # mined ones to draw from, as in the paper
+CANDIDATES = 80  # mined, of which those that happen to be true are passed over
 
 
 class ShapesSamples:
@@ -20,9 +24,7 @@ class ShapesSamples:
 
     Args:
         negatives: "edited", a minimal edit of the sample's own scene, or "mined", the other scenes of the set whose
-            captions and pictures are most alike (as in the paper, where CLIP mines them).
-        mined: with "mined", for each sample the indices of similar captions' and of similar images' scenes, (num, K)
-            each, best first; see `mine_negatives`.
+            captions and pictures are most alike by the small CLIP (as in the paper, where CLIP mines them).
     """
 
     def __init__(
@@ -34,13 +36,12 @@ class ShapesSamples:
         split: str = "train",
         seed: int = 0,
         negatives: str = "edited",
-        mined: tuple[np.ndarray, np.ndarray] | None = None,
     ):
         if negatives not in NEGATIVES:
             raise ValueError(f"data.negatives is {negatives!r}; it must be {' or '.join(NEGATIVES)}")
         if num_samples < 2:
             raise ValueError(f"data.num_samples is {num_samples}; random negatives need at least 2")
-        self.world, self.num_samples, self.mined = ShapesWorld(split, seed=seed), num_samples, mined
+        self.world, self.num_samples = ShapesWorld(split, seed=seed), num_samples
         self.scaling_factor = sd.vae.config.scaling_factor
         self.scenes = cache_latents(
             sd.vae,
@@ -58,8 +59,8 @@ class ShapesSamples:
                 key=f"{self.world.key()} edited",
                 count=num_samples,
             )
-        elif mined is None:
-            raise ValueError("data.negatives is mined; mine them first")
+        else:
+            self.mined = mine_scenes(self.world, num_samples)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -69,15 +70,15 @@ class ShapesSamples:
         example = self.world[index]
         generator = sample_generator(17, index, epoch)
         rng = np.random.default_rng(torch.randint(2**62, (1,), generator=generator).item())
-        other = self._false_of(index, rng.permutation(self.num_samples))
+        (other,) = self._false_of(index, rng.permutation(self.num_samples), 1)
         other_description, _ = self.world.scene(other)
         if self.edited is not None:
             negative_text = caption_text(example.negative.description, rng)
             negative_image = self._latents(self.edited, index, generator)
         else:
-            texts, images = self.mined
-            text = self._false_of(index, texts[index][rng.permutation(texts.shape[1])])
-            image = self._false_of(index, images[index][rng.permutation(images.shape[1])])
+            texts, images = (rows[index] for rows in self.mined)
+            text = int(rng.choice(self._false_of(index, texts, NUM_TEXTS)))
+            image = int(rng.choice(self._false_of(index, images, NUM_IMAGES)))
             negative_text = caption_text(self.world.scene(text)[0], rng)
             negative_image = self._latents(self.scenes, image, generator)
         expression = example.expressions[int(rng.integers(len(example.expressions)))]
@@ -96,14 +97,18 @@ class ShapesSamples:
             tokens_positive=[[expression.span]],
         )
 
-    def _false_of(self, index: int, candidates) -> int:
-        """The first candidate whose caption is false of the sample's scene, and the other way round."""
-        description, scene = self.world.scene(index)
+    def _false_of(self, index: int, candidates, count: int) -> list[int]:
+        """The first candidates whose captions are false of the sample's scene, and the other way round."""
+        (description, scene), found = self.world.scene(index), []
         for candidate in candidates:
             other, other_scene = self.world.scene(int(candidate))
             if not description.holds(other_scene.objects) and not other.holds(scene.objects):
-                return int(candidate)
-        raise ValueError(f"sample {index} has no true negative among {len(candidates)} candidates")
+                found.append(int(candidate))
+                if len(found) == count:
+                    break
+        if not found:
+            raise ValueError(f"sample {index} has no true negative among {len(candidates)} candidates")
+        return found
 
     def _latents(self, posteriors: np.ndarray, index: int, generator: torch.Generator) -> torch.Tensor:
         mean, logvar = torch.from_numpy(posteriors[index]).float().chunk(2)
@@ -111,23 +116,17 @@ class ShapesSamples:
         return (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise) * self.scaling_factor
 
 
-def mine_negatives(
-    image_embeddings: torch.Tensor, text_embeddings: torch.Tensor, *, num_texts: int = 20, num_images: int = 4
-) -> tuple[np.ndarray, np.ndarray]:
-    """For each caption the most similar captions and images of other samples, by cosine, blockwise.
-
-    Args:
-        image_embeddings, text_embeddings: unit vectors (N, D) of samples' pictures and captions.
+def mine_scenes(world: ShapesWorld, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """The scenes whose captions, and whose pictures, are by the small CLIP most like each of the first scenes' captions.
 
     Returns:
-        Indices (N, num_texts) and (N, num_images), most similar first.
+        Indices (num_samples, K) twice, most similar first.
     """
-    texts, images = [], []
-    for start in range(0, len(text_embeddings), 1024):
-        block = text_embeddings[start : start + 1024]
-        for embeddings, count, found in ((text_embeddings, num_texts, texts), (image_embeddings, num_images, images)):
-            scores = block @ embeddings.T  # (1024, N)
-            rows = torch.arange(len(block))
-            scores[rows, rows + start] = -torch.inf
-            found.append(scores.topk(min(count, len(embeddings) - 1)).indices)
-    return torch.cat(texts).numpy(), torch.cat(images).numpy()
+    clip, tokenizer = load_clip(CKPT_FOLDER / "shapes/clip")
+    texts = [world.caption(i) for i in range(num_samples)]
+    parts = [range(first, min(first + 256, num_samples)) for first in range(0, num_samples, 256)]
+    with torch.no_grad():
+        images = torch.cat([embed_images(clip, [render(world.scene(i)[1]) for i in part]) for part in parts]).numpy()
+        captions = torch.cat([embed_texts(clip, tokenizer, [texts[i] for i in part]) for part in parts]).numpy()
+    own, count = np.arange(num_samples)[:, None], min(CANDIDATES, num_samples - 1)
+    return most_similar(captions, own, captions, own, count), most_similar(captions, own, images, own, count)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -138,24 +137,3 @@ def _drop_metrics_after(path: Path, step: int) -> None:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept))
         temporary.replace(path)
-
-
-def plot_curves(metrics_path: Path, figure_path: Path) -> None:
-    """Draws every figure of a metrics file against the step; the shares of verdicts have an axis of their own."""
-    records = [json.loads(line) for line in metrics_path.read_text().splitlines()]
-    shares = ("correct", "misaligned", "malformed")
-    names = [n for n in dict.fromkeys(n for r in records for n in r) if n not in ("step", "seconds", "grad_norm")]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for name in names:
-        points = [(r["step"], r[name]) for r in records if name in r]
-        sparse = len(points) < len(records) / 2
-        axis = axes[1] if name in shares else axes[0]
-        axis.plot(*zip(*points, strict=True), "o-" if sparse else "-", lw=2 if sparse else 0.7, ms=4, label=name)
-    axes[0].set(xlabel="step", ylabel="loss", yscale="log")
-    axes[1].set(xlabel="step", ylabel="share of val pictures", ylim=(0, 1))
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=8)
-    figure.savefig(figure_path, dpi=110)
-    plt.close(figure)

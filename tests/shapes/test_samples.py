@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from dpt.shapes.captions import parse
-from dpt.shapes.samples import ShapesSamples, mine_negatives
+from dpt.shapes.clip import embed_texts, load_clip
+from dpt.shapes.samples import ShapesSamples
 from dpt.stable_diffusion import load_stable_diffusion
 
 
@@ -36,24 +37,21 @@ def test_edited_samples(sd, folder):
     assert len(list(folder.iterdir())) == 2
 
 
-def test_mined_negatives_are_the_most_similar_others():
-    rng = np.random.default_rng(0)
-    vectors = [torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(1500, 8))), dim=1) for _ in range(2)]
-    texts, images = mine_negatives(*vectors, num_texts=5, num_images=2)
-    for i in (0, 1023, 1024, 1499):
-        for embeddings, found in ((vectors[1], texts), (vectors[0], images)):
-            scores = embeddings @ vectors[1][i]
-            scores[i] = -np.inf
-            assert found[i].tolist() == scores.argsort(descending=True)[: found.shape[1]].tolist()
-
-
-def test_mined_samples_are_false_of_each_other(sd, folder):
-    rng = np.random.default_rng(0)
-    mined = tuple(np.stack([rng.permutation(24) for _ in range(24)]) for _ in range(2))
-    samples = ShapesSamples(sd, folder, num_samples=24, negatives="mined", mined=mined)
-    for index in range(24):
+def test_mined_samples_are_like_and_false_of_each_other(sd, folder):
+    samples = ShapesSamples(sd, folder, num_samples=60, negatives="mined")
+    random = ShapesSamples(sd, folder, num_samples=60)
+    clip, tokenizer = load_clip("ckpt/shapes/clip")
+    likeness = []
+    for index in range(20):
+        sample = samples.get(index, 0)
         objects = samples.world.scene(index)[1].objects
-        assert [parse(text).holds(objects) for text in samples.get(index, 0).captions] == [True, False, False]
+        assert [parse(text).holds(objects) for text in sample.captions] == [True, False, False]
+        with torch.no_grad():
+            own, mined, other = embed_texts(clip, tokenizer, list(sample.captions))
+        likeness.append([(own @ mined).item(), (own @ other).item()])
+    mined, other = np.mean(likeness, axis=0)
+    assert mined > other + 0.1
+    assert not torch.equal(samples.get(3, 0).images[1], random.get(3, 0).images[1])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,36 @@
+"""Curves of a metrics file."""
+
+import json
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+_APART = ("step", "seconds", "grad_norm", "lr", "samples_per_second", "peak_memory_mb", "skipped_steps")
+
+
+def plot_curves(metrics_path: Path, figure_path: Path) -> None:
+    """Draws losses, and shares in [0, 1] with their intervals, against the step.
+
+    A figure whose name holds "loss", or "total", is a loss; `x_low` and `x_high` are the interval of x.
+    """
+    records = [json.loads(line) for line in metrics_path.read_text().splitlines() if line.endswith("}")]
+    names = [n for n in dict.fromkeys(n for r in records for n in r) if n not in _APART]
+    names = [n for n in names if not n.endswith(("_low", "_high")) and "giou_precision" not in n]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for name in names:
+        points = [r for r in records if name in r]
+        steps, values = [r["step"] for r in points], [r[name] for r in points]
+        sparse = len(points) < 60
+        axis = axes[0] if "loss" in name or name == "total" else axes[1]
+        (line,) = axis.plot(steps, values, "o-" if sparse else "-", lw=1.5 if sparse else 0.7, ms=3, label=name)
+        if all(f"{name}_low" in r for r in points):
+            bounds = [[r[f"{name}_{side}"] for r in points] for side in ("low", "high")]
+            axis.fill_between(steps, *bounds, color=line.get_color(), alpha=0.15)
+    axes[0].set(xlabel="step", ylabel="loss", yscale="log")
+    axes[1].set(xlabel="step", ylabel="share", ylim=(0, 1))
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=6)
+    figure.savefig(figure_path, dpi=110)

@@ -1,0 +1,133 @@
+"""Commands for data: verify a folder, cache latents, mine hard negatives.
+
+    python -m dpt.data check ROOT [--decode] [--leak_free FILE]
+    python -m dpt.data cache-latents --model sd21-base --images ROOT/train2014 --output ROOT/train2014_SD2-1
+    python -m dpt.data mine-negatives --captions ROOT/annotations/captions_train2014.json --images ROOT/train2014 \\
+        --output ROOT/itm/train
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from dpt.data.check import SHOWN, check_tree, find, leakage, write_leak_free
+from dpt.data.coco import load_captions
+from dpt.data.itm import write_items, write_tsv
+from dpt.data.latents import cache_folder
+from dpt.data.mining import mine
+from dpt.data.open_clip_embedder import load_embedders
+from dpt.stable_diffusion import load_stable_diffusion
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Prints a table; exit code 1 where there are errors. Leakage is told, and is none."""
+    root = Path(args.root)
+    lists = check_tree(root, decode=args.decode)
+    for findings in lists:
+        total = sum(map(len, findings.errors.values()))
+        print(f"{findings.name:40}  {findings.holds:45}  {total or 'no'} errors")
+        for kind, places in findings.errors.items():
+            more = f" and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
+            print(f"    {kind}: {len(places)}: {'; '.join(places[:SHOWN])}{more}")
+    for training, evaluation, both, of in leakage(lists):
+        if both:
+            print(f"leakage: {both} of the {of} images of {evaluation} are in {training}")
+    if args.leak_free:
+        training = find(root, args.leak_free_of)
+        if len(training) != 1:
+            raise ValueError(
+                f"--leak_free_of is {args.leak_free_of!r}; {len(training)} files under {root} are named so"
+            )
+        evaluation = [p for p in find(root, "finetune_*.json") if "train" not in p.name]
+        kept, out = write_leak_free(training[0], evaluation, Path(args.leak_free))
+        print(f"{args.leak_free}: {kept} expressions of {training[0].name} kept, {out} left out")
+    return int(any(findings.errors for findings in lists))
+
+
+def run_cache_latents(args: argparse.Namespace) -> int:
+    """Encodes a folder of images; go on after a kill with the same command."""
+    try:
+        k, n = (int(part) for part in args.shard.split("/"))
+        if not 0 <= k < n:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"--shard is {args.shard!r}; it must be K/N with 0 <= K < N, such as 0/4") from None
+    dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[args.dtype]
+    sd = load_stable_diffusion(args.model, local_files_only=args.local_files_only, dtype=dtype, device=_device(args))
+    size = args.size or sd.default_size
+    count = cache_folder(sd, Path(args.images), Path(args.output), size=size, batch_size=args.batch_size, shard=(k, n))
+    print(f"{args.output}: {count} new latents")
+    return 0
+
+
+def run_mine_negatives(args: argparse.Namespace) -> int:
+    """Writes hard negatives as a folder of items, or as a table where --output ends in .tsv."""
+    output = Path(args.output)
+    captions = load_captions(Path(args.captions), Path(args.images))
+    embed_texts, embed_images = load_embedders(args.clip, args.pretrained, device=_device(args))
+    items = mine(
+        captions,
+        embed_texts,
+        embed_images,
+        Path(args.work or output.parent / f".{output.name}.embeddings"),
+        key=f"{args.clip} {args.pretrained}",
+        num_texts=args.num_texts,
+        num_images=args.num_images,
+        batch_size=args.batch_size,
+        block=args.block,
+        device=_device(args),
+    )
+    (write_tsv if output.suffix == ".tsv" else write_items)(output, items)
+    print(f"{output}: hard negatives of {len(items)} captions")
+    return 0
+
+
+def _device(args: argparse.Namespace) -> str:
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    check = commands.add_parser("check", help="verify a data folder")
+    check.add_argument("root")
+    check.add_argument("--decode", action="store_true", help="read every pixel, not only headers and last bytes")
+    check.add_argument("--leak_free", metavar="FILE", help="write the training list without images of evaluation lists")
+    check.add_argument("--leak_free_of", default="finetune_refall_train.json", metavar="NAME", help="which list")
+    check.set_defaults(run=run_check)
+
+    cache = commands.add_parser("cache-latents", help="encode a folder of images")
+    cache.add_argument("--model", default="sd21-base")
+    cache.add_argument("--local-files-only", action="store_true")
+    cache.add_argument("--size", type=int, help="height and width in pixels; default: the model's")
+    cache.add_argument("--shard", default="0/1", metavar="K/N", help="one of several processes' share")
+    cache.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    cache.set_defaults(run=run_cache_latents)
+
+    mining = commands.add_parser("mine-negatives", help="find similar captions and images")
+    mining.add_argument("--captions", required=True, help="a COCO caption file")
+    mining.add_argument("--clip", default="ViT-H-14", help="a model of open_clip, or the JSON file of one's config")
+    mining.add_argument("--pretrained", default="laion2b_s32b_b79k", help="open_clip's tag, or a file of weights")
+    mining.add_argument("--num_texts", type=int, default=20)
+    mining.add_argument("--num_images", type=int, default=4)
+    mining.add_argument("--block", type=int, default=4096, help="rows compared at once")
+    mining.add_argument("--work", help="folder for embeddings; default: beside the output")
+    mining.set_defaults(run=run_mine_negatives)
+
+    for command in (cache, mining):
+        command.add_argument("--images", required=True, help="folder of image files")
+        command.add_argument("--output", required=True)
+        command.add_argument("--batch_size", type=int, default=8)
+        command.add_argument("--device")
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

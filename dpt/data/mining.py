@@ -1,0 +1,144 @@
+"""Hard negatives by CLIP: for each caption the most similar captions, and images, of other images.
+
+Embeddings lie in files, and similarities are computed in blocks, so that memory does not grow with the data.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dpt.data.coco import CaptionedImage
+from dpt.data.itm import ItmItem
+
+Embedder = Callable[[list], torch.Tensor]
+
+
+def embed_to_file(
+    items: Sequence, embed: Embedder, path: Path, *, key: str, batch_size: int, chunk: int = 4096
+) -> np.ndarray:
+    """Unit vectors (N, D) float16 of items, memory-mapped from `path`; a killed run goes on with the chunk it was in.
+
+    Args:
+        embed: a list of items -> (B, D).
+        key: names the model and the items; a file made for another key is made anew.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = path.with_suffix(".parts")
+    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+    parts = parts.with_name(f"{parts.stem}.{digest}")
+    done = path.with_name(f"{path.stem}.{digest}.npy")
+    if not done.exists():
+        parts.mkdir(exist_ok=True)
+        for start in tqdm(range(0, len(items), chunk), desc=path.stem, mininterval=2):
+            part = parts / f"{start:08d}.npy"
+            if not part.exists():
+                stop = min(start + chunk, len(items))
+                rows = [embed(list(items[i : min(i + batch_size, stop)])) for i in range(start, stop, batch_size)]
+                vectors = torch.nn.functional.normalize(torch.cat(rows).float(), dim=1).half().cpu().numpy()
+                np.save(part.with_suffix(".tmp.npy"), vectors)
+                part.with_suffix(".tmp.npy").replace(part)
+        files = sorted(parts.glob("????????.npy"))
+        width = np.load(files[0], mmap_mode="r").shape[1]
+        whole = np.lib.format.open_memmap(done.with_suffix(".tmp"), "w+", np.float16, (len(items), width))
+        for file in files:
+            rows = np.load(file)
+            whole[int(file.stem) : int(file.stem) + len(rows)] = rows
+        whole.flush()
+        done.with_suffix(".tmp").replace(done)
+        for file in files:
+            file.unlink()
+        parts.rmdir()
+    return np.load(done, mmap_mode="r")
+
+
+def most_similar(
+    queries: np.ndarray,
+    query_groups: np.ndarray,
+    keys: np.ndarray,
+    key_groups: np.ndarray,
+    count: int,
+    *,
+    block: int = 4096,
+    device: torch.device | str = "cpu",
+) -> np.ndarray:
+    """For each query the keys of largest dot product that are of other groups, best first.
+
+    Args:
+        queries (N, D), keys (M, D): arrays or memory maps; `block` rows of each are in memory at once.
+        query_groups (N, G), key_groups (M, G): a pair that agrees in a column is left out; such as captions of one
+            image.
+
+    Returns:
+        Indices (N, count) of keys; -1 where there are fewer keys of other groups.
+    """
+    found = np.full((len(queries), count), -1, np.int64)
+    for start in tqdm(range(0, len(queries), block), desc="most similar", mininterval=2):
+        rows = torch.from_numpy(np.asarray(queries[start : start + block], np.float32)).to(device)
+        groups = torch.from_numpy(query_groups[start : start + block]).to(device)
+        best = torch.full((len(rows), count), -torch.inf, device=device)
+        index = torch.full((len(rows), count), -1, dtype=torch.long, device=device)
+        for first in range(0, len(keys), block):
+            columns = torch.from_numpy(np.asarray(keys[first : first + block], np.float32)).to(device)
+            others = torch.from_numpy(key_groups[first : first + block]).to(device)
+            same = torch.zeros(len(rows), len(columns), dtype=torch.bool, device=device)
+            for column in range(groups.shape[1]):
+                same |= groups[:, column, None] == others[None, :, column]
+            scores = (rows @ columns.T).masked_fill(same, -torch.inf)
+            values, places = scores.topk(min(count, len(columns)), dim=1)
+            best, chosen = torch.cat([best, values], dim=1).topk(count, dim=1)
+            index = torch.cat([index, places + first], dim=1).gather(1, chosen)
+        found[start : start + block] = torch.where(best.isneginf(), -1, index).cpu().numpy()
+    return found
+
+
+def mine(
+    captions: list[CaptionedImage],
+    embed_texts: Embedder,
+    embed_images: Embedder,
+    work: Path,
+    *,
+    key: str,
+    num_texts: int = 20,
+    num_images: int = 4,
+    batch_size: int = 64,
+    block: int = 4096,
+    device: torch.device | str = "cpu",
+) -> dict[int, ItmItem]:
+    """Hard negatives of every caption, by its place in the list.
+
+    Args:
+        embed_texts, embed_images: captions, and paths of image files, to vectors in one space.
+        work: where embeddings are kept.
+        key: names the model.
+
+    Raises:
+        ValueError: fewer than two images.
+    """
+    files = sorted({c.path for c in captions})
+    if len(files) < 2:
+        raise ValueError(f"hard negatives need captions of at least 2 images, not {len(files)}")
+    number = {path: k for k, path in enumerate(files)}
+    texts, image_of = [c.caption for c in captions], np.array([number[c.path] for c in captions])
+    distinct = {text: k for k, text in enumerate(dict.fromkeys(texts))}
+    groups = np.stack([image_of, [distinct[text] for text in texts]], axis=1)  # the same words are no negative
+    keys = [json.dumps([key, *contents]) for contents in (texts, [path.name for path in files])]
+    text_rows = embed_to_file(texts, embed_texts, work / "texts", key=keys[0], batch_size=batch_size)
+    image_rows = embed_to_file(files, embed_images, work / "images", key=keys[1], batch_size=batch_size)
+    limits = {"block": block, "device": device}
+    similar_texts = most_similar(text_rows, groups, text_rows, groups, num_texts, **limits)
+    own = image_of[:, None], np.arange(len(files))[:, None]
+    similar_images = most_similar(text_rows, own[0], image_rows, own[1], num_images, **limits)
+    return {
+        k: ItmItem(
+            caption.caption,
+            caption.path.name,
+            tuple(texts[i] for i in similar_texts[k] if i >= 0),
+            tuple(files[i].name for i in similar_images[k] if i >= 0),
+        )
+        for k, caption in enumerate(captions)
+    }

@@ -1,0 +1,54 @@
+"""open_clip models as functions from captions and image files to vectors."""
+
+from pathlib import Path
+
+import open_clip
+import torch
+from PIL import Image, ImageOps
+
+from dpt.data.mining import Embedder
+
+
+def load_embedders(name: str, pretrained: str | None, *, device: torch.device | str) -> tuple[Embedder, Embedder]:
+    """Functions from a list of captions, and of image paths, to vectors (B, D).
+
+    Args:
+        name: a model of open_clip, or the JSON file of one's config.
+        pretrained: open_clip's tag, or a file of weights.
+
+    Raises:
+        ValueError: no such model or weights.
+    """
+    if name.endswith(".json"):
+        if not Path(name).is_file():
+            raise ValueError(f"--clip is {name}, which is no file")
+        open_clip.add_model_config(name)
+        name = Path(name).stem
+    try:
+        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained, device=device)
+        tokenizer = open_clip.get_tokenizer(name)
+    except (RuntimeError, OSError, ValueError, FileNotFoundError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"CLIP {name!r} with weights {pretrained!r} cannot be loaded ({reason}): download the weights and name the "
+            "file with --pretrained"
+        ) from error
+    model.eval()
+
+    @torch.no_grad()
+    def embed_texts(captions: list[str]) -> torch.Tensor:
+        return model.encode_text(tokenizer(captions).to(device))
+
+    @torch.no_grad()
+    def embed_images(paths: list[Path]) -> torch.Tensor:
+        return model.encode_image(torch.stack([preprocess(_open(path)) for path in paths]).to(device))
+
+    return embed_texts, embed_images
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error

@@ -1,0 +1,124 @@
+"""COCO images with captions, mined negatives and referring expressions, as training samples."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dpt.data.coco import load_pixels
+from dpt.data.collate import Sample, sample_generator
+from dpt.data.flip import can_mirror, mirror_text
+from dpt.data.itm import ItmItem, ItmNegatives
+from dpt.data.latents import LatentFolder
+from dpt.data.refcoco import ReferredImage
+
+
+class CocoSamples:
+    """Random access to samples by (index, epoch): a sample is an expression, or without expressions a caption.
+
+    The caption of an expression's image, its hard negatives and the random ones are drawn anew in every epoch.
+
+    Args:
+        images: the folder of image files.
+        size: height and width in pixels that images are resized to.
+        expressions: those whose image has no caption among the negatives are left out.
+        negatives: without them there is no matching, and samples hold one image and empty captions.
+        latents: read instead of the images.
+        flip: mirror half of the samples; "left" and "right" are swapped, or the sample is left as it is.
+
+    Raises:
+        ValueError: nothing left to train on.
+    """
+
+    def __init__(
+        self,
+        images: Path,
+        size: int,
+        *,
+        expressions: list[ReferredImage] | None = None,
+        negatives: ItmNegatives | None = None,
+        latents: LatentFolder | None = None,
+        flip: bool = False,
+    ):
+        if latents and flip:
+            raise ValueError("data.flip is true and data.latents is given; cached latents cannot be mirrored")
+        self.images, self.size, self.negatives, self.latents, self.flip = images, size, negatives, latents, flip
+        self.without_caption = 0
+        if expressions is not None and negatives is not None:
+            known = [e for e in expressions if e.path.name in negatives.texts_of]
+            self.without_caption, expressions = len(expressions) - len(known), known
+        self.expressions = expressions
+        if not len(self):
+            raise ValueError("no samples: no expression's image has a caption among the hard negatives")
+        if negatives is not None:
+            distinct = negatives.texts_of if expressions is None else {e.path for e in expressions}
+            if min(len(distinct), len(negatives.texts_of)) < 2:
+                raise ValueError("all samples are of one image; random negatives need another one")
+
+    def __len__(self) -> int:
+        return len(self.negatives if self.expressions is None else self.expressions)
+
+    def get(self, index: int, epoch: int) -> Sample:
+        """The sample of an index in an epoch.
+
+        Raises:
+            ValueError: a file that cannot be read; it is named.
+        """
+        generator = sample_generator(23, index, epoch)
+        rng = np.random.default_rng(torch.randint(2**62, (1,), generator=generator).item())
+        referred = None if self.expressions is None else self.expressions[index]
+        names, captions = [referred.path.name if referred else ""], ("", "", "")
+        if self.negatives is not None:
+            text_id = int(rng.choice(self.negatives.texts_of[names[0]])) if referred else self.negatives.ids[index]
+            item = self.negatives.item(text_id)
+            names[0] = item.image
+            names += [str(rng.choice(item.neg_images)), self._other_image(item.image, rng)]
+            captions = (item.title, str(rng.choice(item.neg_captions)), self._other_caption(item.image, rng))
+        sample = Sample(
+            id=referred.id if referred else text_id,
+            images=torch.stack([self._image(name) for name in names]),
+            captions=captions,
+            expression=referred.expression if referred else "",
+            boxes=torch.tensor(referred.boxes if referred else np.zeros((0, 4)), dtype=torch.float32),
+            tokens_positive=[list(spans) for spans in referred.tokens_positive] if referred else [],
+        )
+        mirrored = self.flip and rng.random() < 0.5 and all(map(can_mirror, (*captions, sample.expression)))
+        return mirror(sample) if mirrored else sample
+
+    def _other_image(self, image: str, rng: np.random.Generator) -> str:
+        while True:
+            if self.expressions is None:
+                name = self._any_item(rng).image
+            else:
+                name = self.expressions[int(rng.integers(len(self.expressions)))].path.name
+            if name != image:
+                return name
+
+    def _other_caption(self, image: str, rng: np.random.Generator) -> str:
+        while True:
+            item = self._any_item(rng)
+            if item.image != image:
+                return item.title
+
+    def _any_item(self, rng: np.random.Generator) -> ItmItem:
+        return self.negatives.item(self.negatives.ids[int(rng.integers(len(self.negatives)))])
+
+    def _image(self, name: str) -> torch.Tensor:
+        if self.latents is not None:
+            return self.latents.read(Path(name).stem)
+        return load_pixels(self.images / name, self.size)
+
+
+def mirror(sample: Sample) -> Sample:
+    """The sample seen in a mirror: pixels, boxes, words and their character spans."""
+    expression, tokens_positive = sample.expression, []
+    for spans in sample.tokens_positive:
+        tokens_positive.append(mirror_text(expression, spans)[1])
+    return Sample(
+        id=sample.id,
+        images=sample.images.flip(-1),
+        captions=tuple(mirror_text(caption)[0] for caption in sample.captions),
+        expression=mirror_text(expression)[0],
+        boxes=torch.cat([1 - sample.boxes[:, :1], sample.boxes[:, 1:]], dim=1),
+        tokens_positive=tokens_positive,
+    )

@@ -1,0 +1,103 @@
+"""What the training scripts share: the command line, the dry run, errors in one line."""
+
+import argparse
+import sys
+from dataclasses import asdict
+
+import torch
+import yaml
+
+from dpt.config import TrainConfig, load_config
+from dpt.data.sources import describe
+from dpt.engine import DTYPES, Trainer, adapter_config
+from dpt.memory import estimate_step
+from dpt.model import EARLY_PASSES
+from dpt.stable_diffusion import architecture
+from dpt.unet_features import parse_feature
+
+ROBERTA_WIDTH = 768
+
+
+def report(config: TrainConfig, stage: str) -> str:
+    """What a run would train, its batches, an estimate of its memory, and the data that is there. Loads no weights.
+
+    Raises:
+        ValueError: a setting that the model cannot meet.
+    """
+    unet_config, width, other = architecture(config.model.name)
+    tune, optim, weights = stage == "tune", config.optim, config.loss.weights
+    blocks = parse_feature(config.model.feature, unet_config)
+    adapter = adapter_config(
+        config,
+        unet_config,
+        text_dim=width,
+        rec_text_dim=width if config.model.rec_text_encoder == "clip" else ROBERTA_WIDTH,
+    )
+    full = tune and bool(weights.denoise)
+    passes = sum(bool(weights.rec if text is None else weights.itm) for _, text in EARLY_PASSES)
+    dtype = DTYPES[optim.mixed_precision]
+    estimate = estimate_step(
+        unet_config,
+        adapter,
+        blocks,
+        batch_size=optim.batch_size,
+        dtype=dtype,
+        early_passes=passes + bool(weights.itm and not full),
+        full_pass=full,
+        lora_rank=config.lora.rank if tune else 0,
+        lora_blocks=tuple(config.lora.blocks),
+        gradient_checkpointing=tune and config.model.gradient_checkpointing,
+    )
+    trained = estimate["adapter_parameters"] * (not config.lora.only) + estimate["lora_parameters"]
+    frozen = (estimate["unet_parameters"] + other) * dtype.itemsize
+    state = trained * 4 * 4  # float32 weights, gradients and AdamW's two moments
+    total = frozen + state + estimate["step_bytes"]
+    joint = optim.batch_size * optim.gradient_accumulation_steps
+    length = f"{optim.steps:,} steps" if optim.epochs is None else f"{optim.epochs} epochs"
+    return "\n".join(
+        [
+            f"{stage}: {trained:,} parameters to train (adapter {estimate['adapter_parameters']:,}"
+            f"{' as it is' if config.lora.only else ''}, LoRA {estimate['lora_parameters']:,})",
+            f"batches: {optim.batch_size} samples x {optim.gradient_accumulation_steps} accumulated = {joint} a process "
+            f"and step; {length}; 8 processes: {8 * joint} a step",
+            f"memory a process, about: frozen weights {_gib(frozen)}, trained ones with gradients and moments "
+            f"{_gib(state)}, a step's activations {_gib(estimate['step_bytes'])}: {_gib(total)} "
+            "(text encoders' and autoencoder's activations, and the libraries' own, come on top)",
+            *describe(config.data),
+        ]
+    )
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+def run_stage(stage: str, argv: list[str] | None, description: str) -> int:
+    """A training script: config file, overrides, exit code."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a YAML file: what differs from the defaults of `dpt.config.TrainConfig`")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved config, what it would train, memory and data found"
+    )
+    args = parser.parse_args(argv)
+    try:
+        config = load_config(TrainConfig, args.config, args.overrides)
+        if args.dry_run:
+            print(yaml.safe_dump(asdict(config), sort_keys=False))
+            print(report(config, stage))
+        else:
+            Trainer(config, stage).train()
+    except (ValueError, FloatingPointError, OSError) as error:
+        # an error in a reading process arrives with that process's traceback; its last line is the error
+        message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+    except (torch.OutOfMemoryError, MemoryError):
+        print(
+            "error: out of memory: lower optim.batch_size (and raise optim.gradient_accumulation_steps), or set "
+            "model.gradient_checkpointing=true or optim.mixed_precision=bf16",
+            file=sys.stderr,
+        )
+        return 2
+    return 0

@@ -1,0 +1,92 @@
+"""What is measured while training: ITM accuracy and REC precision at fixed noise.
+
+What is compared shares noise and timestep (the reference scores the captions of an image under different noise).
+"""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from dpt.data.collate import Sample, collate, encode_batch
+from dpt.metrics import bootstrap_interval, rec_hits
+from dpt.model import DPT
+from dpt.rec_text import RecTextEncoder
+from dpt.stable_diffusion import StableDiffusion
+
+PAPER_TIMESTEP = 500
+KS = (1, 5, 10)
+
+
+class Samples(Protocol):
+    """Random access to samples; `dpt.shapes.samples` and `dpt.data.samples` give it."""
+
+    def __len__(self) -> int: ...
+
+    def get(self, index: int, epoch: int) -> Sample: ...
+
+
+def measure(
+    model: DPT,
+    sd: StableDiffusion,
+    rec_text: RecTextEncoder,
+    samples: Samples,
+    *,
+    task: str,
+    timestep: int,
+    num_samples: int,
+    batch_size: int,
+    shard: tuple[int, int] = (0, 1),
+) -> list[dict]:
+    """One record a sample: its id and, for `itm`, whether the positive beats the hard negative text, and image; for
+    `rec`, whether one of the k surest boxes hits, by IoU and by generalised IoU.
+
+    Args:
+        task: itm or rec.
+        num_samples: evenly spread over the set.
+        shard: (k, n): this process's share.
+    """
+    model.eval()
+    chosen = np.linspace(0, len(samples) - 1, min(num_samples, len(samples))).round().astype(int)[shard[0] :: shard[1]]
+    records = []
+    for start in range(0, len(chosen), batch_size):
+        batch = [samples.get(int(i), 0) for i in chosen[start : start + batch_size]]
+        if task == "rec":
+            batch = [sample for sample in batch if len(sample.boxes)]
+        if not batch:
+            continue
+        inputs = encode_batch(collate(batch), sd, rec_text, seed=0, timesteps=(timestep, timestep))
+        scores, outputs = model.evaluate(inputs, itm=task == "itm", rec=task == "rec")
+        if task == "itm":
+            right = (scores[:, :1] > scores[:, 1:]).tolist()
+            records += [
+                {"id": s.id, "text": text, "image": image} for s, (text, image) in zip(batch, right, strict=True)
+            ]
+            continue
+        logits, boxes = outputs["pred_logits"].float().cpu(), outputs["pred_boxes"].float().cpu()
+        truth = torch.stack([sample.boxes[0] for sample in batch])
+        hits = {g: rec_hits(logits, boxes, truth, ks=KS, generalized=g).tolist() for g in (False, True)}
+        for k, sample in enumerate(batch):
+            record = {f"precision_at_{n}": hit for n, hit in zip(KS, hits[False][k], strict=True)}
+            record |= {f"giou_precision_at_{n}": hit for n, hit in zip(KS, hits[True][k], strict=True)}
+            records.append({"id": sample.id} | record)
+    return records
+
+
+def summarize(records: dict[tuple[str, int], list[dict]], *, mean_over: list[int]) -> dict[str, float]:
+    """Figures with 95 % intervals (`_low`, `_high`) from records by (val set, timestep).
+
+    `<set>_<figure>` is the figure at the paper's t = 500, `..._mean` its mean over the timesteps of `mean_over`. A
+    sample counts once, however many processes measured it; intervals resample samples.
+    """
+    figures = {}
+    for name in dict.fromkeys(name for name, _ in records):
+        rows = {(r["id"], t): r for (of, t), part in records.items() if of == name for r in part}
+        for column in list(next(iter(rows.values())))[1:] if rows else ():
+            for suffix, timesteps in (("", [PAPER_TIMESTEP]), ("_mean", mean_over)):
+                chosen = [(key[0], row[column]) for key, row in rows.items() if key[1] in timesteps]
+                ids, values = zip(*chosen, strict=True)
+                mean, low, high = bootstrap_interval(np.array(values, float), np.array(ids))
+                figure = f"{name}_{column}{suffix}"
+                figures |= {figure: mean, f"{figure}_low": low, f"{figure}_high": high}
+    return figures
