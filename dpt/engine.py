@@ -7,12 +7,12 @@ if it had never stopped, and several processes train as one does with the joint 
 import math
 import time
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from dpt.adapter import DiscriminativeAdapter, Scorer
@@ -26,11 +26,11 @@ from dpt.lora import add_lora, load_lora, lora_state
 from dpt.memory import peak_mb
 from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
-from dpt.runs import RunLog, load_newest, open_run, restore_optimizer, save_step, versions
+from dpt.runs import RunLog, checkpoints, load_newest, open_run, restore_optimizer, save_step, versions
 from dpt.sampling import CorrectionSettings, draw
 from dpt.stable_diffusion import load_stable_diffusion
 from dpt.unet_features import block_channels, parse_feature
-from dpt.validation import PAPER_TIMESTEP, Samples, measure, summarize
+from dpt.validation import PAPER_TIMESTEP, measure, summarize
 
 STAGES = ("probe", "tune")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -96,6 +96,7 @@ class Trainer:
         )
         with self.accelerator.main_process_first():
             self.data = training_samples(config.data, self.sd, notice=self._say)
+            self.val_sets = validation_samples(config.data, self.sd, num_samples=config.validation.num_samples)
         self.model = self._make_model(newest[0] if newest else None)
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.names, optim = list(parameters), config.optim
@@ -121,6 +122,7 @@ class Trainer:
         some_off = not all(vars(config.loss.weights).values())
         try:
             accelerator = Accelerator(
+                cpu=not torch.accelerator.is_available(),  # else several processes on CPUs would not find each other
                 mixed_precision=config.optim.mixed_precision,
                 kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=some_off)],
                 log_with=config.tracker,
@@ -208,40 +210,59 @@ class Trainer:
 
         Raises:
             FloatingPointError: a non-finite loss, unless it is skipped.
+            ValueError: the run folder cannot be written to, such as on a full disk; its checkpoints are as they were.
         """
+        try:
+            return self._train()
+        except (OSError, SafetensorError) as error:
+            steps = checkpoints(self.folder)
+            last = f"the last good checkpoint is {steps[0]}" if steps else "there is no checkpoint yet"
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"step {self.step}: {self.folder} cannot be written to ({reason}); {last}. Free some space, or lower "
+                "checkpoints.keep, and go on with resume=true"
+            ) from error
+
+    def _train(self) -> Path:
         config = self.config
         if config.tracker:
             self.accelerator.init_trackers("dpt", flatten(config))
-        bar = tqdm(total=self.steps, initial=self.step, desc=self.stage, disable=not self.log, mininterval=1)
         batches, began, first = self._batches(), time.perf_counter(), self.step
-        while self.step < self.steps:
-            losses = self.update(batches)
-            self.step += 1
-            last = self.step == self.steps
-            if self.step % config.log_every == 0 or last:
-                rate = (self.step - first) * self._samples_per_step / (time.perf_counter() - began)
-                figures = {
-                    "lr": self.optimizer.param_groups[0]["lr"],
-                    "samples_per_second": rate,
-                    "peak_memory_mb": peak_mb(self.accelerator.device),
-                }
-                self._record(losses | figures)
-                bar.set_postfix({name: f"{value:.3g}" for name, value in (losses | figures).items()})
-            bar.update()
-            if self.step % config.validation.every == 0 or last:
-                self._record(self.validate())
-                if self.log:
-                    self.log.plot()
-            if self.log and (self.step % config.checkpoints.every == 0 or last):
-                self._save()
-            if self.log and (last if config.samples.every == 0 else self.step % config.samples.every == 0):
-                self._draw_samples()
-        bar.close()
+        bar = tqdm(total=self.steps, initial=self.step, desc=self.stage, disable=not self.log, mininterval=1)
+        with bar:
+            while self.step < self.steps:
+                losses = self.update(batches)
+                self.step += 1
+                last = self.step == self.steps
+                if self.step % config.log_every == 0 or last:
+                    seconds = time.perf_counter() - began
+                    figures = losses | {
+                        "lr": self.optimizer.param_groups[0]["lr"],
+                        "samples_per_second": (self.step - first) * self._samples_per_step / seconds,
+                        "peak_memory_mb": peak_mb(self.accelerator.device),
+                    }
+                    self._record(figures)
+                    bar.set_postfix({name: f"{value:.3g}" for name, value in figures.items()}, refresh=False)
+                bar.update()
+                self._after_step(last)
         self.accelerator.wait_for_everyone()
         if config.tracker:
             self.accelerator.end_training()
         self._say(f"done: {self.folder}")
         return self.folder
+
+    def _after_step(self, last: bool) -> None:
+        """Validation, checkpoint and pictures, when they are due."""
+        config = self.config
+        validates = last or self.step % config.validation.every == 0
+        if validates:  # before the checkpoint: a run that goes on from it has these figures already
+            self._record(self.validate())
+        if self.log and (last or self.step % config.checkpoints.every == 0):
+            self._save()
+        if self.log and validates:
+            self.log.plot()
+        if self.log and (last if config.samples.every == 0 else self.step % config.samples.every == 0):
+            self._draw_samples()
 
     @property
     def _samples_per_step(self) -> int:
@@ -333,15 +354,10 @@ class Trainer:
             align_to_padding=loss.align_to_padding,
         )
 
-    @cached_property
-    def _val_sets(self) -> dict[str, Samples]:
-        with self.accelerator.main_process_first():
-            return validation_samples(self.config.data, self.sd, num_samples=self.config.validation.num_samples)
-
     def validate(self) -> dict[str, float]:
         """ITM accuracy and REC precision on the val sets; see `dpt.validation`."""
         settings, records = self.config.validation, {}
-        for name, samples in self._val_sets.items():
+        for name, samples in self.val_sets.items():
             for timestep in sorted({*settings.timesteps, PAPER_TIMESTEP}):
                 with self.accelerator.autocast():
                     part = measure(

@@ -58,8 +58,8 @@ def report(config: TrainConfig, stage: str) -> str:
         [
             f"{stage}: {trained:,} parameters to train (adapter {estimate['adapter_parameters']:,}"
             f"{' as it is' if config.lora.only else ''}, LoRA {estimate['lora_parameters']:,})",
-            f"batches: {optim.batch_size} samples x {optim.gradient_accumulation_steps} accumulated = {joint} a process "
-            f"and step; {length}; 8 processes: {8 * joint} a step",
+            f"batches: {optim.batch_size} samples x {optim.gradient_accumulation_steps} accumulated = {joint} a "
+            f"process and step; {length}; 8 processes: {8 * joint} a step",
             f"memory a process, about: frozen weights {_gib(frozen)}, trained ones with gradients and moments "
             f"{_gib(state)}, a step's activations {_gib(estimate['step_bytes'])}: {_gib(total)} "
             "(text encoders' and autoencoder's activations, and the libraries' own, come on top)",

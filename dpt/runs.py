@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -50,9 +49,6 @@ def save_step(
     Args:
         names: of the optimiser's parameters, in its order.
         state: what else a resumption needs, as JSON.
-
-    Raises:
-        ValueError: it cannot be written, such as on a full disk; checkpoints written before are as they were.
     """
     target = folder / "checkpoints" / f"step_{step:07d}"
     tensors = {}
@@ -64,16 +60,8 @@ def save_step(
         save_file(tensors, temporary / "training_state/optimizer.safetensors")
         (temporary / "training_state/state.json").write_text(json.dumps(state | {"step": step}))
 
-    try:
-        save_checkpoint(checkpoint, target, also=write_training_state)
-    except (OSError, SafetensorError) as error:
-        steps = _steps(folder)
-        last = f"the last good one is {steps[0]}" if steps else "there is none before it"
-        raise ValueError(
-            f"checkpoint {target} cannot be written ({' '.join(str(error).split())}); {last}. Free some space, or "
-            "lower checkpoints.keep, and go on with resume=true"
-        ) from error
-    for old in _steps(folder)[keep:]:
+    save_checkpoint(checkpoint, target, also=write_training_state)
+    for old in checkpoints(folder)[keep:]:
         shutil.rmtree(old)
     return target
 
@@ -83,7 +71,7 @@ def load_newest(folder: Path, notice=print) -> tuple[DPTCheckpoint, dict[str, to
 
     A damaged step is named, and the one before it taken.
     """
-    for step in _steps(folder):
+    for step in checkpoints(folder):
         try:
             checkpoint = load_checkpoint(step)
             tensors = read_tensors(step / "training_state/optimizer.safetensors")
@@ -150,5 +138,6 @@ def versions() -> str:
     return f"dpt {described or 'without git'}, python {platform.python_version()}, {libraries}"
 
 
-def _steps(folder: Path) -> list[Path]:
+def checkpoints(folder: Path) -> list[Path]:
+    """The run's checkpoint folders, newest first."""
     return sorted((folder / "checkpoints").glob("step_*"), reverse=True)

@@ -206,7 +206,7 @@ def load_stable_diffusion(
 
 
 def architecture(model: str) -> tuple[FrozenDict, int, int]:
-    """The U-Net's config, the text encoder's width, and about how many parameters the other parts have; reads no weights.
+    """The U-Net's config, the text encoder's width, and about the other parts' parameters; reads no weights.
 
     Raises:
         ValueError: neither a local folder nor a model whose architecture is known.

@@ -49,3 +49,11 @@ def golden() -> Path:
             pytest.fail(f"DPT_GOLDEN names {given}, which is no folder")
         pytest.skip("no golden arrays: set DPT_GOLDEN")
     return folder
+
+
+@pytest.fixture(scope="session")
+def coco_tree(tmp_path_factory) -> Path:
+    """A small data folder in the layouts that users have; not to be changed."""
+    from tests.coco_tree import make_tree
+
+    return make_tree(tmp_path_factory.mktemp("coco") / "data")

@@ -1,11 +1,16 @@
 import json
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import train_probe
 import train_tune
 from dpt.checkpoint import load_checkpoint
+from dpt.config import TrainConfig, load_config
 from dpt.data.loader import step_indices
 from dpt.engine import learning_rate_factor
 
@@ -110,6 +115,10 @@ def test_options_do_something(tmp_path, cache):
         "noise.last_timestep=50": "loss_denoise",
         "model.feature=mid": "loss_itm_i2t",
         "seed=7": "loss_itm_i2t",
+        "loss.align_to_padding=true": "loss_contrastive_align",
+        "loss.cost_bbox=0": "loss_bbox",
+        "data.negatives=mined": "loss_itm_t2i",
+        "adapter.position_embedding=learned": "loss_itm_i2t",
     }
     for k, (override, name) in enumerate(variants.items()):
         assert run("tune", tmp_path / str(k), cache, "optim.steps=1", override) == 0
@@ -124,14 +133,124 @@ def test_options_do_something(tmp_path, cache):
 
 
 def test_gradient_accumulation_equals_the_joint_batch(tmp_path, cache):
-    """Contrastive alignment is left out: as in the reference it sums over padding, which depends on the batch."""
-    exact = ["adapter.dropout=0", "optim.steps=2", "optim.warmup_steps=0", "loss.weights.contrastive_align=0"]
+    exact = ["adapter.dropout=0", "optim.steps=2", "optim.warmup_steps=0"]
     assert run("probe", tmp_path / "joint", cache, *exact) == 0
     parts = ["optim.batch_size=2", "optim.gradient_accumulation_steps=2"]
     assert run("probe", tmp_path / "parts", cache, *exact, *parts) == 0
     joint, accumulated = metrics(tmp_path / "joint")[0], metrics(tmp_path / "parts")[0]
-    for name in ("loss_ce", "loss_bbox", "loss_giou", "loss_itm_i2t", "loss_itm_t2i", "total"):
+    for name in [name for name in joint if name.startswith("loss")] + ["total"]:
         assert accumulated[name] == pytest.approx(joint[name], rel=1e-5), name
+
+
+def test_gradient_checkpointing_changes_no_loss(tmp_path, cache):
+    assert run("tune", tmp_path / "a", cache, "optim.steps=2") == 0
+    assert run("tune", tmp_path / "b", cache, "optim.steps=2", "model.gradient_checkpointing=true") == 0
+    for plain, checkpointed in zip(metrics(tmp_path / "a")[:2], metrics(tmp_path / "b")[:2], strict=True):
+        for name in [name for name in plain if name.startswith("loss")]:
+            assert checkpointed[name] == pytest.approx(plain[name], rel=1e-4), name
+
+
+def test_lora_alone_leaves_the_adapter(tmp_path, cache, capsys):
+    assert run("tune", tmp_path / "none", cache, "lora.only=true") == 2
+    assert "lora.only is true" in capsys.readouterr().err
+    assert run("probe", tmp_path / "probe", cache, "optim.steps=1") == 0
+    start = tmp_path / "probe/run/checkpoints/step_0000001"
+    assert run("tune", tmp_path / "tune", cache, "lora.only=true", f"init_from={start}", "optim.steps=3") == 0
+    before, after = load_checkpoint(start), load_checkpoint(tmp_path / "tune/run/checkpoints/step_0000003")
+    for name, value in before.adapter.state_dict().items():
+        assert torch.equal(value, after.adapter.state_dict()[name]), name
+    assert any(value.any() for name, value in after.lora.items() if ".lora_B." in name)
+
+
+def test_what_a_run_leaves_behind(tmp_path, cache):
+    pictures = ["samples.every=1", "samples.num_inference_steps=2", "samples.prompts=[a red circle]"]
+    assert run("probe", tmp_path, cache, "optim.steps=2", "tracker=tensorboard", *pictures) == 0
+    folder = tmp_path / "run"
+    log = (folder / "log.txt").read_text()
+    for part in ("probe run from step 0", "torch 2.", "parameters to train", "12 samples, 2 steps", "done: "):
+        assert part in log
+    assert Image.open(folder / "curves.png").width > 500
+    grids = [np.array(Image.open(folder / f"samples/step_000000{k}.png")) for k in (1, 2)]
+    plain, corrected = [[grid[:, a:b] for grid in grids] for a, b in ((200, 584), (584, 968))]
+    assert (plain[0] == plain[1]).all()  # the U-Net is frozen: the same prompts and seeds
+    assert (corrected[0] != corrected[1]).any()
+    assert list((folder / "dpt").glob("events*"))
+    assert load_config(TrainConfig, folder / "config.yaml").optim.steps == 2
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, cache):
+    """Stood for by a limit on the size of files, which a checkpoint exceeds."""
+    assert run("probe", tmp_path, cache, "optim.steps=2") == 0
+    good = weights(tmp_path, 2)
+    more = [
+        "optim.steps=4",
+        "resume=true",
+        *(f"{k}={v}" for k, v in (("output_folder", tmp_path), ("data.cache_folder", cache))),
+    ]
+    program = (
+        "import resource, sys; import train_probe; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000));"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.exit(train_probe.main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, TINY["probe"], *COMMON, *more], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    error = done.stderr.strip().splitlines()[-1]
+    assert "cannot be written to ([Errno 27] File too large)" in error
+    assert "the last good checkpoint is" in error
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step_0000002"]
+    assert all(torch.equal(value, good[name]) for name, value in weights(tmp_path, 2).items())
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, cache):
+    """Losses and gradients of a step, gloo on the CPU, dropout off."""
+    results = {}
+    for name, processes, batch in (("one", 1, 4), ("two", 2, 2)):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        arguments = [TINY["tune"], *COMMON, f"output_folder={tmp_path / name}", f"data.cache_folder={cache}"]
+        arguments += ["adapter.dropout=0", "optim.steps=1", f"optim.batch_size={batch}"]
+        arguments += ["optim.gradient_accumulation_steps=2"]
+        done = subprocess.run(
+            [*launch, "-m", "tests.gradients_of_a_step", str(tmp_path / f"{name}.pt"), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        results[name] = torch.load(tmp_path / f"{name}.pt"), metrics(tmp_path / name)
+    (one, figures), (two, same) = results["one"], results["two"]
+    assert one.keys() == two.keys()
+    assert len(one) > 100
+    largest = max(gradient.abs().max() for gradient in one.values())
+    for name, gradient in one.items():
+        torch.testing.assert_close(two[name], gradient, rtol=1e-5, atol=1e-5 * largest.item())
+    for name in [name for name in figures[0] if name.startswith("loss")]:
+        assert same[0][name] == pytest.approx(figures[0][name], rel=1e-5), name
+    for name in [name for name in figures[1] if name.startswith(("itm", "rec"))]:
+        assert same[1][name] == pytest.approx(figures[1][name]), name
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(tmp_path, cache):
+    """A run that is killed at 20 random moments (mid-step, mid-accumulation, mid-save) ends as one that never is."""
+    settings = [TINY["tune"], *COMMON, f"data.cache_folder={cache}", "optim.steps=40", "checkpoints.every=1"]
+    settings += ["checkpoints.keep=2", "optim.gradient_accumulation_steps=2", "optim.batch_size=2"]
+    settings += ["validation.every=20"]
+    command = [sys.executable, "-m", "tests.killed_run", str(tmp_path), *settings]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.strip().splitlines()[-1])["kills"] == 20
+    whole, killed = weights(tmp_path / "whole", 40), weights(tmp_path / "killed", 40)
+    assert whole.keys() == killed.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, killed[name]), name
+    timing = ("samples_per_second", "peak_memory_mb")
+    records = [
+        [{k: v for k, v in r.items() if k not in timing} for r in metrics(tmp_path / name)]
+        for name in ("whole", "killed")
+    ]
+    assert records[0] == records[1]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +262,11 @@ def test_gradient_accumulation_equals_the_joint_batch(tmp_path, cache):
         (["model.feature=up9"], "feature is 'up9'"),
         (["init_from=nowhere"], "nowhere holds neither"),
         (["model.name=/nowhere"], "/nowhere"),
+        (["optim.mixed_precision=fp16"], "a CPU trains in bf16"),
+        (["tracker=nothing"], "tracker 'nothing'"),
+        (["noise.last_timestep=5000"], "noise.last_timestep is 5000; this model's last is 999"),
+        (["data.kind=imagenet"], "data.kind is 'imagenet'"),
+        (["validation.timesteps=[]"], "validation.timesteps is []"),
         (["data.negatives=best"], "data.negatives is 'best'"),
         (["noise.first_timestep=10", "noise.last_timestep=5"], "they need 0 <= first <= last"),
         (["lora.blocks=[down3]"], "there is no attention in them"),

@@ -117,7 +117,7 @@ class ShapesSamples:
 
 
 def mine_scenes(world: ShapesWorld, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """The scenes whose captions, and whose pictures, are by the small CLIP most like each of the first scenes' captions.
+    """The scenes whose captions, and whose pictures, are most like each caption by the small CLIP.
 
     Returns:
         Indices (num_samples, K) twice, most similar first.

@@ -1,0 +1,110 @@
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+from dpt.data.__main__ import main
+from dpt.data.coco import load_captions
+from dpt.data.itm import ItmNegatives
+from dpt.data.mining import embed_to_file, most_similar
+from dpt.data.open_clip_embedder import load_embedders
+
+
+def test_most_similar_equals_brute_force():
+    rng = np.random.default_rng(0)
+    queries, keys = rng.normal(size=(300, 8)), rng.normal(size=(170, 8))
+    query_groups, key_groups = rng.integers(0, 40, (300, 2)), rng.integers(0, 40, (170, 2))
+    found = most_similar(queries, query_groups, keys, key_groups, 7, block=64)
+    scores = queries.astype(np.float32) @ keys.astype(np.float32).T
+    scores[(query_groups[:, None] == key_groups[None]).any(-1)] = -np.inf
+    assert found.tolist() == np.argsort(-scores, axis=1)[:, :7].tolist()
+
+
+def test_too_few_keys_leave_gaps():
+    vectors, groups = np.array([[3.0, 0], [2.0, 0], [1.0, 0]]), np.array([[0], [0], [1]])
+    assert most_similar(vectors, groups, vectors, groups, 4).tolist() == [
+        [2, -1, -1, -1],
+        [2, -1, -1, -1],
+        [0, 1, -1, -1],
+    ]
+
+
+def test_embeddings_go_on_after_a_kill(tmp_path):
+    seen = []
+
+    def embed(items):
+        seen.extend(items)
+        if 25 in items and seen.count(25) == 1:
+            raise KeyboardInterrupt
+        return torch.tensor([[float(i + 1), 1.0] for i in items])
+
+    arguments = {"key": "a", "batch_size": 4, "chunk": 10}
+    with pytest.raises(KeyboardInterrupt):
+        embed_to_file(range(40), embed, tmp_path / "rows", **arguments)
+    rows = embed_to_file(range(40), embed, tmp_path / "rows", **arguments)
+    assert seen.count(3) == 1
+    np.testing.assert_allclose(np.linalg.norm(rows.astype(float), axis=1), 1, atol=1e-3)
+    expected = np.array([[i + 1, 1.0] for i in range(40)])
+    np.testing.assert_allclose(rows, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-3)
+    count = len(seen)
+    embed_to_file(range(40), embed, tmp_path / "rows", **arguments)
+    assert len(seen) == count
+    embed_to_file(range(40), embed, tmp_path / "rows", **arguments | {"key": "b"})
+    assert len(seen) == count + 40
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory):
+    """A small random open_clip model: the file of its config, and that of its weights."""
+    folder = tmp_path_factory.mktemp("clip")
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    (folder / "tiny-clip.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**config)
+    torch.save(model.state_dict(), folder / "weights.pt")
+    return str(folder / "tiny-clip.json"), str(folder / "weights.pt")
+
+
+def test_negatives_of_a_tree_are_those_of_brute_force(coco_tree, tiny_clip, tmp_path, capsys):
+    captions = load_captions(coco_tree / "annotations/captions_train2014.json", coco_tree / "train2014")
+    where = [
+        "--captions",
+        str(coco_tree / "annotations/captions_train2014.json"),
+        "--images",
+        str(coco_tree / "train2014"),
+    ]
+    settings = ["--clip", tiny_clip[0], "--pretrained", tiny_clip[1], "--num_texts", "5", "--num_images", "2"]
+    assert main(["mine-negatives", *where, *settings, "--output", str(tmp_path / "itm"), "--block", "6"]) == 0
+    found = ItmNegatives(tmp_path / "itm")
+    embed_texts, embed_images = load_embedders(*tiny_clip, device="cpu")
+    files = sorted({c.path for c in captions})
+    texts = torch.nn.functional.normalize(embed_texts([c.caption for c in captions]), dim=1).half().float()
+    images = torch.nn.functional.normalize(embed_images(files), dim=1).half().float()
+    assert len(found) == len(captions)
+    for k, caption in enumerate(captions):
+        item = found.item(k)
+        assert (item.title, item.image) == (caption.caption, caption.path.name)
+        similar = (texts @ texts[k]).argsort(descending=True).tolist()
+        similar = [i for i in similar if captions[i].path != caption.path and captions[i].caption != caption.caption]
+        assert sorted(item.neg_captions) == sorted(captions[i].caption for i in similar[:5])
+        ranked = (images @ texts[k]).argsort(descending=True).tolist()
+        assert item.neg_images == tuple(files[i].name for i in ranked if files[i] != caption.path)[:2]
+    assert main(["mine-negatives", *where, *settings, "--output", str(tmp_path / "itm.tsv")]) == 0
+    assert ItmNegatives(tmp_path / "itm.tsv").item(3) == found.item(3)
+
+
+def test_a_model_that_is_not_there_is_named(coco_tree, tmp_path, capsys):
+    where = [
+        "--captions",
+        str(coco_tree / "annotations/captions_train2014.json"),
+        "--images",
+        str(coco_tree / "train2014"),
+    ]
+    assert main(["mine-negatives", *where, "--output", str(tmp_path / "x"), "--clip", "ViT-none"]) == 2
+    assert "CLIP 'ViT-none'" in capsys.readouterr().err
