@@ -1,9 +1,13 @@
 """What a step costs, beside what it should cost.
 
     python -m dpt.benchmark sampling [--json] [--model shapes|random-145m] [--batch_size N]
+    python -m dpt.benchmark training [--json] [--model shapes|random-145m|random-sd21] [--batch_size N]
 
 `sampling` times a plain guided step and a self-corrected one, interleaved, and the share f of a U-Net pass that
 (U-Net up to the block + adapter) takes. A corrected step should cost at most 1.10 x (1 + f) plain ones.
+
+`training` times a probe step with its six passes as one batch and one after the other, interleaved, and measures the
+peak memory of a tune step with and without gradient checkpointing.
 """
 
 import argparse
@@ -13,23 +17,31 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from dpt.adapter import DiscriminativeAdapter, Scorer
 from dpt.config import AdapterConfig
+from dpt.lora import add_lora
+from dpt.memory import peak_mb, reset_peak
+from dpt.model import DPT
 from dpt.results import RESULTS, record_section
 from dpt.sampling import CorrectionSettings, SelfCorrection, classifier_free_guidance
-from dpt.stable_diffusion import load_stable_diffusion
+from dpt.stable_diffusion import ARCHITECTURES, load_stable_diffusion
 from dpt.unet_features import block_channels, unet_features
 
 FEATURE = "up1"
+BATCH_SIZES = {"shapes": 8, "random-145m": 2, "random-sd21": 1}
+TUNE_BATCH_SIZES = {"shapes": 16, "random-145m": 8, "random-sd21": 1}
+"""of the peaks: the paper's 8 where it fits"""
 
 
 def make_unet(name: str) -> tuple[UNet2DConditionModel, DDIMScheduler, AdapterConfig, int]:
-    """A U-Net with its scheduler, the adapter it would have, and its number of text tokens."""
+    """A U-Net with its scheduler, the adapter it would have, and its number of text tokens.
+
+    `random-sd21` is SD 2.1's architecture in bfloat16, for 32x32 latents.
+    """
     if name == "shapes":
         sd = load_stable_diffusion("shapes")
         small = {"hidden_dim": 128, "dim_feedforward": 512, "num_queries_itm": 4, "num_queries_rec": 12}
@@ -37,15 +49,21 @@ def make_unet(name: str) -> tuple[UNet2DConditionModel, DDIMScheduler, AdapterCo
         config = AdapterConfig(in_channels=[block_channels(FEATURE, sd.unet.config)], text_dim=width, **small)
         return sd.unet, sd.scheduler, config, sd.tokenizer.model_max_length
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=32,
-        block_out_channels=(128, 256, 512, 512),
-        attention_head_dim=(2, 4, 8, 8),
-        cross_attention_dim=512,
-        use_linear_projection=True,
-    )
+    if name == "random-sd21":
+        torch.set_default_dtype(torch.bfloat16)
+        unet = UNet2DConditionModel(**ARCHITECTURES["sd21-base"] | {"sample_size": 32})
+        torch.set_default_dtype(torch.float32)
+    else:
+        unet = UNet2DConditionModel(
+            sample_size=32,
+            block_out_channels=(128, 256, 512, 512),
+            attention_head_dim=(2, 4, 8, 8),
+            cross_attention_dim=512,
+            use_linear_projection=True,
+        )
     unet.eval().requires_grad_(False)
-    config = AdapterConfig(in_channels=[block_channels(FEATURE, unet.config)], text_dim=512)
+    width = unet.config.cross_attention_dim
+    config = AdapterConfig(in_channels=[block_channels(FEATURE, unet.config)], text_dim=width)
     return unet, DDIMScheduler(steps_offset=1, clip_sample=False), config, 77
 
 
@@ -113,53 +131,176 @@ def time_sampling(name: str, batch_size: int, repeats: int) -> dict:
         "feature_share": share,
         "ratio": ratio,
         "allowed_ratio": 1.10 * (1 + share),
-        "plain_peak_mb": _peak_mb(name, batch_size, "plain"),
-        "corrected_peak_mb": _peak_mb(name, batch_size, "corrected"),
+        "plain_peak_mb": _peak_mb("sampling", name, batch_size, "plain"),
+        "corrected_peak_mb": _peak_mb("sampling", name, batch_size, "corrected"),
     }
 
 
-def _peak_mb(name: str, batch_size: int, kind: str) -> float:
-    command = [sys.executable, "-m", "dpt.benchmark", "sampling", "--model", name, "--batch_size", str(batch_size)]
+class SequentialDPT(DPT):
+    """DPT with one U-Net call a pass, each of them to the end where `stop_early` is off, as the reference trains."""
+
+    stop_early = True
+
+    def _features(self, batch, passes, *, with_full):
+        parts = []
+        for image, text in passes:
+            context = batch["expression_context"] if text is None else batch["caption_context"][:, text]
+            with torch.no_grad():
+                features, _ = unet_features(
+                    self.unet,
+                    self.blocks,
+                    batch["noisy_latents"][:, image],
+                    batch["timesteps"],
+                    context,
+                    with_noise_pred=not self.stop_early,
+                )
+            parts.append(features)
+        return [torch.cat(maps) for maps in zip(*parts, strict=True)], None
+
+
+def training_steps(name: str, batch_size: int) -> dict:
+    """Functions that run a step, forward and backward, and return its weighted loss.
+
+    `batched`, `sequential` and `sequential_full` are a probe's, `tune` and `tune_checkpointed` a tune's.
+    """
+    unet, scheduler, config, num_tokens = make_unet(name)
+    torch.manual_seed(1)
+    adapter = DiscriminativeAdapter(config)
+    width, size = unet.config.cross_attention_dim, unet.config.sample_size
+    boxes = torch.rand(batch_size, 1, 4) * 0.4 + 0.2
+    positive_map = torch.zeros(1, 256)
+    positive_map[0, 1:3] = 0.5
+    token_mask = torch.arange(8)[None] < 3
+    batch = {
+        "noisy_latents": torch.randn(batch_size, 3, 4, size, size),
+        "timesteps": torch.randint(1000, (batch_size,)),
+        "caption_context": torch.randn(batch_size, 3, num_tokens, width),
+        "caption_pooled": torch.randn(batch_size, 3, width),
+        "expression_context": torch.randn(batch_size, num_tokens, width),
+        "token_states": torch.randn(batch_size, 8, config.rec_text_dim),
+        "noise_target": torch.randn(batch_size, 4, size, size),
+        "targets": [{"boxes": b, "positive_map": positive_map, "token_mask": token_mask} for b in boxes],
+    }
+    half = unet.dtype != torch.float32
+
+    def step(model, train_unet=False, checkpointing=False):
+        if train_unet:
+            if not getattr(unet, "peft_config", None):
+                add_lora(unet, rank=4, alpha=4)
+            (unet.enable_gradient_checkpointing if checkpointing else unet.disable_gradient_checkpointing)()
+        model.train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            losses = model(batch)
+        total = model.weights.total(losses)
+        total.backward()
+        model.zero_grad()
+        return total.item()
+
+    def model(kind, **options):
+        return kind(unet, adapter, (FEATURE,), scheduler, **options)
+
+    batched, one_by_one, full = (model(kind, train_unet=False) for kind in (DPT, SequentialDPT, SequentialDPT))
+    full.stop_early = False
+    tune = model(DPT, train_unet=True)
+    return {
+        "batched": lambda: step(batched),
+        "sequential": lambda: step(one_by_one),
+        "sequential_full": lambda: step(full),
+        "tune": lambda: step(tune, train_unet=True),
+        "tune_checkpointed": lambda: step(tune, train_unet=True, checkpointing=True),
+    }
+
+
+def time_training(name: str, batch_size: int, repeats: int) -> dict:
+    """Medians of interleaved probe steps, their losses, and peaks of tune steps in processes of their own."""
+    steps = training_steps(name, batch_size)
+    kinds = ("batched", "sequential", "sequential_full")
+    times, losses = {kind: [] for kind in kinds}, {}
+    for k in range(repeats + 1):
+        for kind in kinds:
+            torch.manual_seed(2)  # the adapter's dropout
+            began = time.perf_counter()
+            losses[kind] = steps[kind]()
+            if k:  # the first is a warm-up
+                times[kind].append(time.perf_counter() - began)
+    median = {kind: statistics.median(values) for kind, values in times.items()}
+    tune_batch_size = TUNE_BATCH_SIZES[name]
+    kinds = ("batched", "tune", "tune_checkpointed")
+    peaks = {kind: _peak_mb("training", name, tune_batch_size, kind) for kind in kinds}
+    return {
+        "model": name,
+        "batch_size": batch_size,
+        "repeats": repeats,
+        "probe_step_s": median["batched"],
+        "probe_sequential_step_s": median["sequential"],
+        "probe_sequential_full_step_s": median["sequential_full"],
+        "speedup": median["sequential"] / median["batched"],
+        "speedup_over_full": median["sequential_full"] / median["batched"],
+        "loss_batched": losses["batched"],
+        "loss_sequential": losses["sequential"],
+        "peaks_batch_size": tune_batch_size,
+        "probe_peak_mb": peaks["batched"],
+        "tune_peak_mb": peaks["tune"],
+        "tune_checkpointed_peak_mb": peaks["tune_checkpointed"],
+        "checkpointed_share": peaks["tune_checkpointed"] / peaks["tune"],
+    }
+
+
+def _peak_mb(what: str, name: str, batch_size: int, kind: str) -> float:
+    command = [sys.executable, "-m", "dpt.benchmark", what, "--model", name, "--batch_size", str(batch_size)]
     done = subprocess.run([*command, "--peak_of", kind], capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 
+def sentence_of(what: str, result: dict, threads: int) -> str:
+    """A measurement in words."""
+    head = f"{result['model']}, batch {result['batch_size']}, {threads} thread(s): "
+    if what == "sampling":
+        return head + (
+            f"plain {result['plain_step_s']:.3f} s, corrected {result['corrected_step_s']:.3f} s = "
+            f"{result['ratio']:.2f} x (f = {result['feature_share']:.2f}, allowed {result['allowed_ratio']:.2f} x); peak "
+            f"{result['plain_peak_mb']:.0f} and {result['corrected_peak_mb']:.0f} MB"
+        )
+    one_by_one = f"{result['probe_sequential_step_s']:.2f} s ({result['speedup']:.2f} x)"
+    to_the_end = f"{result['probe_sequential_full_step_s']:.2f} s ({result['speedup_over_full']:.2f} x)"
+    return head + (
+        f"a probe step takes {result['probe_step_s']:.2f} s, with its passes one after the other {one_by_one}, and each "
+        f"to the end, as the reference does, {to_the_end}; losses {result['loss_batched']:.5f} and "
+        f"{result['loss_sequential']:.5f}; peaks at batch {result['peaks_batch_size']}: probe "
+        f"{result['probe_peak_mb']:.0f} MB, tune {result['tune_peak_mb']:.0f} MB, with gradient checkpointing "
+        f"{result['tune_checkpointed_peak_mb']:.0f} MB ({result['checkpointed_share']:.2f} x)"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("sampling",))
-    parser.add_argument("--model", choices=("shapes", "random-145m"), default="shapes")
-    parser.add_argument("--batch_size", type=int, help="default: 8 for shapes, 2 for random-145m")
+    parser.add_argument("what", choices=("sampling", "training"))
+    parser.add_argument("--model", choices=tuple(BATCH_SIZES), default="shapes")
+    parser.add_argument("--batch_size", type=int, help=f"default: {BATCH_SIZES}")
     parser.add_argument("--repeats", type=int, default=7, help="interleaved runs of each kind (default: 7)")
     parser.add_argument("--threads", type=int, default=1, help="default: 1")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a sentence")
     parser.add_argument("--record", action="store_true", help="put the sentence into docs/results.md")
-    parser.add_argument(
-        "--peak_of", choices=("plain", "corrected"), help="print one step's peak memory in MB alone (Linux)"
-    )
+    parser.add_argument("--peak_of", metavar="KIND", help="print one kind of step's peak memory in MB alone (Linux)")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    batch_size = args.batch_size or {"shapes": 8, "random-145m": 2}[args.model]
+    batch_size = args.batch_size or BATCH_SIZES[args.model]
     if args.peak_of:
-        step = sampling_steps(args.model, batch_size)[args.peak_of]
+        step = {"sampling": sampling_steps, "training": training_steps}[args.what](args.model, batch_size)[args.peak_of]
         step()
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, such as of loading
+        reset_peak()  # such as that of loading
         step()
-        peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        print(int(peak.split()[1]) / 1024)
+        print(peak_mb())
         return 0
-    result = time_sampling(args.model, batch_size, args.repeats)
+    measure = {"sampling": time_sampling, "training": time_training}[args.what]
+    result = measure(args.model, batch_size, args.repeats)
     if args.json:
         print(json.dumps(result, indent=1))
         return 0
-    sentence = (
-        f"{args.model}, batch {batch_size}, {args.threads} thread(s): plain {result['plain_step_s']:.3f} s, corrected "
-        f"{result['corrected_step_s']:.3f} s = {result['ratio']:.2f} x (f = {result['feature_share']:.2f}, allowed "
-        f"{result['allowed_ratio']:.2f} x); peak {result['plain_peak_mb']:.0f} and "
-        f"{result['corrected_peak_mb']:.0f} MB"
-    )
+    sentence = sentence_of(args.what, result, args.threads)
     if args.record:
         command = f"python -m dpt.benchmark {shlex.join(sys.argv[1:] if argv is None else argv)}"
-        record_section(RESULTS, f"sampling {args.model}", command, sentence)
+        record_section(RESULTS, f"{args.what} {args.model}", command, sentence)
     else:
         print(sentence)
     return 0
