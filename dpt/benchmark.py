@@ -258,14 +258,14 @@ def sentence_of(what: str, result: dict, threads: int) -> str:
     if what == "sampling":
         return head + (
             f"plain {result['plain_step_s']:.3f} s, corrected {result['corrected_step_s']:.3f} s = "
-            f"{result['ratio']:.2f} x (f = {result['feature_share']:.2f}, allowed {result['allowed_ratio']:.2f} x); peak "
-            f"{result['plain_peak_mb']:.0f} and {result['corrected_peak_mb']:.0f} MB"
+            f"{result['ratio']:.2f} x (f = {result['feature_share']:.2f}, allowed {result['allowed_ratio']:.2f} x); "
+            f"peak {result['plain_peak_mb']:.0f} and {result['corrected_peak_mb']:.0f} MB"
         )
     one_by_one = f"{result['probe_sequential_step_s']:.2f} s ({result['speedup']:.2f} x)"
     to_the_end = f"{result['probe_sequential_full_step_s']:.2f} s ({result['speedup_over_full']:.2f} x)"
     return head + (
-        f"a probe step takes {result['probe_step_s']:.2f} s, with its passes one after the other {one_by_one}, and each "
-        f"to the end, as the reference does, {to_the_end}; losses {result['loss_batched']:.5f} and "
+        f"a probe step takes {result['probe_step_s']:.2f} s, with its passes one after the other {one_by_one}, and "
+        f"each to the end, as the reference does, {to_the_end}; losses {result['loss_batched']:.5f} and "
         f"{result['loss_sequential']:.5f}; peaks at batch {result['peaks_batch_size']}: probe "
         f"{result['probe_peak_mb']:.0f} MB, tune {result['tune_peak_mb']:.0f} MB, with gradient checkpointing "
         f"{result['tune_checkpointed_peak_mb']:.0f} MB ({result['checkpointed_share']:.2f} x)"

@@ -40,7 +40,7 @@ def load_config(schema: type[T], path: str | Path | None = None, overrides: list
             config = OmegaConf.merge(config, source)
         except OmegaConfBaseException as error:
             key = getattr(error, "full_key", None) or ""
-            known = _keys(schema)
+            known = config_keys(schema)
             if key and key not in known:
                 close = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(known)}"
@@ -49,12 +49,13 @@ def load_config(schema: type[T], path: str | Path | None = None, overrides: list
     return OmegaConf.to_object(config)
 
 
-def _keys(schema, prefix="") -> list[str]:
+def config_keys(schema, prefix: str = "") -> list[str]:
+    """Every key of a config dataclass, those of its parts dotted."""
     keys = []
     for entry in fields(schema):
         keys.append(prefix + entry.name)
         if is_dataclass(entry.type):
-            keys += _keys(entry.type, f"{prefix}{entry.name}.")
+            keys += config_keys(entry.type, f"{prefix}{entry.name}.")
     return keys
 
 

@@ -15,25 +15,22 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_s
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from dpt.adapter import DiscriminativeAdapter, Scorer
-from dpt.checkpoint import DPTCheckpoint, load_checkpoint
-from dpt.config import AdapterConfig, DPTConfig, TrainConfig, flatten, save_config
+from dpt.adapter import Scorer
+from dpt.assembly import DTYPES, make_model, trained_weights
+from dpt.checkpoint import load_checkpoint
+from dpt.config import TrainConfig, flatten, save_config
 from dpt.data.collate import Batch, encode_batch
 from dpt.data.loader import micro_batches
 from dpt.data.sources import training_samples, validation_samples
 from dpt.images import make_grid
-from dpt.lora import add_lora, load_lora, lora_state
 from dpt.memory import peak_mb
-from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
 from dpt.runs import RunLog, checkpoints, load_newest, open_run, restore_optimizer, save_step, versions
 from dpt.sampling import CorrectionSettings, draw
 from dpt.stable_diffusion import load_stable_diffusion
-from dpt.unet_features import block_channels, parse_feature
 from dpt.validation import PAPER_TIMESTEP, measure, summarize
 
 STAGES = ("probe", "tune")
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, schedule: str) -> float:
@@ -42,18 +39,6 @@ def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, schedule: 
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
     return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[schedule]
-
-
-def adapter_config(config: TrainConfig, unet_config, *, text_dim: int, rec_text_dim: int) -> AdapterConfig:
-    """What the configured adapter is for a U-Net of that config and text encoders of those widths."""
-    blocks = parse_feature(config.model.feature, unet_config)
-    return AdapterConfig(
-        in_channels=[block_channels(block, unet_config) for block in blocks],
-        fuse=config.model.feature == "all",
-        text_dim=text_dim,
-        rec_text_dim=rec_text_dim,
-        **vars(config.adapter),
-    )
 
 
 class Trainer:
@@ -97,7 +82,8 @@ class Trainer:
         with self.accelerator.main_process_first():
             self.data = training_samples(config.data, self.sd, notice=self._say)
             self.val_sets = validation_samples(config.data, self.sd, num_samples=config.validation.num_samples)
-        self.model = self._make_model(newest[0] if newest else None)
+        start = newest[0] if newest else load_checkpoint(config.init_from) if config.init_from else None
+        self.model = make_model(config, stage, self.sd, self.rec_text, start)
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.names, optim = list(parameters), config.optim
         optimizer = torch.optim.AdamW(
@@ -120,9 +106,12 @@ class Trainer:
         config = self.config
         # with a loss off, the parameters that only it reaches have no gradient
         some_off = not all(vars(config.loss.weights).values())
+        cpu = not torch.accelerator.is_available()
+        if cpu and config.optim.mixed_precision == "fp16":
+            raise ValueError("optim.mixed_precision is fp16; a CPU trains in bf16 or no (float32)")
         try:
             accelerator = Accelerator(
-                cpu=not torch.accelerator.is_available(),  # else several processes on CPUs would not find each other
+                cpu=cpu,  # else several processes on CPUs would not find each other
                 mixed_precision=config.optim.mixed_precision,
                 kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=some_off)],
                 log_with=config.tracker,
@@ -134,76 +123,11 @@ class Trainer:
             raise ValueError(
                 f"tracker {config.tracker!r} or mixed precision cannot be used: {' '.join(str(error).split())[:160]}"
             ) from error
-        if config.optim.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-            raise ValueError("optim.mixed_precision is fp16; a CPU trains in bf16 or no (float32)")
         return accelerator
 
     def _say(self, message: str) -> None:
         if self.log:
             self.log.say(message)
-
-    def _make_model(self, newest: DPTCheckpoint | None) -> DPT:
-        """The trained parts from the newest checkpoint, from `init_from`, or new."""
-        config, sd, loss = self.config, self.sd, self.config.loss
-        wanted = adapter_config(
-            config,
-            sd.unet.config,
-            text_dim=sd.text_encoder.config.hidden_size,
-            rec_text_dim=(self.rec_text.model or sd.text_encoder).config.hidden_size,
-        )
-        start = newest or (load_checkpoint(config.init_from) if config.init_from else None)
-        if start and start.adapter.config != wanted:
-            found = vars(start.adapter.config)
-            differing = [f"{n} {found[n]} (here {v})" for n, v in vars(wanted).items() if found[n] != v]
-            raise ValueError(f"{start.source}: its adapter is another one: {', '.join(differing)}")
-        if start and start.config.feature != config.model.feature:
-            raise ValueError(
-                f"{start.source}: it reads {start.config.feature}; model.feature is {config.model.feature}"
-            )
-        adapter = start.adapter if start else DiscriminativeAdapter(wanted)
-        if self.stage == "tune":
-            self._add_lora(start)
-        return DPT(
-            sd.unet,
-            adapter.requires_grad_(not config.lora.only).to(sd.device),
-            parse_feature(config.model.feature, sd.unet.config),
-            sd.scheduler,
-            train_unet=self.stage == "tune",
-            weights=loss.weights,
-            snr_gamma=loss.snr_gamma,
-            rec_options={
-                "eos_coef": loss.eos_coef,
-                "temperature": loss.temperature,
-                "matcher_costs": {n: getattr(loss, n) for n in ("cost_class", "cost_bbox", "cost_giou")},
-            },
-        )
-
-    def _add_lora(self, start: DPTCheckpoint | None) -> None:
-        unet, lora = self.sd.unet, self.config.lora
-        if start and start.lora:
-            load_lora(unet, start.lora, alpha=start.config.lora_alpha)
-            for name, parameter in unet.named_parameters():
-                if ".lora_" in name:
-                    parameter.data = parameter.data.float()
-                    parameter.requires_grad_(True)
-        else:
-            add_lora(unet, rank=lora.rank, alpha=lora.alpha or lora.rank, blocks=tuple(lora.blocks))
-        if self.config.model.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-
-    def checkpoint(self) -> DPTCheckpoint:
-        """What has been trained, as inference weights."""
-        state = {name: value.detach().clone().cpu() for name, value in lora_state(self.sd.unet).items()}
-        peft_config = next(iter(self.sd.unet.peft_config.values())) if state else None
-        config = DPTConfig(
-            self.config.model.name,
-            self.config.model.feature,
-            -1,
-            self.model.adapter.config,
-            lora_rank=peft_config.r if state else 0,
-            lora_alpha=float(peft_config.lora_alpha) if state else 0.0,
-        )
-        return DPTCheckpoint(config, self.model.adapter, state)
 
     def train(self) -> Path:
         """Trains to the last step and returns the run folder.
@@ -381,16 +305,16 @@ class Trainer:
             self.accelerator.log(figures, step=self.step)
 
     def _save(self) -> None:
-        scaler = self.accelerator.scaler
+        config, scaler = self.config, self.accelerator.scaler
         state = {"skipped": self.skipped, "scaler": scaler.state_dict() if scaler is not None else None}
         save_step(
             self.folder,
             self.step,
-            self.checkpoint(),
+            trained_weights(config, self.sd, self.model),
             optimizer=self.optimizer,
             names=self.names,
             state=state,
-            keep=self.config.checkpoints.keep,
+            keep=config.checkpoints.keep,
         )
 
     def _draw_samples(self) -> None:

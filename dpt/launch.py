@@ -7,9 +7,10 @@ from dataclasses import asdict
 import torch
 import yaml
 
+from dpt.assembly import DTYPES, adapter_config
 from dpt.config import TrainConfig, load_config
 from dpt.data.sources import describe
-from dpt.engine import DTYPES, Trainer, adapter_config
+from dpt.engine import Trainer
 from dpt.memory import estimate_step
 from dpt.model import EARLY_PASSES
 from dpt.stable_diffusion import architecture

@@ -150,3 +150,20 @@ def test_true_pairs_first_have_a_small_itm_loss():
     losses = itm_loss(right, texts, right, texts[:, 0], torch.tensor(100.0))
     assert losses["loss_itm_i2t"] < 1e-6
     assert itm_loss(-right, texts, right, texts[:, 0], torch.tensor(100.0))["loss_itm_i2t"] > 50
+
+
+def test_padding_is_left_out_of_alignment():
+    """A sample's loss alone equals its loss beside a longer expression, unless padding is asked for."""
+    torch.manual_seed(0)
+    outputs = {"pred_logits": torch.randn(1, 5, 256), "pred_boxes": torch.rand(1, 5, 4) * 0.3 + 0.3}
+    outputs["proj_queries"] = torch.nn.functional.normalize(torch.randn(1, 5, 8), dim=-1)
+    tokens = torch.nn.functional.normalize(torch.randn(1, 9, 8), dim=-1)
+    valid = torch.arange(9)[None] < 4
+    mask, positive = torch.arange(9)[None] == 1, torch.zeros(1, 256)
+    target = [{"boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]]), "positive_map": positive, "token_mask": mask}]
+    alone = rec_losses(outputs, [target[0] | {"token_mask": mask[:, :4]}], proj_tokens=tokens[:, :4])
+    padded = rec_losses(outputs, target, proj_tokens=tokens, token_valid=valid)
+    counted = rec_losses(outputs, target, proj_tokens=tokens)
+    name = "loss_contrastive_align"
+    torch.testing.assert_close(padded[name], alone[name])
+    assert counted[name] > alone[name] + 0.01

@@ -1,0 +1,96 @@
+"""What a training run consists of: the U-Net with its LoRA, the adapter, from a config and a start."""
+
+import torch
+
+from dpt.adapter import DiscriminativeAdapter
+from dpt.checkpoint import DPTCheckpoint
+from dpt.config import AdapterConfig, DPTConfig, TrainConfig
+from dpt.lora import add_lora, load_lora, lora_state
+from dpt.model import DPT
+from dpt.rec_text import RecTextEncoder
+from dpt.stable_diffusion import StableDiffusion
+from dpt.unet_features import block_channels, parse_feature
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""of the frozen weights; what is trained is float32"""
+
+
+def adapter_config(config: TrainConfig, unet_config, *, text_dim: int, rec_text_dim: int) -> AdapterConfig:
+    """What the configured adapter is for a U-Net of that config and text encoders of those widths."""
+    blocks = parse_feature(config.model.feature, unet_config)
+    return AdapterConfig(
+        in_channels=[block_channels(block, unet_config) for block in blocks],
+        fuse=config.model.feature == "all",
+        text_dim=text_dim,
+        rec_text_dim=rec_text_dim,
+        **vars(config.adapter),
+    )
+
+
+def make_model(
+    config: TrainConfig, stage: str, sd: StableDiffusion, rec_text: RecTextEncoder, start: DPTCheckpoint | None
+) -> DPT:
+    """The module to train, its trainable parts from `start`, or new.
+
+    Raises:
+        ValueError: `start` holds another adapter than the config asks for; what differs is named.
+    """
+    wanted = adapter_config(
+        config,
+        sd.unet.config,
+        text_dim=sd.text_encoder.config.hidden_size,
+        rec_text_dim=(rec_text.model or sd.text_encoder).config.hidden_size,
+    )
+    if start and start.config.feature != config.model.feature:
+        raise ValueError(f"{start.source} reads {start.config.feature}; model.feature is {config.model.feature}")
+    if start and start.adapter.config != wanted:
+        found = vars(start.adapter.config)
+        differing = [f"{n} {found[n]} (here {v})" for n, v in vars(wanted).items() if found[n] != v]
+        raise ValueError(f"{start.source} holds another adapter: {', '.join(differing)}")
+    adapter = start.adapter if start else DiscriminativeAdapter(wanted)
+    if stage == "tune":
+        _add_lora(config, sd, start)
+    loss = config.loss
+    return DPT(
+        sd.unet,
+        adapter.requires_grad_(not config.lora.only).to(sd.device),
+        parse_feature(config.model.feature, sd.unet.config),
+        sd.scheduler,
+        train_unet=stage == "tune",
+        weights=loss.weights,
+        snr_gamma=loss.snr_gamma,
+        rec_options={
+            "eos_coef": loss.eos_coef,
+            "temperature": loss.temperature,
+            "matcher_costs": {n: getattr(loss, n) for n in ("cost_class", "cost_bbox", "cost_giou")},
+        },
+    )
+
+
+def _add_lora(config: TrainConfig, sd: StableDiffusion, start: DPTCheckpoint | None) -> None:
+    if start and start.lora:
+        load_lora(sd.unet, start.lora, alpha=start.config.lora_alpha)
+        for name, parameter in sd.unet.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+    else:
+        lora = config.lora
+        add_lora(sd.unet, rank=lora.rank, alpha=lora.alpha or lora.rank, blocks=tuple(lora.blocks))
+    if config.model.gradient_checkpointing:
+        sd.unet.enable_gradient_checkpointing()
+
+
+def trained_weights(config: TrainConfig, sd: StableDiffusion, model: DPT) -> DPTCheckpoint:
+    """What has been trained, as inference weights."""
+    state = {name: value.detach().clone().cpu() for name, value in lora_state(sd.unet).items()}
+    lora = next(iter(sd.unet.peft_config.values())) if state else None
+    about = DPTConfig(
+        config.model.name,
+        config.model.feature,
+        model.itm_layer,
+        model.adapter.config,
+        lora_rank=lora.r if lora else 0,
+        lora_alpha=float(lora.lora_alpha) if lora else 0.0,
+    )
+    return DPTCheckpoint(about, model.adapter, state)

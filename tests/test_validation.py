@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from dpt.assembly import make_model
+from dpt.config import TrainConfig, load_config
+from dpt.data.collate import collate, encode_batch
+from dpt.rec_text import load_rec_text_encoder
+from dpt.shapes.samples import ShapesSamples
+from dpt.stable_diffusion import load_stable_diffusion
+from dpt.validation import measure, summarize
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    config = load_config(TrainConfig, "configs/shapes/probe.yaml")
+    sd = load_stable_diffusion("shapes")
+    rec_text = load_rec_text_encoder("clip", sd, with_model=True)
+    torch.manual_seed(0)
+    model = make_model(config, "probe", sd, rec_text, None)
+    samples = ShapesSamples(sd, tmp_path_factory.mktemp("cache"), num_samples=10, split="val")
+    return model, sd, rec_text, samples
+
+
+def test_records_do_not_depend_on_batches_or_processes(parts):
+    options = {"timestep": 500, "num_samples": 10}
+    for task in ("itm", "rec"):
+        whole = measure(*parts, task=task, batch_size=10, **options)
+        assert [record["id"] for record in whole] == list(range(10))
+        assert whole == measure(*parts, task=task, batch_size=3, **options)
+        shares = [measure(*parts, task=task, batch_size=4, shard=(k, 2), **options) for k in range(2)]
+        assert sorted(shares[0] + shares[1], key=lambda r: r["id"]) == whole
+    few = measure(*parts, task="itm", timestep=500, num_samples=4, batch_size=4)
+    assert [record["id"] for record in few] == [0, 3, 6, 9]
+
+
+def test_what_is_compared_shares_its_noise(parts):
+    """Scores of a sample whose negatives are the positive itself are equal, so neither wins."""
+    model, sd, rec_text, samples = parts
+    sample = samples.get(0, 0)
+    sample.images[1] = sample.images[0]
+    sample.captions = (sample.captions[0],) * 3
+    inputs = encode_batch(collate([sample]), sd, rec_text, seed=0, timesteps=(500, 500))
+    scores, outputs = model.eval().evaluate(inputs, rec=False)
+    assert outputs is None
+    torch.testing.assert_close(scores, scores[:, :1].expand(-1, 3), rtol=1e-5, atol=1e-6)
+
+
+def test_figures_are_keyed_by_sample_and_timestep():
+    records = {
+        ("itm", 500): [{"id": 1, "text": True}, {"id": 2, "text": False}, {"id": 1, "text": True}],
+        ("itm", 100): [{"id": 1, "text": False}, {"id": 2, "text": False}],
+        ("rec_refcoco", 500): [{"id": 1, "precision_at_1": True}],
+    }
+    figures = summarize(records, mean_over=[100, 500])
+    assert figures["itm_text"] == 0.5  # the sample that two processes measured counts once
+    assert figures["itm_text_mean"] == 0.25
+    assert figures["itm_text_mean_low"] == 0
+    assert figures["itm_text_mean_high"] == 0.5
+    assert figures["rec_refcoco_precision_at_1"] == 1
