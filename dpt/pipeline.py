@@ -9,7 +9,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from dpt.adapter import Scorer
 from dpt.checkpoint import load_checkpoint
-from dpt.sampling import CorrectionSettings, SelfCorrection, classifier_free_guidance, sample
+from dpt.sampling import CorrectionSettings, guided_steps, sample
 from dpt.stable_diffusion import StableDiffusion
 
 
@@ -40,7 +40,7 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str],
+        prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
@@ -49,6 +49,9 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end=None,
@@ -62,44 +65,53 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
         """Draws prompts; the arguments are `StableDiffusionPipeline`'s and `CorrectionSettings`'.
 
         Args:
-            callback_on_step_end: called as (pipeline, step, timestep, {"latents": latents}) after each step; what it
-                returns is not used.
+            prompt_embeds, negative_prompt_embeds: contexts (B, L, E) instead of prompts.
+            pooled_prompt_embeds: the pooled text (B, P) that belongs to `prompt_embeds`; a correction needs it.
+            callback_on_step_end: called as (pipeline, step, timestep, {"latents": latents}) after each step; the
+                latents of the dict that it returns, if it does, take their place.
 
         Raises:
-            ValueError: a size the model cannot draw, or a correction without `load_dpt`.
+            ValueError: a size the model cannot draw, neither or both of prompt and embeddings, or a correction without
+                `load_dpt` or pooled text.
         """
         settings = CorrectionSettings(
             correction_factor, correction_norm, correction_target, correction_start, correction_stop, on_nan
         )
         if settings.active and self._scorer is None:
             raise ValueError("correction_factor needs an adapter: call load_dpt first, or pass correction_factor=0")
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("pass either prompt or prompt_embeds")
+        if prompt_embeds is not None and settings.active and pooled_prompt_embeds is None:
+            raise ValueError("correction_factor with prompt_embeds needs pooled_prompt_embeds too")
         sd = self._as_stable_diffusion()
-        prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images_per_prompt)]
-        negatives = (
-            [negative_prompt or ""] if negative_prompt is None or isinstance(negative_prompt, str) else negative_prompt
-        )
-        negatives = [n for n in negatives for _ in range(len(prompts) // len(negatives))]
-        shape = (len(prompts), *sd.latent_shape(height, width))
+        context, pooled = prompt_embeds, pooled_prompt_embeds
+        if context is None:
+            context, pooled = sd.encode_prompts([prompt] if isinstance(prompt, str) else prompt)
+        negative = negative_prompt_embeds
+        if negative is None:
+            given = negative_prompt or ""
+            negative, _ = sd.encode_prompts([given] if isinstance(given, str) else given)
+        count = len(context) * num_images_per_prompt
+        context, negative = (x.repeat_interleave(count // len(x), 0) for x in (context, negative))
+        if pooled is not None:
+            pooled = pooled.repeat_interleave(num_images_per_prompt, 0)
+        shape = (count, *sd.latent_shape(height, width))
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
-        context, pooled = sd.encode_prompts(prompts)
-        denoise = classifier_free_guidance(
-            self.unet,
-            self.scheduler,
-            encoder_hidden_states=context,
-            negative_encoder_hidden_states=sd.encode_prompts(negatives)[0],
-            guidance_scale=guidance_scale,
-        )
-        correct = None
         if settings.active:
             self._scorer.adapter.to(self._execution_device)
-            correct = SelfCorrection(self.unet, self._scorer, self.scheduler, context, pooled, settings)
+        scorer = self._scorer if settings.active else None
+        denoise, correct = guided_steps(
+            self.unet, self.scheduler, context, negative, pooled, guidance_scale, scorer, settings
+        )
         with self.progress_bar(total=num_inference_steps) as bar:
 
             def on_step(step, latents):
                 bar.update()
-                if callback_on_step_end is not None:
-                    callback_on_step_end(self, step, self.scheduler.timesteps[step], {"latents": latents})
+                if callback_on_step_end is None:
+                    return None
+                changed = callback_on_step_end(self, step, self.scheduler.timesteps[step], {"latents": latents})
+                return changed.get("latents") if isinstance(changed, dict) else None
 
             latents = sample(
                 denoise,

@@ -181,6 +181,36 @@ class SelfCorrection:
         return latents + factor[:, None, None, None] * gradient * unscale
 
 
+def guided_steps(
+    unet: UNet2DConditionModel,
+    scheduler: SchedulerMixin,
+    context: torch.Tensor,
+    negative_context: torch.Tensor,
+    pooled: torch.Tensor | None,
+    guidance_scale: float,
+    scorer: Scorer | None,
+    settings: CorrectionSettings,
+    trace: list[dict] | None = None,
+) -> tuple[Denoiser, Corrector | None]:
+    """What `sample` needs to draw prompts: classifier-free guidance, and self-correction where it is asked for.
+
+    Args:
+        context, negative_context: (B, L, E); pooled: (B, P).
+        trace: a list that is filled with the score of every step, corrected or not.
+    """
+    denoise = classifier_free_guidance(
+        unet,
+        scheduler,
+        encoder_hidden_states=context,
+        negative_encoder_hidden_states=negative_context,
+        guidance_scale=guidance_scale,
+    )
+    if scorer is None or not (settings.active or trace is not None):
+        return denoise, None
+    observed = {} if trace is None else {"observe": True, "trace": trace}
+    return denoise, SelfCorrection(unet, scorer, scheduler, context, pooled, settings, **observed)
+
+
 @torch.no_grad()
 def sample(
     denoise: Denoiser,
@@ -192,7 +222,7 @@ def sample(
     correction_target: str = "conditional",
     parity: bool = False,
     generator: torch.Generator | list[torch.Generator] | None = None,
-    on_step: Callable[[int, torch.Tensor], None] | None = None,
+    on_step: Callable[[int, torch.Tensor], object] | None = None,
 ) -> torch.Tensor:
     """Denoises standard normal `noise` (B, C, h, w) to scaled latents of the same shape, in float32.
 
@@ -201,7 +231,7 @@ def sample(
         correction_target: "conditional" or "latent"; see `CorrectionSettings`.
         parity: end as the reference does: its last step runs off the schedule and is discarded.
         generator: for schedulers that draw noise at each step.
-        on_step: called after each step with its number and the latents.
+        on_step: called after each step with its number and the latents; a tensor that it returns takes their place.
 
     Raises:
         ValueError: more steps than the schedule has, or `parity` with anything but DDIM predicting epsilon.
@@ -229,8 +259,8 @@ def sample(
             latents = reference_ddim_step(scheduler, noise_pred, timestep, latents)
         else:
             latents = scheduler.step(noise_pred, timestep, latents, **options).prev_sample
-        if on_step is not None:
-            on_step(step, latents)
+        if on_step is not None and isinstance(changed := on_step(step, latents), torch.Tensor):
+            latents = changed
     return previous if parity else latents
 
 
@@ -272,25 +302,10 @@ def draw(
     noise = initial_noise(seeds, sd.latent_shape(height, width)).to(sd.device)
     context, pooled = sd.encode_prompts(prompts)
     negative_context, _ = sd.encode_prompts(negative_prompts or [""] * len(prompts))
-    denoise = classifier_free_guidance(
-        sd.unet,
-        sd.scheduler,
-        encoder_hidden_states=context,
-        negative_encoder_hidden_states=negative_context,
-        guidance_scale=guidance_scale,
+    settings = correction or CorrectionSettings(factor=0.0)
+    denoise, correct = guided_steps(
+        sd.unet, sd.scheduler, context, negative_context, pooled, guidance_scale, scorer, settings, trace
     )
-    settings, correct = correction or CorrectionSettings(factor=0.0), None
-    if scorer is not None and (settings.active or trace is not None):
-        correct = SelfCorrection(
-            sd.unet,
-            scorer,
-            sd.scheduler,
-            context,
-            pooled,
-            settings,
-            observe=trace is not None,
-            trace=[] if trace is None else trace,
-        )
     latents = sample(
         denoise,
         sd.scheduler,

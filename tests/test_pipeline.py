@@ -75,6 +75,34 @@ def test_the_usual_call(pipe):
     assert again.shape == (1, 64, 64, 3)
 
 
+def test_embeddings_stand_for_prompts(pipe):
+    noise = initial_noise([1], (4, 16, 16))
+    expected = pipe("a red circle", latents=noise, negative_prompt="a cross", correction_norm=0.01, **CALL).images
+    sd = pipe._as_stable_diffusion()
+    context, pooled = sd.encode_prompts(["a red circle"])
+    embeddings = {"prompt_embeds": context, "negative_prompt_embeds": sd.encode_prompts(["a cross"])[0]}
+    found = pipe(latents=noise, correction_norm=0.01, pooled_prompt_embeds=pooled, **embeddings, **CALL).images
+    assert torch.equal(found, expected)
+    for arguments, message in (
+        (embeddings, "needs pooled_prompt_embeds"),
+        ({}, "either prompt or prompt_embeds"),
+        (embeddings | {"prompt": "a red circle"}, "either prompt or prompt_embeds"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(**arguments)
+
+
+def test_a_callback_may_change_the_latents(pipe, stock):
+    def halve(pipe, step, timestep, kwargs):
+        return {"latents": kwargs["latents"] / 2} if step == 2 else {}
+
+    noise = initial_noise([1], (4, 16, 16))
+    arguments = {"latents": noise, "callback_on_step_end": halve} | CALL
+    ours, theirs = pipe("a star", correction_factor=0, **arguments).images, stock("a star", **arguments).images
+    assert torch.allclose(ours, theirs, atol=1e-4 * theirs.abs().max().item())
+    assert not torch.allclose(ours, pipe("a star", correction_factor=0, latents=noise, **CALL).images, atol=0.01)
+
+
 def test_from_pipe_and_a_missing_adapter(stock):
     pipe = dpt.SelfCorrectionPipeline.from_pipe(stock)
     assert pipe.unet is stock.unet
