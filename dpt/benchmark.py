@@ -11,12 +11,14 @@ peak memory of a tune step with and without gradient checkpointing.
 """
 
 import argparse
+import copy
 import json
 import shlex
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -27,7 +29,7 @@ from dpt.lora import add_lora
 from dpt.memory import peak_mb, reset_peak
 from dpt.model import DPT
 from dpt.results import RESULTS, record_section
-from dpt.sampling import CorrectionSettings, SelfCorrection, classifier_free_guidance
+from dpt.sampling import CorrectionSettings, guided_steps
 from dpt.stable_diffusion import ARCHITECTURES, load_stable_diffusion
 from dpt.unet_features import block_channels, unet_features
 
@@ -74,24 +76,32 @@ def seconds(function) -> float:
     return time.perf_counter() - began
 
 
-def sampling_steps(name: str, batch_size: int):
-    """Functions that run a plain step, a corrected step, a U-Net pass of the guided batch's half, and its feature."""
+def sampling_steps(name: str, batch_size: int) -> dict[str, Callable]:
+    """The kinds of `guided_step_kinds` for a model by name, with an adapter of random weights."""
     unet, scheduler, config, num_tokens = make_unet(name)
     torch.manual_seed(1)
     scorer = Scorer(DiscriminativeAdapter(config).eval().requires_grad_(False), (FEATURE,))
     latents = torch.randn(batch_size, 4, unet.config.sample_size, unet.config.sample_size)
     context = torch.randn(2, batch_size, num_tokens, unet.config.cross_attention_dim)
     pooled = torch.randn(batch_size, config.text_dim)
+    return guided_step_kinds(unet, scheduler, scorer, latents, context[0], context[1], pooled)
+
+
+def guided_step_kinds(
+    unet, scheduler, scorer: Scorer, latents, context, negative_context, pooled
+) -> dict[str, Callable]:
+    """Functions that run a plain guided step, a corrected one, a U-Net pass of one half, and the scored part of it.
+
+    Args:
+        latents: (B, C, h, w); context, negative_context: (B, L, E); pooled: (B, P).
+    """
+    scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(50)
-    timestep = scheduler.timesteps[10]
-    denoise = classifier_free_guidance(
-        unet,
-        scheduler,
-        encoder_hidden_states=context[0],
-        negative_encoder_hidden_states=context[1],
-        guidance_scale=7.5,
+    timestep = scheduler.timesteps[10].to(latents.device)
+    denoise, correct = guided_steps(
+        unet, scheduler, context, negative_context, pooled, 7.5, scorer, CorrectionSettings()
     )
-    correct = SelfCorrection(unet, scorer, scheduler, context[0], pooled, CorrectionSettings())
+    inputs = latents.to(unet.dtype)
 
     @torch.no_grad()
     def step(corrector=None):
@@ -100,12 +110,12 @@ def sampling_steps(name: str, batch_size: int):
 
     @torch.no_grad()
     def whole():
-        return unet(latents, timestep, context[0])
+        return unet(inputs, timestep, context)
 
     @torch.no_grad()
     def feature():
-        features, _ = unet_features(unet, scorer.blocks, latents, timestep, context[0])
-        return scorer.adapter.itm_embeddings(scorer.adapter(features, timestep))
+        features, _ = unet_features(unet, scorer.blocks, inputs, timestep, context)
+        return scorer.adapter.itm_embeddings(scorer.adapter([f.float() for f in features], timestep))
 
     return {"plain": step, "corrected": lambda: step(correct), "whole": whole, "feature": feature}
 

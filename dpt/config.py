@@ -344,7 +344,8 @@ class TrainConfig:
     """go on with an existing run of this name"""
     seed: int = 42
     init_from: str | None = None
-    """a checkpoint whose adapter (logit_scale included) and LoRA training starts from"""
+    """a checkpoint whose adapter (logit_scale included) and LoRA training starts from; tune needs one, or "new" for an
+    untrained adapter"""
     on_nan: str = "raise"
     """a non-finite loss: raise, or skip the step and count it"""
     log_every: int = 10

@@ -51,7 +51,13 @@ class Trainer:
     def __init__(self, config: TrainConfig, stage: str):
         if stage not in STAGES:
             raise ValueError(f"stage is {stage!r}; it must be {' or '.join(STAGES)}")
-        if config.lora.only and (stage == "probe" or config.init_from is None):
+        given = config.init_from not in (None, "new")
+        if stage == "tune" and config.init_from is None:
+            raise ValueError(
+                "init_from is missing: tune starts from a probe, init_from=outputs/PROBE/checkpoints/step_N; "
+                "init_from=new starts with an untrained adapter"
+            )
+        if config.lora.only and (stage == "probe" or not given):
             raise ValueError("lora.only is true; it is for tune, and needs an adapter: init_from=CHECKPOINT")
         self.config, self.stage = config, stage
         self.accelerator = self._accelerator()
@@ -82,7 +88,7 @@ class Trainer:
         with self.accelerator.main_process_first():
             self.data = training_samples(config.data, self.sd, notice=self._say)
             self.val_sets = validation_samples(config.data, self.sd, num_samples=config.validation.num_samples)
-        start = newest[0] if newest else load_checkpoint(config.init_from) if config.init_from else None
+        start = newest[0] if newest else load_checkpoint(config.init_from) if given else None
         self.model = make_model(config, stage, self.sd, self.rec_text, start)
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.names, optim = list(parameters), config.optim

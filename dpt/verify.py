@@ -7,7 +7,6 @@ Writes `report.json` and `pictures.png` to attach to a report; exit code 1 where
 """
 
 import argparse
-import copy
 import json
 import statistics
 import sys
@@ -20,14 +19,15 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from tqdm import tqdm
 
 from dpt.adapter import Scorer, itm_score
+from dpt.benchmark import guided_step_kinds
 from dpt.checkpoint import load_checkpoint
 from dpt.data.coco import load_captions, load_pixels
 from dpt.data.refcoco import load_expressions
 from dpt.images import make_grid, to_pixels
+from dpt.memory import peak_mb, reset_peak
 from dpt.metrics import bootstrap_interval, rec_hits
 from dpt.sampling import (
     CorrectionSettings,
-    SelfCorrection,
     classifier_free_guidance,
     draw,
     initial_noise,
@@ -202,38 +202,21 @@ class Verification:
 
     def cost(self):
         """A corrected step costs at most 1.10 x (1 + f) plain ones; f is the share of the scored part of a pass."""
-        sd, batch = self.sd, 2
-        z = initial_noise(list(range(batch)), sd.latent_shape()).to(self.device)
+        sd = self.sd
+        z = initial_noise([0, 1], sd.latent_shape()).to(self.device)
         context, pooled = sd.encode_prompts(self.prompts)
-        scheduler = copy.deepcopy(sd.scheduler)
-        scheduler.set_timesteps(50)
-        timestep = scheduler.timesteps[10].to(self.device)
-        denoise = classifier_free_guidance(
-            sd.unet,
-            scheduler,
-            encoder_hidden_states=context,
-            negative_encoder_hidden_states=sd.encode_prompts([""] * batch)[0],
-            guidance_scale=7.5,
-        )
-        correct = SelfCorrection(sd.unet, self.scorer, scheduler, context, pooled)
-        runs = {
-            "plain": lambda: denoise(z, z, timestep),
-            "corrected": lambda: denoise(z, correct(z, timestep, 0, 50), timestep),
-            "whole": lambda: sd.unet(z, timestep, context),
-            "feature": lambda: self.read(z, timestep, self.prompts),
-        }
+        negative, _ = sd.encode_prompts([""] * 2)
+        runs = guided_step_kinds(sd.unet, sd.scheduler, self.scorer, z, context, negative, pooled)
         times, peaks = {name: [] for name in runs}, {}
         for _ in range(6):
             for name, run in runs.items():
-                if self.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(self.device)
+                reset_peak(self.device)
                 began = time.perf_counter()
-                with torch.no_grad():
-                    run()
+                run()
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
-                    peaks[f"{name}_peak_mb"] = torch.cuda.max_memory_allocated(self.device) / 2**20
                 times[name].append(time.perf_counter() - began)
+                peaks[f"{name}_peak_mb"] = peak_mb(self.device)
         median = {name: statistics.median(values[1:]) for name, values in times.items()}
         share, ratio = median["feature"] / median["whole"], median["corrected"] / median["plain"]
         figures = {"feature_share": share, "ratio": ratio, "allowed_ratio": 1.1 * (1 + share)} | peaks

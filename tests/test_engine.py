@@ -48,7 +48,8 @@ def _from_repository_root(monkeypatch, request):
 
 def run(stage, folder, cache, *overrides):
     places = [f"output_folder={folder}", f"data.cache_folder={cache}"]
-    return SCRIPTS[stage]([TINY[stage], *COMMON, *places, *overrides])
+    start = ["init_from=new"] if stage == "tune" else []
+    return SCRIPTS[stage]([TINY[stage], *COMMON, *places, *start, *overrides])
 
 
 def weights(folder, step):
@@ -209,7 +210,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, cache):
     for name, processes, batch in (("one", 1, 4), ("two", 2, 2)):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         arguments = [TINY["tune"], *COMMON, f"output_folder={tmp_path / name}", f"data.cache_folder={cache}"]
-        arguments += ["adapter.dropout=0", "optim.steps=1", f"optim.batch_size={batch}"]
+        arguments += ["init_from=new", "adapter.dropout=0", "optim.steps=1", f"optim.batch_size={batch}"]
         arguments += ["optim.gradient_accumulation_steps=2"]
         done = subprocess.run(
             [*launch, "-m", "tests.gradients_of_a_step", str(tmp_path / f"{name}.pt"), *arguments],
@@ -236,7 +237,7 @@ def test_twenty_kills_change_nothing(tmp_path, cache):
     """A run that is killed at 20 random moments (mid-step, mid-accumulation, mid-save) ends as one that never is."""
     settings = [TINY["tune"], *COMMON, f"data.cache_folder={cache}", "optim.steps=40", "checkpoints.every=1"]
     settings += ["checkpoints.keep=2", "optim.gradient_accumulation_steps=2", "optim.batch_size=2"]
-    settings += ["validation.every=20"]
+    settings += ["validation.every=20", "init_from=new"]
     command = [sys.executable, "-m", "tests.killed_run", str(tmp_path), *settings]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -261,6 +262,7 @@ def test_twenty_kills_change_nothing(tmp_path, cache):
         (["optim.steps=0"], "optim.steps is 0"),
         (["model.feature=up9"], "feature is 'up9'"),
         (["init_from=nowhere"], "nowhere holds neither"),
+        (["init_from=null"], "init_from is missing: tune starts from a probe"),
         (["model.name=/nowhere"], "/nowhere"),
         (["optim.mixed_precision=fp16"], "a CPU trains in bf16"),
         (["tracker=nothing"], "tracker 'nothing'"),
@@ -293,6 +295,15 @@ def test_a_non_finite_loss_stops_or_is_skipped(tmp_path, cache, capsys, monkeypa
     assert "samples [" in error
     assert run("probe", tmp_path / "b", cache, "on_nan=skip", "optim.steps=2") == 0
     assert metrics(tmp_path / "b")[0]["skipped_steps"] == 1
+
+
+def test_out_of_memory_says_what_to_lower(tmp_path, cache, capsys, monkeypatch):
+    def exhausted(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("dpt.model.itm_loss", exhausted)
+    assert run("probe", tmp_path, cache) == 2
+    assert "out of memory: lower optim.batch_size" in capsys.readouterr().err
 
 
 def test_dry_run_trains_nothing(tmp_path, cache, capsys):

@@ -29,6 +29,7 @@ def run(stage, tree, folder, *overrides):
         "log_every=1",
     ]
     data = ["data.kind=coco", f"data.root={tree}", "data.num_samples=null", f"output_folder={folder}"]
+    settings += ["init_from=new"] if stage == "tune" else []
     return SCRIPTS[stage]([f"configs/shapes/{stage}.yaml", *settings, *data, *overrides])
 
 
