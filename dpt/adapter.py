@@ -128,13 +128,14 @@ class DiscriminativeAdapter(nn.Module):
 
 
 def itm_score(itm_embeddings: torch.Tensor, pooled_prompt_embeds: torch.Tensor) -> torch.Tensor:
-    """s(z_t, y): the largest cosine between a query and the pooled text, (B,).
+    """s(z_t, y): the largest cosine between a query and the pooled text, (B,) float32.
 
     Args:
         itm_embeddings: (B, Q, P); pooled_prompt_embeds: (B, P).
     """
-    queries, text = F.normalize(itm_embeddings, dim=-1), F.normalize(pooled_prompt_embeds, dim=-1)
-    return torch.einsum("bqp,bp->bq", queries, text).amax(1)
+    with torch.autocast(itm_embeddings.device.type, enabled=False):  # half precision would tie scores of minimal edits
+        queries, text = (F.normalize(x.float(), dim=-1) for x in (itm_embeddings, pooled_prompt_embeds))
+        return torch.einsum("bqp,bp->bq", queries, text).amax(1)
 
 
 @dataclass(frozen=True)

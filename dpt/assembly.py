@@ -39,15 +39,19 @@ def make_model(
         config,
         sd.unet.config,
         text_dim=sd.text_encoder.config.hidden_size,
-        rec_text_dim=(rec_text.model or sd.text_encoder).config.hidden_size,
+        rec_text_dim=rec_text.width,
     )
     if start and start.config.feature != config.model.feature:
         raise ValueError(f"{start.source} reads {start.config.feature}; model.feature is {config.model.feature}")
-    if start and start.adapter.config != wanted:
-        found = vars(start.adapter.config)
+    adapter = DiscriminativeAdapter(wanted)
+    if start:
+        found = vars(start.adapter.config) | {"dropout": wanted.dropout}
         differing = [f"{n} {found[n]} (here {v})" for n, v in vars(wanted).items() if found[n] != v]
-        raise ValueError(f"{start.source} holds another adapter: {', '.join(differing)}")
-    adapter = start.adapter if start else DiscriminativeAdapter(wanted)
+        if differing:
+            raise ValueError(f"{start.source} holds another adapter: {', '.join(differing)}")
+        adapter.load_state_dict(start.adapter.state_dict())
+    if stage == "probe" and start and start.lora:
+        raise ValueError(f"{start.source} holds LoRA; a probe is of the model as it is")
     if stage == "tune":
         _add_lora(config, sd, start)
     loss = config.loss
@@ -64,19 +68,27 @@ def make_model(
             "temperature": loss.temperature,
             "matcher_costs": {n: getattr(loss, n) for n in ("cost_class", "cost_bbox", "cost_giou")},
         },
+        itm_layer=start.config.itm_layer if start else -1,
     )
 
 
 def _add_lora(config: TrainConfig, sd: StableDiffusion, start: DPTCheckpoint | None) -> None:
+    lora = config.lora
+    alpha = float(lora.rank if lora.alpha is None else lora.alpha)
     if start and start.lora:
+        found = (start.config.lora_rank, start.config.lora_alpha)
+        if found != (lora.rank, alpha):
+            raise ValueError(
+                f"{start.source} holds LoRA of rank and alpha {found}; lora.rank and lora.alpha are "
+                f"{(lora.rank, alpha)}"
+            )
         load_lora(sd.unet, start.lora, alpha=start.config.lora_alpha)
         for name, parameter in sd.unet.named_parameters():
             if ".lora_" in name:
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
     else:
-        lora = config.lora
-        add_lora(sd.unet, rank=lora.rank, alpha=lora.alpha or lora.rank, blocks=tuple(lora.blocks))
+        add_lora(sd.unet, rank=lora.rank, alpha=alpha, blocks=tuple(lora.blocks))
     if config.model.gradient_checkpointing:
         sd.unet.enable_gradient_checkpointing()
 

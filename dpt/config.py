@@ -64,6 +64,53 @@ def save_config(config, path: str | Path) -> None:
     Path(path).write_text(yaml.safe_dump(asdict(config), sort_keys=False))
 
 
+FREE_ON_RESUME = (
+    *(
+        "resume",
+        "output_folder",
+        "on_nan",
+        "log_every",
+        "tracker",
+        "init_from",
+        "checkpoints.",
+        "validation.",
+        "samples.",
+    ),
+    *("optim.steps", "optim.epochs", "data.num_workers", "data.cache_folder", "data.root", "model.local_files_only"),
+)
+"""keys, or beginnings of keys, that may change when a run goes on"""
+
+
+def check_stage(config: "TrainConfig", stage: str, num_train_timesteps: int) -> None:
+    """Raises ValueError where settings do not go with the stage, or with the model's number of timesteps."""
+    if stage == "tune" and config.init_from is None:
+        raise ValueError(
+            "init_from is missing: tune starts from a probe, init_from=outputs/PROBE/checkpoints/step_N; init_from=new "
+            "starts with an untrained adapter"
+        )
+    if config.lora.only and (stage == "probe" or config.init_from in (None, "new")):
+        raise ValueError("lora.only is true; it is for tune, and needs an adapter: init_from=CHECKPOINT")
+    if stage == "probe" and config.model.gradient_checkpointing:
+        raise ValueError("model.gradient_checkpointing is true; probe keeps nothing of the U-Net that it could save")
+    final = num_train_timesteps - 1
+    given = {"noise.first_timestep": config.noise.first_timestep, "noise.last_timestep": config.noise.last_timestep}
+    for name, value in {**given, "validation.timesteps": max(config.validation.timesteps)}.items():
+        if value is not None and value > final:
+            raise ValueError(f"{name} is {value}; this model's last is {final}")
+
+
+def check_resumption(config: "TrainConfig", saved: "TrainConfig") -> None:
+    """Raises ValueError where a run that goes on would not be the run that began; what differs is named."""
+    now, before = flatten(config), flatten(saved)
+    differing = [
+        f"{key} {before[key]} (now {value})"
+        for key, value in now.items()
+        if before[key] != value and not key.startswith(FREE_ON_RESUME)
+    ]
+    if differing:
+        raise ValueError(f"resume=true with other settings than the run began with: {', '.join(differing)}")
+
+
 def flatten(config, prefix: str = "") -> dict[str, str | int | float | bool]:
     """Every value of a config dataclass by its dotted key; lists and None as text."""
     flat = {}
@@ -106,6 +153,8 @@ class AdapterSettings:
             raise ValueError(
                 f"hidden_dim is {self.hidden_dim}; it must be divisible by 4 and by nheads ({self.nheads})"
             )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it needs 0 <= dropout < 1")
         for name in ("num_queries_itm", "num_queries_rec", "enc_layers", "dec_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -385,6 +434,23 @@ class TrainConfig:
         for name, value in positive.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        for name, value in {
+            "optim.lr": self.optim.lr,
+            "optim.warmup_steps": self.optim.warmup_steps,
+            "optim.weight_decay": self.optim.weight_decay,
+            "data.num_samples": self.data.num_samples or 0,
+            **{f"loss.weights.{name}": weight for name, weight in vars(self.loss.weights).items()},
+        }.items():
+            if value < 0:
+                raise ValueError(f"{name} is {value}; it must be at least 0")
+        if self.optim.epochs is not None and self.optim.epochs <= 0:
+            raise ValueError(f"optim.epochs is {self.optim.epochs}; it must be above 0")
+        if self.lora.alpha is not None and self.lora.alpha <= 0:
+            raise ValueError(f"lora.alpha is {self.lora.alpha}; it must be above 0")
+        if len(self.optim.betas) != 2:
+            raise ValueError(f"optim.betas is {self.optim.betas}; it must be two numbers")
+        if not (self.loss.weights.itm or self.loss.weights.rec):
+            raise ValueError("loss.weights are all 0 but denoise's; nothing would train the adapter")
         last = self.noise.last_timestep
         if self.noise.first_timestep < 0 or (last is not None and last < self.noise.first_timestep):
             raise ValueError(

@@ -4,6 +4,7 @@ A step's samples, noise, timesteps and dropout are functions of the seed and the
 if it had never stopped, and several processes train as one does with the joint batch.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -18,14 +19,23 @@ from tqdm import tqdm
 from dpt.adapter import Scorer
 from dpt.assembly import DTYPES, make_model, trained_weights
 from dpt.checkpoint import load_checkpoint
-from dpt.config import TrainConfig, flatten, save_config
+from dpt.config import TrainConfig, check_resumption, check_stage, flatten, load_config, save_config
 from dpt.data.collate import Batch, encode_batch
 from dpt.data.loader import micro_batches
 from dpt.data.sources import training_samples, validation_samples
 from dpt.images import make_grid
 from dpt.memory import peak_mb
 from dpt.rec_text import load_rec_text_encoder
-from dpt.runs import RunLog, checkpoints, load_newest, open_run, restore_optimizer, save_step, versions
+from dpt.runs import (
+    RunLog,
+    check_run,
+    checkpoints,
+    load_newest,
+    restore_optimizer,
+    save_step,
+    set_damaged_aside,
+    versions,
+)
 from dpt.sampling import CorrectionSettings, draw
 from dpt.stable_diffusion import load_stable_diffusion
 from dpt.validation import PAPER_TIMESTEP, measure, summarize
@@ -51,25 +61,21 @@ class Trainer:
     def __init__(self, config: TrainConfig, stage: str):
         if stage not in STAGES:
             raise ValueError(f"stage is {stage!r}; it must be {' or '.join(STAGES)}")
-        given = config.init_from not in (None, "new")
-        if stage == "tune" and config.init_from is None:
-            raise ValueError(
-                "init_from is missing: tune starts from a probe, init_from=outputs/PROBE/checkpoints/step_N; "
-                "init_from=new starts with an untrained adapter"
-            )
-        if config.lora.only and (stage == "probe" or not given):
-            raise ValueError("lora.only is true; it is for tune, and needs an adapter: init_from=CHECKPOINT")
         self.config, self.stage = config, stage
         self.accelerator = self._accelerator()
-        self.folder = Path(config.output_folder) / config.run_name
-        if self.accelerator.is_main_process:
-            open_run(self.folder, resume=config.resume)
+        self.folder, self.log = Path(config.output_folder) / config.run_name, None
+        check_run(self.folder, resume=config.resume)
+        if config.resume and self.accelerator.is_main_process:
+            set_damaged_aside(self.folder, self._say)
         self.accelerator.wait_for_everyone()
         newest = load_newest(self.folder) if config.resume else None
         self.step, self.skipped = (newest[2]["step"], newest[2]["skipped"]) if newest else (0, 0)
-        self.log = RunLog(self.folder, self.step) if self.accelerator.is_main_process else None
-        self._say(f"{stage} {config.run_name} from step {self.step}, {self.accelerator.num_processes} process(es)")
-        self._say(versions())
+        if newest:
+            if newest[2]["stage"] != stage:
+                raise ValueError(
+                    f"{self.folder} is a {newest[2]['stage']}; resume it with train_{newest[2]['stage']}.py"
+                )
+            check_resumption(config, load_config(TrainConfig, self.folder / "config.yaml"))
         set_seed(config.seed)
         self.sd = load_stable_diffusion(
             config.model.name,
@@ -79,6 +85,7 @@ class Trainer:
             device=self.accelerator.device,
             notice=self._say,
         )
+        check_stage(config, stage, self.sd.scheduler.config.num_train_timesteps)
         self.rec_text = load_rec_text_encoder(
             config.model.rec_text_encoder,
             self.sd,
@@ -86,8 +93,9 @@ class Trainer:
             local_files_only=config.model.local_files_only,
         )
         with self.accelerator.main_process_first():
-            self.data = training_samples(config.data, self.sd, notice=self._say)
+            self.data = training_samples(config.data, self.sd, seed=config.seed, notice=self._say)
             self.val_sets = validation_samples(config.data, self.sd, num_samples=config.validation.num_samples)
+        given = config.init_from not in (None, "new")
         start = newest[0] if newest else load_checkpoint(config.init_from) if given else None
         self.model = make_model(config, stage, self.sd, self.rec_text, start)
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
@@ -103,9 +111,12 @@ class Trainer:
         self.steps = optim.steps
         if optim.epochs is not None:
             self.steps = math.ceil(optim.epochs * len(self.data) / self._samples_per_step)
-        if self.log:
+        if self.accelerator.is_main_process:
+            self.log = RunLog(self.folder, self.step)
             save_config(config, self.folder / "config.yaml")
             count = sum(p.numel() for p in parameters.values())
+            self._say(f"{stage} {config.run_name} from step {self.step}, {self.accelerator.num_processes} process(es)")
+            self._say(versions())
             self._say(f"{count:,} parameters to train, {len(self.data)} samples, {self.steps} steps")
 
     def _accelerator(self) -> Accelerator:
@@ -134,6 +145,8 @@ class Trainer:
     def _say(self, message: str) -> None:
         if self.log:
             self.log.say(message)
+        elif self.accelerator.is_main_process:  # before there is a run folder
+            tqdm.write(message)
 
     def train(self) -> Path:
         """Trains to the last step and returns the run folder.
@@ -144,6 +157,9 @@ class Trainer:
         """
         try:
             return self._train()
+        except FloatingPointError as error:
+            self._say(f"stopped: {error}")
+            raise
         except (OSError, SafetensorError) as error:
             steps = checkpoints(self.folder)
             last = f"the last good checkpoint is {steps[0]}" if steps else "there is no checkpoint yet"
@@ -157,15 +173,16 @@ class Trainer:
         config = self.config
         if config.tracker:
             self.accelerator.init_trackers("dpt", flatten(config))
-        batches, began, first = self._batches(), time.perf_counter(), self.step
+        batches, seconds, first = self._batches(), 0.0, self.step
         bar = tqdm(total=self.steps, initial=self.step, desc=self.stage, disable=not self.log, mininterval=1)
         with bar:
             while self.step < self.steps:
+                began = time.perf_counter()
                 losses = self.update(batches)
+                seconds += time.perf_counter() - began
                 self.step += 1
                 last = self.step == self.steps
                 if self.step % config.log_every == 0 or last:
-                    seconds = time.perf_counter() - began
                     figures = losses | {
                         "lr": self.optimizer.param_groups[0]["lr"],
                         "samples_per_second": (self.step - first) * self._samples_per_step / seconds,
@@ -176,8 +193,7 @@ class Trainer:
                 bar.update()
                 self._after_step(last)
         self.accelerator.wait_for_everyone()
-        if config.tracker:
-            self.accelerator.end_training()
+        self.accelerator.end_training()
         self._say(f"done: {self.folder}")
         return self.folder
 
@@ -228,27 +244,42 @@ class Trainer:
         for k, part in enumerate(parts):
             inputs = self._encode(part) | {"num_boxes": num_boxes or 1.0}
             torch.manual_seed(hash((config.seed, self.step, k, accelerator.process_index)) % 2**63)  # dropout
-            with accelerator.autocast():
+            last = k == len(parts) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
                 losses = self.wrapped(inputs)
-            total = config.loss.weights.total(losses)
-            if not self._finite_everywhere(total):
-                return self._non_finite(losses, part)
-            if k == len(parts) - 1 or accelerator.num_processes == 1:
+                total = config.loss.weights.total(losses)
+                if not self._finite_everywhere(total):
+                    return self._non_finite("a loss", losses, part)
                 accelerator.backward(total / len(parts))
-            else:
-                with self.wrapped.no_sync():
-                    accelerator.backward(total / len(parts))
             for name, value in (losses | {"total": total}).items():
                 totals[name] = totals.get(name, 0.0) + value.item() / len(parts)
-        accelerator.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], optim.max_grad_norm)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        norm = accelerator.clip_grad_norm_(parameters, optim.max_grad_norm)
+        if accelerator.scaler is None and not math.isfinite(norm):  # a scaler leaves such steps out by itself
+            return self._non_finite("the gradient", losses, part)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return self._mean_over_processes(totals)
+        return self._mean_over_processes(totals) | {"grad_norm": float(norm)}
 
     def _finite_everywhere(self, total: torch.Tensor) -> bool:
         """All processes agree, so that none waits for another's gradients."""
         finite = torch.isfinite(total.detach()).reshape(1).float()
         return bool(self.accelerator.gather(finite).min().item())
+
+    def _non_finite(self, what: str, losses: dict, batch: Batch) -> dict[str, float]:
+        """Stops, or skips the step, naming losses and samples of the processes where they are not finite."""
+        found = gather_object([({name: value.item() for name, value in losses.items()}, batch.ids)])
+        bad = [(values, ids) for values, ids in found if not all(map(math.isfinite, values.values()))] or found
+        where = "; ".join(f"{values}, samples {ids}" for values, ids in bad)
+        if self.config.on_nan == "raise":
+            raise FloatingPointError(
+                f"step {self.step}: {what} is not finite: {where}. Lower optim.lr, train in float32 "
+                "(optim.mixed_precision=no), or pass on_nan=skip"
+            )
+        self.optimizer.zero_grad()
+        self.skipped += 1
+        self._say(f"step {self.step} is skipped: {what} is not finite: {where}")
+        return {"skipped_steps": float(self.skipped)}
 
     def _mean_over_processes(self, totals: dict[str, float]) -> dict[str, float]:
         if self.accelerator.num_processes == 1:
@@ -256,23 +287,9 @@ class Trainer:
         values = torch.tensor([list(totals.values())], device=self.accelerator.device)
         return dict(zip(totals, self.accelerator.gather(values).mean(0).tolist(), strict=True))
 
-    def _non_finite(self, losses: dict, batch: Batch) -> dict[str, float]:
-        values = {name: value.item() for name, value in losses.items()}
-        if self.config.on_nan == "raise":
-            raise FloatingPointError(
-                f"step {self.step}: a loss is not finite: {values}; samples {batch.ids}. Lower optim.lr, train in "
-                "float32 (optim.mixed_precision=no), or pass on_nan=skip"
-            )
-        self.optimizer.zero_grad()
-        self.skipped += 1
-        self._say(f"step {self.step} is skipped: a loss is not finite: {values}; samples {batch.ids}")
-        return {"skipped_steps": float(self.skipped)}
-
     def _encode(self, batch: Batch) -> dict:
         noise, loss, final = self.config.noise, self.config.loss, self.sd.scheduler.config.num_train_timesteps - 1
         last = final if noise.last_timestep is None else noise.last_timestep
-        if last > final:
-            raise ValueError(f"noise.last_timestep is {last}; this model's last is {final}")
         return encode_batch(
             batch,
             self.sd,
@@ -288,20 +305,19 @@ class Trainer:
         """ITM accuracy and REC precision on the val sets; see `dpt.validation`."""
         settings, records = self.config.validation, {}
         for name, samples in self.val_sets.items():
-            for timestep in sorted({*settings.timesteps, PAPER_TIMESTEP}):
-                with self.accelerator.autocast():
-                    part = measure(
-                        self.model,
-                        self.sd,
-                        self.rec_text,
-                        samples,
-                        task=name.split("_")[0],
-                        timestep=timestep,
-                        num_samples=settings.num_samples,
-                        batch_size=self.config.optim.batch_size,
-                        shard=(self.accelerator.process_index, self.accelerator.num_processes),
-                    )
-                records[name, timestep] = gather_object(part)
+            with self.accelerator.autocast():
+                part = measure(
+                    self.model,
+                    self.sd,
+                    self.rec_text,
+                    samples,
+                    task=name.split("_")[0],
+                    timesteps=sorted({*settings.timesteps, PAPER_TIMESTEP}),
+                    num_samples=settings.num_samples,
+                    batch_size=self.config.optim.batch_size,
+                    shard=(self.accelerator.process_index, self.accelerator.num_processes),
+                )
+            records[name] = gather_object(part)
         return summarize(records, mean_over=settings.timesteps)
 
     def _record(self, figures: dict[str, float]) -> None:
@@ -312,7 +328,11 @@ class Trainer:
 
     def _save(self) -> None:
         config, scaler = self.config, self.accelerator.scaler
-        state = {"skipped": self.skipped, "scaler": scaler.state_dict() if scaler is not None else None}
+        state = {
+            "stage": self.stage,
+            "skipped": self.skipped,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
         save_step(
             self.folder,
             self.step,

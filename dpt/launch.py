@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from dpt.assembly import DTYPES, adapter_config
-from dpt.config import TrainConfig, load_config
+from dpt.config import TrainConfig, check_stage, load_config
 from dpt.data.sources import describe
 from dpt.engine import Trainer
 from dpt.memory import estimate_step
@@ -16,7 +16,8 @@ from dpt.model import EARLY_PASSES
 from dpt.stable_diffusion import architecture
 from dpt.unet_features import parse_feature
 
-ROBERTA_WIDTH = 768
+ROBERTA_WIDTH, ROBERTA_BYTES = 768, 125_000_000 * 4
+NUM_TRAIN_TIMESTEPS = 1000  # of all models known here
 
 
 def report(config: TrainConfig, stage: str) -> str:
@@ -25,6 +26,7 @@ def report(config: TrainConfig, stage: str) -> str:
     Raises:
         ValueError: a setting that the model cannot meet.
     """
+    check_stage(config, stage, NUM_TRAIN_TIMESTEPS)
     unet_config, width, other = architecture(config.model.name)
     tune, optim, weights = stage == "tune", config.optim, config.loss.weights
     blocks = parse_feature(config.model.feature, unet_config)
@@ -51,7 +53,8 @@ def report(config: TrainConfig, stage: str) -> str:
     )
     trained = estimate["adapter_parameters"] * (not config.lora.only) + estimate["lora_parameters"]
     frozen = (estimate["unet_parameters"] + other) * dtype.itemsize
-    state = trained * 4 * 4  # float32 weights, gradients and AdamW's two moments
+    frozen += ROBERTA_BYTES * (config.model.rec_text_encoder != "clip" and bool(weights.contrastive_align))
+    state = trained * 4 * 5  # float32 weights, gradients, DDP's copy of them and AdamW's two moments
     total = frozen + state + estimate["step_bytes"]
     joint = optim.batch_size * optim.gradient_accumulation_steps
     length = f"{optim.steps:,} steps" if optim.epochs is None else f"{optim.epochs} epochs"
@@ -91,13 +94,15 @@ def run_stage(stage: str, argv: list[str] | None, description: str) -> int:
             Trainer(config, stage).train()
     except (ValueError, FloatingPointError, OSError) as error:
         # an error in a reading process arrives with that process's traceback; its last line is the error
-        message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        message = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("ValueError: ")
         print(f"error: {message}", file=sys.stderr)
         return 2
-    except (torch.OutOfMemoryError, MemoryError):
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            raise
         print(
-            "error: out of memory: lower optim.batch_size (and raise optim.gradient_accumulation_steps), or set "
-            "model.gradient_checkpointing=true or optim.mixed_precision=bf16",
+            "error: out of memory: lower optim.batch_size (and raise optim.gradient_accumulation_steps), set "
+            "optim.mixed_precision=bf16, or in tune model.gradient_checkpointing=true",
             file=sys.stderr,
         )
         return 2

@@ -33,6 +33,7 @@ def hungarian_matcher(
             + cost_bbox * torch.cdist(box, target["boxes"].to(box), p=1)
             + cost_giou * -generalized_box_iou(cxcywh_to_xyxy(box), cxcywh_to_xyxy(target["boxes"].to(box)))
         )  # (Q, N)
+        cost = cost.nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6)  # the losses, not scipy, tell of what is not finite
         queries, matched = linear_sum_assignment(cost.cpu().numpy())
         indices.append((torch.from_numpy(queries).to(box.device), torch.from_numpy(matched).to(box.device)))
     return indices

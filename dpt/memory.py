@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -84,6 +85,15 @@ class _FusedAdapterAttention(TorchFunctionMode):
         return F.linear(out.permute(2, 0, 1, 3).flatten(2), out_weight, out_bias), None
 
 
+def _cast_like_autocast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Norms give float32, as under autocast on a GPU; what multiplies matrices takes `dtype`."""
+    for part in module.modules():
+        if isinstance(part, nn.GroupNorm | nn.LayerNorm):
+            part.register_forward_hook(lambda _, inputs, output: output.float())
+        elif isinstance(part, nn.Linear | nn.Conv2d):
+            part.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype), *inputs[1:]))
+
+
 def estimate_step(
     unet_config: dict,
     adapter_config: AdapterConfig,
@@ -116,6 +126,7 @@ def estimate_step(
         frozen = sum(p.numel() for p in unet.parameters())
         adapter, peak = DiscriminativeAdapter(adapter_config), PeakBytes()
         unet.set_attn_processor(_FusedAttention())
+        _cast_like_autocast(unet, dtype)
         if lora_rank:
             add_lora(unet, rank=lora_rank, alpha=lora_rank, blocks=lora_blocks)
         if gradient_checkpointing:

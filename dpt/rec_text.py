@@ -6,7 +6,7 @@ Shapes: B texts, T tokens, R width.
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModel, AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpt.stable_diffusion import CKPT_FOLDER, StableDiffusion
 
@@ -17,6 +17,8 @@ class RecTextEncoder:
 
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel | None
+    width: int
+    """R, with or without a model"""
 
     def tokenize(self, texts: list[str]) -> BatchEncoding:
         """Padded to the longest text, cut at the model's limit; `char_to_token` finds the tokens of spans."""
@@ -44,13 +46,15 @@ def load_rec_text_encoder(
         ValueError: nothing usable there; the message says what to do.
     """
     if name == "clip":
-        return RecTextEncoder(sd.tokenizer, sd.text_encoder if with_model else None)
+        width = sd.text_encoder.config.hidden_size
+        return RecTextEncoder(sd.tokenizer, sd.text_encoder if with_model else None, width)
     folder = CKPT_FOLDER / name
     source = str(folder) if folder.is_dir() else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only, use_fast=True)
+        width = AutoConfig.from_pretrained(source, local_files_only=local_files_only).hidden_size
         if not with_model:
-            return RecTextEncoder(tokenizer, None)
+            return RecTextEncoder(tokenizer, None, width)
         model = AutoModel.from_pretrained(source, local_files_only=local_files_only, dtype=torch.float32)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
@@ -58,4 +62,4 @@ def load_rec_text_encoder(
             f"rec_text_encoder {name!r} cannot be loaded from {source} ({reason}): put its files into {folder}, name a "
             "folder that holds them, or use clip"
         ) from error
-    return RecTextEncoder(tokenizer, model.to(sd.device).eval().requires_grad_(False))
+    return RecTextEncoder(tokenizer, model.to(sd.device).eval().requires_grad_(False), width)

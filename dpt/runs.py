@@ -22,16 +22,32 @@ from dpt.curves import plot_curves
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
-def open_run(folder: Path, *, resume: bool) -> Path:
-    """Makes a run folder, or opens it again.
+def check_run(folder: Path, *, resume: bool) -> None:
+    """Raises ValueError where a run folder would be taken that another run has begun to fill."""
+    if not resume and ((folder / "metrics.jsonl").exists() or checkpoints(folder)):
+        raise ValueError(f"run folder {folder} exists: pass resume=true to go on with it, or another run_name")
+
+
+def set_damaged_aside(folder: Path, notice=print) -> None:
+    """Renames checkpoints that cannot be read, newest first, until one can, and removes what a killed save left.
 
     Raises:
-        ValueError: it exists and `resume` is off.
+        ValueError: there are checkpoints, and none can be read.
     """
-    if folder.exists() and not resume:
-        raise ValueError(f"run folder {folder} exists: pass resume=true to go on with it, or another run_name")
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    return folder
+    for leftover in (folder / "checkpoints").glob(".step_*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    steps = checkpoints(folder)
+    for step in steps:
+        try:
+            _read_step(step)
+            return
+        except (ValueError, OSError) as error:
+            aside = step.with_name(f"damaged_{step.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            step.rename(aside)
+            notice(f"checkpoint {step} is damaged and passed over, it is now {aside.name}: {error}")
+    if steps:
+        raise ValueError(f"none of the {len(steps)} checkpoints of {folder} can be read")
 
 
 def save_step(
@@ -66,19 +82,16 @@ def save_step(
     return target
 
 
-def load_newest(folder: Path, notice=print) -> tuple[DPTCheckpoint, dict[str, torch.Tensor], dict] | None:
-    """The newest complete step: its weights, the optimiser's tensors and state; None where there is none.
+def load_newest(folder: Path) -> tuple[DPTCheckpoint, dict[str, torch.Tensor], dict] | None:
+    """The newest step: its weights, the optimiser's tensors and state; None where there is none."""
+    steps = checkpoints(folder)
+    return _read_step(steps[0]) if steps else None
 
-    A damaged step is named, and the one before it taken.
-    """
-    for step in checkpoints(folder):
-        try:
-            checkpoint = load_checkpoint(step)
-            tensors = read_tensors(step / "training_state/optimizer.safetensors")
-            return checkpoint, tensors, json.loads((step / "training_state/state.json").read_text())
-        except (ValueError, OSError) as error:
-            notice(f"checkpoint {step} is damaged and passed over: {error}")
-    return None
+
+def _read_step(step: Path) -> tuple[DPTCheckpoint, dict[str, torch.Tensor], dict]:
+    checkpoint = load_checkpoint(step)
+    tensors = read_tensors(step / "training_state/optimizer.safetensors")
+    return checkpoint, tensors, json.loads((step / "training_state/state.json").read_text())
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, torch.Tensor]) -> None:
@@ -101,6 +114,7 @@ class RunLog:
 
     def __init__(self, folder: Path, step: int):
         self.folder, self.metrics = folder, folder / "metrics.jsonl"
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         if self.metrics.exists():
             lines = [line for line in self.metrics.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["step"] <= step]

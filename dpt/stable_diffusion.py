@@ -5,6 +5,7 @@ Whatever a size or a factor is, the model's own config says it.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
 CKPT_FOLDER = Path(__file__).resolve().parents[1] / "ckpt"
@@ -216,8 +218,8 @@ def architecture(model: str) -> tuple[FrozenDict, int, int]:
         if folder.is_dir():
             unet = json.loads((folder / "unet/config.json").read_text())
             width = json.loads((folder / "text_encoder/config.json").read_text())["hidden_size"]
-            files = [f for part in ("text_encoder", "vae") for f in (folder / part).glob("*.safetensors")]
-            return _whole_config(unet), width, sum(f.stat().st_size for f in files) // 2
+            files = [folder / "text_encoder/model.safetensors", folder / "vae/diffusion_pytorch_model.safetensors"]
+            return _whole_config(unet), width, sum(_num_parameters(file) for file in files if file.exists())
         known = next(name for name, source in MODELS.items() if str(folder) in (name, source))
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"model {model!r}: {folder} is not a complete Stable Diffusion folder ({error})") from error
@@ -225,6 +227,11 @@ def architecture(model: str) -> tuple[FrozenDict, int, int]:
         raise ValueError(f"model {model!r}: its architecture is not known before it is downloaded") from None
     config = ARCHITECTURES[known]
     return _whole_config(config), config["cross_attention_dim"], OTHER_PARAMETERS[known]
+
+
+def _num_parameters(file: Path) -> int:
+    with safe_open(file, "pt") as tensors:
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
 
 
 def _whole_config(given: dict) -> FrozenDict:

@@ -33,13 +33,15 @@ def measure(
     samples: Samples,
     *,
     task: str,
-    timestep: int,
+    timesteps: list[int],
     num_samples: int,
     batch_size: int,
     shard: tuple[int, int] = (0, 1),
 ) -> list[dict]:
-    """One record a sample: its id and, for `itm`, whether the positive beats the hard negative text, and image; for
-    `rec`, whether one of the k surest boxes hits, by IoU and by generalised IoU.
+    """One record a sample and timestep, with the sample's id.
+
+    For `itm` it says whether the positive beats the hard-negative text, and image; for `rec` whether one of the k
+    surest boxes hits, by IoU and by generalised IoU.
 
     Args:
         task: itm or rec.
@@ -55,34 +57,42 @@ def measure(
             batch = [sample for sample in batch if len(sample.boxes)]
         if not batch:
             continue
-        inputs = encode_batch(collate(batch), sd, rec_text, seed=0, timesteps=(timestep, timestep))
-        scores, outputs = model.evaluate(inputs, itm=task == "itm", rec=task == "rec")
-        if task == "itm":
-            right = (scores[:, :1] > scores[:, 1:]).tolist()
-            records += [
-                {"id": s.id, "text": text, "image": image} for s, (text, image) in zip(batch, right, strict=True)
-            ]
-            continue
-        logits, boxes = outputs["pred_logits"].float().cpu(), outputs["pred_boxes"].float().cpu()
-        truth = torch.stack([sample.boxes[0] for sample in batch])
-        hits = {g: rec_hits(logits, boxes, truth, ks=KS, generalized=g).tolist() for g in (False, True)}
-        for k, sample in enumerate(batch):
-            record = {f"precision_at_{n}": hit for n, hit in zip(KS, hits[False][k], strict=True)}
-            record |= {f"giou_precision_at_{n}": hit for n, hit in zip(KS, hits[True][k], strict=True)}
-            records.append({"id": sample.id} | record)
+        joined = collate(batch)
+        joined.images = joined.images[:, : 2 if task == "itm" else 1]  # random images are compared with nothing
+        if joined.images.shape[2] == 3:
+            joined.images = sd.encode_images(joined.images.flatten(0, 1)).unflatten(0, joined.images.shape[:2])
+        for timestep in timesteps:
+            inputs = encode_batch(joined, sd, rec_text, seed=0, timesteps=(timestep, timestep))
+            scores, outputs = model.evaluate(inputs, itm=task == "itm", rec=task == "rec")
+            found = _itm_records(scores) if task == "itm" else _rec_records(outputs, batch)
+            records += [{"id": s.id, "timestep": timestep} | r for s, r in zip(batch, found, strict=True)]
     return records
 
 
-def summarize(records: dict[tuple[str, int], list[dict]], *, mean_over: list[int]) -> dict[str, float]:
-    """Figures with 95 % intervals (`_low`, `_high`) from records by (val set, timestep).
+def _itm_records(scores: torch.Tensor) -> list[dict]:
+    return [{"text": text, "image": image} for text, image in (scores[:, :1] > scores[:, 1:]).tolist()]
+
+
+def _rec_records(outputs: dict, batch: list[Sample]) -> list[dict]:
+    logits, boxes = outputs["pred_logits"].float().cpu(), outputs["pred_boxes"].float().cpu()
+    truth = torch.stack([sample.boxes[0] for sample in batch])
+    records = [{} for _ in batch]
+    for name, generalized in (("precision", False), ("giou_precision", True)):
+        for record, row in zip(records, rec_hits(logits, boxes, truth, ks=KS, generalized=generalized), strict=True):
+            record |= {f"{name}_at_{k}": hit for k, hit in zip(KS, row.tolist(), strict=True)}
+    return records
+
+
+def summarize(records: dict[str, list[dict]], *, mean_over: list[int]) -> dict[str, float]:
+    """Figures with 95 % intervals (`_low`, `_high`) from records by val set.
 
     `<set>_<figure>` is the figure at the paper's t = 500, `..._mean` its mean over the timesteps of `mean_over`. A
     sample counts once, however many processes measured it; intervals resample samples.
     """
     figures = {}
-    for name in dict.fromkeys(name for name, _ in records):
-        rows = {(r["id"], t): r for (of, t), part in records.items() if of == name for r in part}
-        for column in list(next(iter(rows.values())))[1:] if rows else ():
+    for name, part in records.items():
+        rows = {(r["id"], r["timestep"]): r for r in part}
+        for column in list(part[0])[2:] if part else ():
             for suffix, timesteps in (("", [PAPER_TIMESTEP]), ("_mean", mean_over)):
                 chosen = [(key[0], row[column]) for key, row in rows.items() if key[1] in timesteps]
                 ids, values = zip(*chosen, strict=True)

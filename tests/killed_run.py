@@ -40,6 +40,7 @@ while True:
         marks = Path(folder) / "killed/run/log.txt"
         lives = marks.read_text().count("parameters to train") if marks.exists() else 0
         while not marks.exists() or marks.read_text().count("parameters to train") == lives:
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), (Path(folder) / "killed.txt").read_text()[-3000:]
             time.sleep(0.01)
         time.sleep(rng.uniform(0, whole / 20))
         os.kill(child, signal.SIGKILL)

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from dpt.checkpoint import load_checkpoint
 from dpt.config import TrainConfig, load_config
 from dpt.data.loader import step_indices
 from dpt.engine import learning_rate_factor
+from dpt.model import DPT
 
 TINY = {
     "probe": "configs/shapes/probe.yaml",
@@ -95,13 +97,35 @@ def test_tune_starts_from_a_probe(tmp_path, cache):
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, cache, capsys):
-    assert run("probe", tmp_path, cache, "optim.steps=4") == 0
-    damaged = tmp_path / "run/checkpoints/step_0000004/adapter.safetensors"
+    assert run("probe", tmp_path, cache, "optim.steps=4", "checkpoints.keep=2") == 0
+    reference = weights(tmp_path, 4)
+    folder = tmp_path / "run/checkpoints"
+    damaged = folder / "step_0000004/adapter.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:100])
-    reference = weights(tmp_path, 2)
-    assert run("probe", tmp_path, cache, "resume=true", "optim.steps=2") == 0
+    (folder / ".step_0000006-killed").mkdir()
+    assert run("probe", tmp_path, cache, "resume=true", "optim.steps=4", "checkpoints.keep=2") == 0
     assert "step_0000004 is damaged and passed over" in capsys.readouterr().out
-    assert torch.equal(weights(tmp_path, 2)["query_embed.weight"], reference["query_embed.weight"])
+    assert sorted(path.name for path in folder.iterdir()) == ["damaged_step_0000004", "step_0000002", "step_0000004"]
+    assert all(torch.equal(value, reference[name]) for name, value in weights(tmp_path, 4).items())
+    for path in folder.glob("step_*/adapter.safetensors"):
+        path.write_bytes(b"")
+    assert run("probe", tmp_path, cache, "resume=true", "optim.steps=4") == 2
+    assert "none of the 2 checkpoints" in capsys.readouterr().err
+    assert metrics(tmp_path)
+
+
+def test_another_run_is_not_resumed(tmp_path, cache, capsys):
+    assert run("probe", tmp_path, cache, "optim.steps=2") == 0
+    assert run("tune", tmp_path, cache, "resume=true") == 2
+    assert "is a probe; resume it with train_probe.py" in capsys.readouterr().err
+    assert run("probe", tmp_path, cache, "resume=true", "seed=3") == 2
+    assert "seed 42 (now 3)" in capsys.readouterr().err
+    assert run("probe", tmp_path, cache, "resume=true", "optim.steps=3", "checkpoints.every=1") == 0
+
+
+def test_a_run_that_failed_to_start_leaves_its_name_free(tmp_path, cache):
+    assert run("probe", tmp_path, cache, "model.feature=up9") == 2
+    assert run("probe", tmp_path, cache, "optim.steps=1") == 0
 
 
 def test_options_do_something(tmp_path, cache):
@@ -131,16 +155,6 @@ def test_options_do_something(tmp_path, cache):
     checkpoint = load_checkpoint(tmp_path / "blocks/run/checkpoints/step_0000001")
     assert {key.split(".attentions")[0] for key in checkpoint.lora} == {"down_blocks.0", "up_blocks.1"}
     assert (checkpoint.config.lora_rank, checkpoint.config.lora_alpha) == (2, 8.0)
-
-
-def test_gradient_accumulation_equals_the_joint_batch(tmp_path, cache):
-    exact = ["adapter.dropout=0", "optim.steps=2", "optim.warmup_steps=0"]
-    assert run("probe", tmp_path / "joint", cache, *exact) == 0
-    parts = ["optim.batch_size=2", "optim.gradient_accumulation_steps=2"]
-    assert run("probe", tmp_path / "parts", cache, *exact, *parts) == 0
-    joint, accumulated = metrics(tmp_path / "joint")[0], metrics(tmp_path / "parts")[0]
-    for name in [name for name in joint if name.startswith("loss")] + ["total"]:
-        assert accumulated[name] == pytest.approx(joint[name], rel=1e-5), name
 
 
 def test_gradient_checkpointing_changes_no_loss(tmp_path, cache):
@@ -204,14 +218,21 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, cache):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, cache):
-    """Losses and gradients of a step, gloo on the CPU, dropout off."""
+def test_processes_and_accumulation_equal_the_joint_batch(tmp_path, coco_tree):
+    """Losses and gradients of a step, gloo on the CPU, dropout off; images have 0, 1 or 3 boxes."""
+    tree = tmp_path / "data"
+    shutil.copytree(coco_tree, tree)
+    path = tree / "annotations/finetune_refall_train.json"
+    content = json.loads(path.read_text())
+    others = content["annotations"][1:]
+    more = [others[0] | {"id": 900 + k, "bbox": [10 + 20 * k, 20, 30, 40]} for k in range(2)]
+    path.write_text(json.dumps(content | {"annotations": others + more}))
     results = {}
-    for name, processes, batch in (("one", 1, 4), ("two", 2, 2)):
+    for name, processes, batch, accumulation in (("joint", 1, 8, 1), ("parts", 1, 2, 4), ("two", 2, 2, 2)):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        arguments = [TINY["tune"], *COMMON, f"output_folder={tmp_path / name}", f"data.cache_folder={cache}"]
+        arguments = [TINY["tune"], *COMMON, f"output_folder={tmp_path / name}", "data.kind=coco", f"data.root={tree}"]
         arguments += ["init_from=new", "adapter.dropout=0", "optim.steps=1", f"optim.batch_size={batch}"]
-        arguments += ["optim.gradient_accumulation_steps=2"]
+        arguments += [f"optim.gradient_accumulation_steps={accumulation}", "data.num_samples=8"]
         done = subprocess.run(
             [*launch, "-m", "tests.gradients_of_a_step", str(tmp_path / f"{name}.pt"), *arguments],
             capture_output=True,
@@ -220,16 +241,17 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, cache):
         )
         assert done.returncode == 0, done.stderr[-3000:]
         results[name] = torch.load(tmp_path / f"{name}.pt"), metrics(tmp_path / name)
-    (one, figures), (two, same) = results["one"], results["two"]
-    assert one.keys() == two.keys()
-    assert len(one) > 100
-    largest = max(gradient.abs().max() for gradient in one.values())
-    for name, gradient in one.items():
-        torch.testing.assert_close(two[name], gradient, rtol=1e-5, atol=1e-5 * largest.item())
-    for name in [name for name in figures[0] if name.startswith("loss")]:
-        assert same[0][name] == pytest.approx(figures[0][name], rel=1e-5), name
-    for name in [name for name in figures[1] if name.startswith(("itm", "rec"))]:
-        assert same[1][name] == pytest.approx(figures[1][name]), name
+    joint, figures = results["joint"]
+    assert len(joint) > 100
+    largest = max(gradient.abs().max() for gradient in joint.values())
+    for gradients, same in (results["parts"], results["two"]):
+        assert joint.keys() == gradients.keys()
+        for name, gradient in joint.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-5 * largest.item())
+        for name in [name for name in figures[0] if name.startswith("loss")]:
+            assert same[0][name] == pytest.approx(figures[0][name], rel=1e-5), name
+        for name in [name for name in figures[1] if name.startswith(("itm", "rec"))]:
+            assert same[1][name] == pytest.approx(figures[1][name]), name
 
 
 @pytest.mark.slow
@@ -269,6 +291,16 @@ def test_twenty_kills_change_nothing(tmp_path, cache):
         (["noise.last_timestep=5000"], "noise.last_timestep is 5000; this model's last is 999"),
         (["data.kind=imagenet"], "data.kind is 'imagenet'"),
         (["validation.timesteps=[]"], "validation.timesteps is []"),
+        (["validation.timesteps=[1500]"], "validation.timesteps is 1500; this model's last is 999"),
+        (["optim.lr=-1"], "optim.lr is -1"),
+        (["optim.epochs=0"], "optim.epochs is 0"),
+        (["optim.betas=[0.9]"], "optim.betas is [0.9]"),
+        (["lora.alpha=0"], "lora.alpha is 0"),
+        (["adapter.dropout=2"], "dropout is 2"),
+        (
+            ["loss.weights={itm_i2t: 0, itm_t2i: 0, ce: 0, bbox: 0, giou: 0, contrastive_align: 0}"],
+            "loss.weights are all 0",
+        ),
         (["data.negatives=best"], "data.negatives is 'best'"),
         (["noise.first_timestep=10", "noise.last_timestep=5"], "they need 0 <= first <= last"),
         (["lora.blocks=[down3]"], "there is no attention in them"),
@@ -287,14 +319,35 @@ def test_an_existing_run_is_refused(tmp_path, cache, capsys):
     assert "pass resume=true" in capsys.readouterr().err
 
 
-def test_a_non_finite_loss_stops_or_is_skipped(tmp_path, cache, capsys, monkeypatch):
-    monkeypatch.setattr("dpt.model.itm_loss", lambda *a: {"loss_itm_i2t": a[0].sum() * float("nan")})
+@pytest.mark.parametrize("what", ["a loss", "the gradient"])
+def test_what_is_not_finite_stops_or_is_skipped(tmp_path, cache, capsys, monkeypatch, what):
+    """The second step's features, or their gradients, are not finite."""
+    forward, calls = DPT._features, []
+
+    def damaged(self, batch, passes, *, with_full):
+        maps, noise_pred = forward(self, batch, passes, with_full=with_full)
+        calls.append(None)
+        if len(calls) == 2:
+            if what == "a loss":
+                return [x * float("nan") for x in maps], noise_pred
+            self.adapter.query_embed.weight.register_hook(lambda gradient: gradient * float("inf"))
+        return maps, noise_pred
+
+    monkeypatch.setattr(DPT, "_features", damaged)
     assert run("probe", tmp_path / "a", cache) == 2
     error = capsys.readouterr().err
-    assert "step 0: a loss is not finite" in error
+    assert f"step 1: {what} is not finite" in error
     assert "samples [" in error
-    assert run("probe", tmp_path / "b", cache, "on_nan=skip", "optim.steps=2") == 0
-    assert metrics(tmp_path / "b")[0]["skipped_steps"] == 1
+    assert "stopped: " in (tmp_path / "a/run/log.txt").read_text()
+    calls.clear()
+    steps = 3 if what == "a loss" else 2  # the hook on the gradient stays
+    settings = ["on_nan=skip", "checkpoints.every=1", "validation.every=10", f"optim.steps={steps}"]
+    assert run("probe", tmp_path / "b", cache, *settings, "validation.num_samples=1") == 0
+    assert metrics(tmp_path / "b")[1]["skipped_steps"] == 1
+    before, skipped = weights(tmp_path / "b", 1), weights(tmp_path / "b", 2)
+    assert all(torch.equal(value, skipped[name]) for name, value in before.items())
+    if what == "a loss":
+        assert not torch.equal(weights(tmp_path / "b", 3)["query_embed.weight"], before["query_embed.weight"])
 
 
 def test_out_of_memory_says_what_to_lower(tmp_path, cache, capsys, monkeypatch):

@@ -22,14 +22,16 @@ def parts(tmp_path_factory):
 
 
 def test_records_do_not_depend_on_batches_or_processes(parts):
-    options = {"timestep": 500, "num_samples": 10}
+    options = {"timesteps": [500], "num_samples": 10}
     for task in ("itm", "rec"):
         whole = measure(*parts, task=task, batch_size=10, **options)
         assert [record["id"] for record in whole] == list(range(10))
         assert whole == measure(*parts, task=task, batch_size=3, **options)
+        several = measure(*parts, task=task, batch_size=3, timesteps=[100, 500], num_samples=10)
+        assert [record for record in several if record["timestep"] == 500] == whole
         shares = [measure(*parts, task=task, batch_size=4, shard=(k, 2), **options) for k in range(2)]
         assert sorted(shares[0] + shares[1], key=lambda r: r["id"]) == whole
-    few = measure(*parts, task="itm", timestep=500, num_samples=4, batch_size=4)
+    few = measure(*parts, task="itm", timesteps=[500], num_samples=4, batch_size=4)
     assert [record["id"] for record in few] == [0, 3, 6, 9]
 
 
@@ -46,10 +48,15 @@ def test_what_is_compared_shares_its_noise(parts):
 
 
 def test_figures_are_keyed_by_sample_and_timestep():
+    def row(number, timestep, **figures):
+        return {"id": number, "timestep": timestep} | figures
+
     records = {
-        ("itm", 500): [{"id": 1, "text": True}, {"id": 2, "text": False}, {"id": 1, "text": True}],
-        ("itm", 100): [{"id": 1, "text": False}, {"id": 2, "text": False}],
-        ("rec_refcoco", 500): [{"id": 1, "precision_at_1": True}],
+        "itm": [
+            *(row(1, 500, text=True), row(2, 500, text=False), row(1, 500, text=True)),
+            *(row(1, 100, text=False), row(2, 100, text=False)),
+        ],
+        "rec_refcoco": [row(1, 500, precision_at_1=True)],
     }
     figures = summarize(records, mean_over=[100, 500])
     assert figures["itm_text"] == 0.5  # the sample that two processes measured counts once

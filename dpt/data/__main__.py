@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
 
     cache = commands.add_parser("cache-latents", help="encode a folder of images")
     cache.add_argument("--model", default="sd21-base")
-    cache.add_argument("--local-files-only", action="store_true")
+    cache.add_argument("--local_files_only", "--local-files-only", action="store_true")
     cache.add_argument("--size", type=int, help="height and width in pixels; default: the model's")
     cache.add_argument("--shard", default="0/1", metavar="K/N", help="one of several processes' share")
     cache.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     for command in (cache, mining):
         command.add_argument("--images", required=True, help="folder of image files")
         command.add_argument("--output", required=True)
-        command.add_argument("--batch_size", type=int, default=8)
+        command.add_argument("--batch_size", type=int, default=8 if command is cache else 64)
         command.add_argument("--device")
     args = parser.parse_args(argv)
     try:

@@ -138,6 +138,9 @@ def check_negatives(path: Path, sizes: dict[str, tuple[int, int]]) -> Findings:
         except ValueError as error:
             findings.add("unreadable item", str(error))
             continue
+        if text_id not in negatives.texts_of.get(item.image, ()):
+            findings.add("item listed for another image", f"text {text_id} is of {item.image}")
+        findings.files.update(item.neg_images)
         for name in (item.image, *item.neg_images):
             if name not in sizes:
                 findings.add("missing or unreadable image", name)

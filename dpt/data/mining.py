@@ -28,10 +28,8 @@ def embed_to_file(
         key: names the model and the items; a file made for another key is made anew.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    parts = path.with_suffix(".parts")
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-    parts = parts.with_name(f"{parts.stem}.{digest}")
-    done = path.with_name(f"{path.stem}.{digest}.npy")
+    parts, done = path.with_name(f"{path.name}.{digest}"), path.with_name(f"{path.name}.{digest}.npy")
     if not done.exists():
         parts.mkdir(exist_ok=True)
         for start in tqdm(range(0, len(items), chunk), desc=path.stem, mininterval=2):

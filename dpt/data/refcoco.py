@@ -20,7 +20,6 @@ class ReferredImage:
     expression: str
     boxes: np.ndarray
     tokens_positive: tuple[tuple[tuple[int, int], ...], ...]
-    dataset_name: str
 
 
 def load_expressions(annotations: Path, images: Path) -> list[ReferredImage]:
@@ -37,6 +36,9 @@ def load_expressions(annotations: Path, images: Path) -> list[ReferredImage]:
         for annotation in content["annotations"]:
             if not annotation.get("iscrowd"):
                 boxes.setdefault(annotation["image_id"], []).append(annotation)
+        ids = [entry["id"] for entry in content["images"]]
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"{annotations}: {len(ids) - len(set(ids))} ids of expressions occur twice")
         return [_referred(entry, boxes.get(entry["id"], []), images) for entry in content["images"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{annotations} is no REC annotation file: {error!r}") from error
@@ -54,5 +56,4 @@ def _referred(entry: dict, annotations: list[dict], images: Path) -> ReferredIma
         for annotation, keep in zip(annotations, kept, strict=True)
         if keep
     )
-    name = entry.get("dataset_name", "refcoco")
-    return ReferredImage(entry["id"], images / entry["file_name"], entry["caption"], cxcywh[kept], spans, name)
+    return ReferredImage(entry["id"], images / entry["file_name"], entry["caption"], cxcywh[kept], spans)

@@ -25,6 +25,7 @@ class CocoSamples:
         negatives: without them there is no matching, and samples hold one image and empty captions.
         latents: read instead of the images.
         flip: mirror half of the samples; "left" and "right" are swapped, or the sample is left as it is.
+        seed: of what is drawn: caption, negatives, mirroring.
 
     Raises:
         ValueError: nothing left to train on.
@@ -39,11 +40,12 @@ class CocoSamples:
         negatives: ItmNegatives | None = None,
         latents: LatentFolder | None = None,
         flip: bool = False,
+        seed: int = 0,
     ):
         if latents and flip:
             raise ValueError("data.flip is true and data.latents is given; cached latents cannot be mirrored")
         self.images, self.size, self.negatives, self.latents, self.flip = images, size, negatives, latents, flip
-        self.without_caption = 0
+        self.without_caption, self.seed = 0, seed
         if expressions is not None and negatives is not None:
             known = [e for e in expressions if e.path.name in negatives.texts_of]
             self.without_caption, expressions = len(expressions) - len(known), known
@@ -64,13 +66,17 @@ class CocoSamples:
         Raises:
             ValueError: a file that cannot be read; it is named.
         """
-        generator = sample_generator(23, index, epoch)
+        generator = sample_generator(self.seed, index, epoch)
         rng = np.random.default_rng(torch.randint(2**62, (1,), generator=generator).item())
         referred = None if self.expressions is None else self.expressions[index]
         names, captions = [referred.path.name if referred else ""], ("", "", "")
         if self.negatives is not None:
             text_id = int(rng.choice(self.negatives.texts_of[names[0]])) if referred else self.negatives.ids[index]
             item = self.negatives.item(text_id)
+            if referred and item.image != names[0]:
+                raise ValueError(
+                    f"text {text_id} of {self.negatives.path} is listed for {names[0]}, but is of {item.image}"
+                )
             names[0] = item.image
             names += [str(rng.choice(item.neg_images)), self._other_image(item.image, rng)]
             captions = (item.title, str(rng.choice(item.neg_captions)), self._other_caption(item.image, rng))

@@ -14,11 +14,11 @@ from dpt.stable_diffusion import StableDiffusion
 NUM_SHAPES = 10_000
 
 
-def training_samples(data: DataSettings, sd: StableDiffusion, *, seed: int = 0, notice: Callable = print):
+def training_samples(data: DataSettings, sd: StableDiffusion, *, seed: int, notice: Callable = print):
     """The training set.
 
     Args:
-        seed: of the shapes world.
+        seed: of what is drawn of a sample: its caption, negatives, mirroring.
 
     Raises:
         ValueError: a missing folder or file, or nothing in it; it is named.
@@ -26,7 +26,7 @@ def training_samples(data: DataSettings, sd: StableDiffusion, *, seed: int = 0, 
     if data.kind == "shapes":
         count = NUM_SHAPES if data.num_samples is None else data.num_samples
         return ShapesSamples(
-            sd, Path(data.cache_folder), num_samples=count, negatives=data.negatives, split="train", seed=seed
+            sd, Path(data.cache_folder), num_samples=count, negatives=data.negatives, split="train", draw_seed=seed
         )
     root = Path(data.root)
     images = existing(root, "images", data.images)
@@ -41,6 +41,7 @@ def training_samples(data: DataSettings, sd: StableDiffusion, *, seed: int = 0, 
         negatives=ItmNegatives(existing(root, "itm", data.itm)),
         latents=latents,
         flip=data.flip,
+        seed=seed,
     )
     if samples.without_caption:
         notice(f"{samples.without_caption} expressions are left out: no caption of their image is in {data.itm}")

@@ -23,6 +23,8 @@ class ShapesSamples:
     """Random access to samples by (index, epoch); latents are cached on first use, by model and seed.
 
     Args:
+        seed: of the world.
+        draw_seed: of what is drawn of a sample in an epoch: wording, expression, negatives.
         negatives: "edited", a minimal edit of the sample's own scene, or "mined", the other scenes of the set whose
             captions and pictures are most alike by the small CLIP (as in the paper, where CLIP mines them).
     """
@@ -36,12 +38,14 @@ class ShapesSamples:
         split: str = "train",
         seed: int = 0,
         negatives: str = "edited",
+        draw_seed: int = 0,
     ):
         if negatives not in NEGATIVES:
             raise ValueError(f"data.negatives is {negatives!r}; it must be {' or '.join(NEGATIVES)}")
         if num_samples < 2:
             raise ValueError(f"data.num_samples is {num_samples}; random negatives need at least 2")
         self.world, self.num_samples = ShapesWorld(split, seed=seed), num_samples
+        self.draw_seed = draw_seed
         self.scaling_factor = sd.vae.config.scaling_factor
         self.scenes = cache_latents(
             sd.vae,
@@ -68,7 +72,7 @@ class ShapesSamples:
     def get(self, index: int, epoch: int) -> Sample:
         """The sample of an index in an epoch; its random negative, wording and expression differ between epochs."""
         example = self.world[index]
-        generator = sample_generator(17, index, epoch)
+        generator = sample_generator(self.draw_seed, index, epoch)
         rng = np.random.default_rng(torch.randint(2**62, (1,), generator=generator).item())
         (other,) = self._false_of(index, rng.permutation(self.num_samples), 1)
         other_description, _ = self.world.scene(other)

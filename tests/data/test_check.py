@@ -85,6 +85,7 @@ def test_a_leak_free_list(tree, capsys):
     assert main(["check", str(tree), "--leak_free", str(target)]) == 0
     out = capsys.readouterr().out
     assert "leakage: 1 of the 1 images of finetune_refcoco_val.json are in finetune_refall_train.json" in out
+    assert "leakage: 1 of the 1 images of finetune_refcoco_val.json are in itm/train" in out
     assert "1 left out" in out
     names = {image["file_name"] for image in json.loads(target.read_text())["images"]}
     assert "COCO_train2014_000000000008.jpg" not in names

@@ -57,13 +57,20 @@ def test_another_model_s_latents_are_refused(coco_tree, cached, sd, tmp_path, ca
     output = tmp_path / "other"
     shutil.copytree(cached, output)
     manifest = json.loads((output / "latents.json").read_text())
-    (output / "latents.json").write_text(json.dumps(manifest | {"vae": "0123", "model": "sd14"}))
+    (output / "latents.json").write_text(
+        json.dumps(manifest | {"vae": [v + 0.1 for v in manifest["vae"]], "model": "sd14"})
+    )
     assert main(command(coco_tree, output)) == 2
     assert "were made by sd14" in capsys.readouterr().err
     with pytest.raises(ValueError, match="were made by sd14"):
         LatentFolder(output, sd, 128)
     with pytest.raises(ValueError, match="size 128"):
         LatentFolder(cached, sd, 256)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_precision_makes_no_other_model(cached, dtype):
+    assert LatentFolder(cached, load_stable_diffusion("shapes", dtype=dtype), 128).shape == (4, 16, 16)
 
 
 def test_the_reference_s_folder_is_read_as_it_is(sd, tmp_path):

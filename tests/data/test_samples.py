@@ -3,7 +3,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from dpt.data.coco import load_pixels
 from dpt.data.collate import Sample
 from dpt.data.flip import can_mirror, mirror_text
 from dpt.data.itm import ItmNegatives, write_items, write_tsv
@@ -154,3 +156,36 @@ def test_flips_happen_to_about_half_and_only_when_asked(coco_tree):
                 assert torch.allclose(b.boxes[:, 0], 1 - a.boxes[:, 0])
                 mirrored += 1
     assert 0.3 < mirrored / (6 * len(plain)) < 0.7
+
+
+def test_pixels_of_odd_images(tmp_path):
+    """Palette, alpha, EXIF rotation and one pixel: all become upright RGB."""
+    picture = np.zeros((20, 30, 3), np.uint8)
+    picture[:10] = (255, 0, 0)
+    image = Image.fromarray(picture)
+    image.convert("P").save(tmp_path / "palette.png")
+    image.convert("RGBA").save(tmp_path / "alpha.png")
+    turned = Image.Exif()
+    turned[0x0112] = 3  # upside down
+    image.rotate(180).save(tmp_path / "turned.png", exif=turned)
+    for name in ("palette", "alpha", "turned"):
+        pixels = load_pixels(tmp_path / f"{name}.png", 16)
+        assert pixels.shape == (3, 16, 16)
+        assert pixels[0, :6].min() > 0.9
+        assert pixels[0, 10:].max() < -0.9
+    Image.new("L", (1, 1), 255).save(tmp_path / "one.png")
+    assert load_pixels(tmp_path / "one.png", 16).min() == 1
+
+
+def test_an_item_of_another_image_is_refused(coco_tree, tmp_path):
+    folder = ItmNegatives(coco_tree / "itm/train")
+    items = {i: folder.item(i) for i in folder.ids}
+    write_items(tmp_path / "itm", items)
+    index = json.loads((tmp_path / "itm/imgname2txtid.json").read_text())
+    names = list(index)
+    swapped = dict(zip(names, [index[n] for n in reversed(names)], strict=True))
+    (tmp_path / "itm/imgname2txtid.json").write_text(json.dumps(swapped))
+    expressions = load_expressions(coco_tree / "annotations/finetune_refall_train.json", coco_tree / "train2014")
+    mixed = CocoSamples(coco_tree / "train2014", 64, expressions=expressions, negatives=ItmNegatives(tmp_path / "itm"))
+    with pytest.raises(ValueError, match="but is of COCO_train2014"):
+        mixed.get(0, 0)
