@@ -146,6 +146,9 @@ def time_sampling(name: str, batch_size: int, repeats: int) -> dict:
     }
 
 
+TRAINING_KINDS = ("batched", "sequential", "sequential_full", "tune", "tune_checkpointed")
+
+
 class SequentialDPT(DPT):
     """DPT with one U-Net call a pass, each of them to the end where `stop_early` is off, as the reference trains."""
 
@@ -221,39 +224,35 @@ def training_steps(name: str, batch_size: int) -> dict:
     }
 
 
-def time_training(name: str, batch_size: int, repeats: int) -> dict:
-    """Medians of interleaved probe steps, their losses, and peaks of tune steps in processes of their own."""
-    steps = training_steps(name, batch_size)
-    kinds = ("batched", "sequential", "sequential_full")
-    times, losses = {kind: [] for kind in kinds}, {}
-    for k in range(repeats + 1):
-        for kind in kinds:
-            torch.manual_seed(2)  # the adapter's dropout
-            began = time.perf_counter()
-            losses[kind] = steps[kind]()
-            if k:  # the first is a warm-up
-                times[kind].append(time.perf_counter() - began)
+def time_training(name: str, batch_size: int, repeats: int, kinds: tuple[str, ...] = TRAINING_KINDS) -> dict:
+    """Medians of interleaved steps of these kinds, and their losses."""
+    steps, times, losses = training_steps(name, batch_size), {kind: [] for kind in kinds}, {}
+    tune = [kind for kind in kinds if kind.startswith("tune")]  # after the others: it leaves LoRA on the U-Net
+    for group in ([kind for kind in kinds if kind not in tune], tune):
+        for k in range(repeats + 1):
+            for kind in group:
+                torch.manual_seed(2)  # the adapter's dropout
+                began = time.perf_counter()
+                losses[kind] = steps[kind]()
+                if k:  # the first is a warm-up
+                    times[kind].append(time.perf_counter() - began)
     median = {kind: statistics.median(values) for kind, values in times.items()}
-    tune_batch_size = TUNE_BATCH_SIZES[name]
-    kinds = ("batched", "tune", "tune_checkpointed")
-    peaks = {kind: _peak_mb("training", name, tune_batch_size, kind) for kind in kinds}
-    return {
-        "model": name,
-        "batch_size": batch_size,
-        "repeats": repeats,
-        "probe_step_s": median["batched"],
-        "probe_sequential_step_s": median["sequential"],
-        "probe_sequential_full_step_s": median["sequential_full"],
-        "speedup": median["sequential"] / median["batched"],
-        "speedup_over_full": median["sequential_full"] / median["batched"],
-        "loss_batched": losses["batched"],
-        "loss_sequential": losses["sequential"],
-        "peaks_batch_size": tune_batch_size,
-        "probe_peak_mb": peaks["batched"],
-        "tune_peak_mb": peaks["tune"],
-        "tune_checkpointed_peak_mb": peaks["tune_checkpointed"],
-        "checkpointed_share": peaks["tune_checkpointed"] / peaks["tune"],
+    result = {"model": name, "batch_size": batch_size, "repeats": repeats}
+    result |= {f"{kind}_step_s": value for kind, value in median.items()}
+    result["speedup"] = median["sequential"] / median["batched"]
+    result["speedup_over_full"] = median["sequential_full"] / median["batched"]
+    return result | {"loss_batched": losses["batched"], "loss_sequential": losses["sequential"]}
+
+
+def training_peaks(name: str) -> dict:
+    """Peak memory of steps at `TUNE_BATCH_SIZES`, each kind in a process of its own."""
+    batch_size = TUNE_BATCH_SIZES[name]
+    peaks = {
+        f"{kind}_peak_mb": _peak_mb("training", name, batch_size, kind)
+        for kind in ("batched", "tune", "tune_checkpointed")
     }
+    share = peaks["tune_checkpointed_peak_mb"] / peaks["tune_peak_mb"]
+    return {"peaks_batch_size": batch_size, "checkpointed_share": share} | peaks
 
 
 def _peak_mb(what: str, name: str, batch_size: int, kind: str) -> float:
@@ -271,13 +270,14 @@ def sentence_of(what: str, result: dict, threads: int) -> str:
             f"{result['ratio']:.2f} x (f = {result['feature_share']:.2f}, allowed {result['allowed_ratio']:.2f} x); "
             f"peak {result['plain_peak_mb']:.0f} and {result['corrected_peak_mb']:.0f} MB"
         )
-    one_by_one = f"{result['probe_sequential_step_s']:.2f} s ({result['speedup']:.2f} x)"
-    to_the_end = f"{result['probe_sequential_full_step_s']:.2f} s ({result['speedup_over_full']:.2f} x)"
+    one_by_one = f"{result['sequential_step_s']:.2f} s ({result['speedup']:.2f} x)"
+    to_the_end = f"{result['sequential_full_step_s']:.2f} s ({result['speedup_over_full']:.2f} x)"
     return head + (
-        f"a probe step takes {result['probe_step_s']:.2f} s, with its passes one after the other {one_by_one}, and "
+        f"a probe step takes {result['batched_step_s']:.2f} s, with its passes one after the other {one_by_one}, and "
         f"each to the end, as the reference does, {to_the_end}; losses {result['loss_batched']:.5f} and "
-        f"{result['loss_sequential']:.5f}; peaks at batch {result['peaks_batch_size']}: probe "
-        f"{result['probe_peak_mb']:.0f} MB, tune {result['tune_peak_mb']:.0f} MB, with gradient checkpointing "
+        f"{result['loss_sequential']:.5f}. A tune step takes {result['tune_step_s']:.2f} s, with gradient "
+        f"checkpointing {result['tune_checkpointed_step_s']:.2f} s. Peaks at batch {result['peaks_batch_size']}: probe "
+        f"{result['batched_peak_mb']:.0f} MB, tune {result['tune_peak_mb']:.0f} MB, with gradient checkpointing "
         f"{result['tune_checkpointed_peak_mb']:.0f} MB ({result['checkpointed_share']:.2f} x)"
     )
 
@@ -302,8 +302,10 @@ def main(argv: list[str] | None = None) -> int:
         step()
         print(peak_mb())
         return 0
-    measure = {"sampling": time_sampling, "training": time_training}[args.what]
-    result = measure(args.model, batch_size, args.repeats)
+    if args.what == "sampling":
+        result = time_sampling(args.model, batch_size, args.repeats)
+    else:
+        result = time_training(args.model, batch_size, args.repeats) | training_peaks(args.model)
     if args.json:
         print(json.dumps(result, indent=1))
         return 0
