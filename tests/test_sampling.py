@@ -15,7 +15,10 @@ def sd():
 
 @pytest.fixture(scope="module")
 def stock(sd):
-    pipeline = StableDiffusionPipeline.from_pretrained(CKPT_FOLDER / "shapes", safety_checker=None)
+    """Of the very same modules: equal weights elsewhere in memory give other last bits, which guidance amplifies."""
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        CKPT_FOLDER / "shapes", unet=sd.unet, text_encoder=sd.text_encoder, safety_checker=None
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -24,6 +27,9 @@ def stock(sd):
 @pytest.mark.parametrize("negative", [None, "a yellow cross"])
 def test_latents_equal_the_stock_pipeline(sd, stock, guidance_scale, negative):
     noise = initial_noise([3, 4], sd.latent_shape())
+    context, negative_context = stock.encode_prompt(PROMPTS, "cpu", 1, True, [negative or ""] * 2)
+    torch.testing.assert_close(sd.encode_prompts(PROMPTS)[0], context, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sd.encode_prompts([negative or ""] * 2)[0], negative_context, atol=1e-5, rtol=1e-5)
     expected = stock(
         PROMPTS,
         negative_prompt=[negative] * 2 if negative else None,
@@ -35,8 +41,8 @@ def test_latents_equal_the_stock_pipeline(sd, stock, guidance_scale, negative):
     denoise = classifier_free_guidance(
         sd.unet,
         sd.scheduler,
-        encoder_hidden_states=sd.encode_prompts(PROMPTS)[0],
-        negative_encoder_hidden_states=sd.encode_prompts([negative or ""] * 2)[0],
+        encoder_hidden_states=context,
+        negative_encoder_hidden_states=negative_context,
         guidance_scale=guidance_scale,
     )
     latents = sample(denoise, sd.scheduler, noise, num_inference_steps=8)

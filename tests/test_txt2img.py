@@ -198,6 +198,7 @@ def test_an_interrupt_keeps_finished_pictures(tmp_path, request):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs start with it ignored
     )
     for _ in range(600):
         if len(read_metadata(tmp_path)) >= 2:
