@@ -343,6 +343,10 @@ class OptimSettings:
     mixed_precision: str = "no"
     """no, fp16 or bf16"""
 
+    def __post_init__(self):
+        if self.mixed_precision == "False":  # what YAML makes of a bare no
+            self.mixed_precision = "no"
+
 
 @dataclass
 class CheckpointSettings:

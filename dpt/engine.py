@@ -76,6 +76,8 @@ class Trainer:
                     f"{self.folder} is a {newest[2]['stage']}; resume it with train_{newest[2]['stage']}.py"
                 )
             check_resumption(config, load_config(TrainConfig, self.folder / "config.yaml"))
+        given = config.init_from not in (None, "new")
+        start = newest[0] if newest else load_checkpoint(config.init_from) if given else None
         set_seed(config.seed)
         self.sd = load_stable_diffusion(
             config.model.name,
@@ -95,8 +97,6 @@ class Trainer:
         with self.accelerator.main_process_first():
             self.data = training_samples(config.data, self.sd, seed=config.seed, notice=self._say)
             self.val_sets = validation_samples(config.data, self.sd, num_samples=config.validation.num_samples)
-        given = config.init_from not in (None, "new")
-        start = newest[0] if newest else load_checkpoint(config.init_from) if given else None
         self.model = make_model(config, stage, self.sd, self.rec_text, start)
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.names, optim = list(parameters), config.optim

@@ -21,6 +21,7 @@ TINY = {
     "tune": "configs/shapes/tune.yaml",
 }
 COMMON = [
+    "optim.mixed_precision=no",
     "adapter.hidden_dim=32",
     "adapter.nheads=4",
     "adapter.dim_feedforward=32",
@@ -178,6 +179,10 @@ def test_lora_alone_leaves_the_adapter(tmp_path, cache, capsys):
     assert any(value.any() for name, value in after.lora.items() if ".lora_B." in name)
 
 
+def test_a_bare_no_is_no_mixed_precision():
+    assert load_config(TrainConfig, TINY["probe"], ["optim.mixed_precision=no"]).optim.mixed_precision == "no"
+
+
 def test_what_a_run_leaves_behind(tmp_path, cache):
     pictures = ["samples.every=1", "samples.num_inference_steps=2", "samples.prompts=[a red circle]"]
     assert run("probe", tmp_path, cache, "optim.steps=2", "tracker=tensorboard", *pictures) == 0
@@ -260,7 +265,7 @@ def test_twenty_kills_change_nothing(tmp_path, cache):
     """A run that is killed at 20 random moments (mid-step, mid-accumulation, mid-save) ends as one that never is."""
     settings = [TINY["tune"], *COMMON, f"data.cache_folder={cache}", "optim.steps=40", "checkpoints.every=1"]
     settings += ["checkpoints.keep=2", "optim.gradient_accumulation_steps=2", "optim.batch_size=2"]
-    settings += ["validation.every=20", "init_from=new"]
+    settings += ["validation.every=20", "init_from=new", "optim.mixed_precision=bf16"]
     command = [sys.executable, "-m", "tests.killed_run", str(tmp_path), *settings]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -20,6 +20,7 @@ def _from_repository_root(monkeypatch, request):
 
 def run(stage, tree, folder, *overrides):
     settings = [
+        "optim.mixed_precision=no",
         "adapter.hidden_dim=32",
         "adapter.nheads=4",
         "adapter.dim_feedforward=32",
