@@ -5,7 +5,7 @@ import torch
 from dpt.adapter import DiscriminativeAdapter
 from dpt.checkpoint import DPTCheckpoint
 from dpt.config import AdapterConfig, DPTConfig, TrainConfig
-from dpt.lora import ADAPTER_NAME, add_lora, load_lora, lora_state
+from dpt.lora import add_lora, load_lora, lora_state
 from dpt.model import DPT
 from dpt.rec_text import RecTextEncoder
 from dpt.stable_diffusion import StableDiffusion
@@ -82,13 +82,7 @@ def _add_lora(config: TrainConfig, sd: StableDiffusion, start: DPTCheckpoint | N
                 f"{start.source} holds LoRA of rank and alpha {found}; lora.rank and lora.alpha are "
                 f"{(lora.rank, alpha)}"
             )
-        load_lora(sd.unet, start.lora, alpha=start.config.lora_alpha)
-        for name, parameter in sd.unet.named_parameters():
-            if ".lora_" in name:
-                # from the tensors: attached to a half-precision U-Net they were rounded
-                tensor = start.lora[name.replace(f".{ADAPTER_NAME}.", ".")]
-                parameter.data = tensor.to(parameter.device, torch.float32, copy=True)
-                parameter.requires_grad_(True)
+        load_lora(sd.unet, start.lora, alpha=start.config.lora_alpha, trainable=True)
     else:
         add_lora(sd.unet, rank=lora.rank, alpha=alpha, blocks=tuple(lora.blocks))
     if config.model.gradient_checkpointing:

@@ -8,6 +8,16 @@ from matplotlib.figure import Figure
 _APART = ("step", "seconds", "grad_norm", "lr", "samples_per_second", "peak_memory_mb", "skipped_steps")
 
 
+def drop_metrics_after(path: Path, step: int) -> None:
+    """Leaves out what a killed run wrote after the step it goes on from, and a line that was cut off."""
+    if path.exists():
+        lines = path.read_text().splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.replace(path)
+
+
 def plot_curves(metrics_path: Path, figure_path: Path) -> None:
     """Draws losses, and shares in [0, 1] with their intervals, against the step.
 

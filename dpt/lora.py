@@ -26,12 +26,15 @@ def lora_metadata(state: dict[str, torch.Tensor], alpha: float) -> dict:
     return {"r": rank, "lora_alpha": alpha, "target_modules": sorted({key.rsplit(".lora_", 1)[0] for key in state})}
 
 
-def load_lora(unet: UNet2DConditionModel, state: dict[str, torch.Tensor], *, alpha: float) -> None:
-    """Attaches LoRA tensors as the PEFT adapter "dpt", frozen, in place of one already there.
+def load_lora(
+    unet: UNet2DConditionModel, state: dict[str, torch.Tensor], *, alpha: float, trainable: bool = False
+) -> None:
+    """Attaches LoRA tensors as the PEFT adapter "dpt" in place of one already there; the U-Net is frozen.
 
     Args:
         state: diffusers' names, without a prefix; all of one rank.
         alpha: the update is scaled by alpha / rank.
+        trainable: LoRA gets gradients and float32 values, which a half-precision U-Net would round.
 
     Raises:
         ValueError: a module or a shape that the U-Net does not have.
@@ -52,6 +55,12 @@ def load_lora(unet: UNet2DConditionModel, state: dict[str, torch.Tensor], *, alp
     metadata = {f"unet.{key}": value for key, value in lora_metadata(state, alpha).items()}
     unet.load_lora_adapter(prefixed, prefix="unet", adapter_name=ADAPTER_NAME, metadata=metadata)
     unet.requires_grad_(False)
+    if trainable:
+        for name, parameter in unet.named_parameters():
+            if ".lora_" in name:
+                tensor = state[name.replace(f".{ADAPTER_NAME}.", ".")]
+                parameter.data = tensor.to(parameter.device, torch.float32, copy=True)
+                parameter.requires_grad_(True)
 
 
 def remove_lora(unet: UNet2DConditionModel) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from dpt.checkpoint import DPTCheckpoint, load_checkpoint, read_tensors, save_checkpoint
-from dpt.curves import plot_curves
+from dpt.curves import drop_metrics_after, plot_curves
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
@@ -115,12 +115,7 @@ class RunLog:
     def __init__(self, folder: Path, step: int):
         self.folder, self.metrics = folder, folder / "metrics.jsonl"
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        if self.metrics.exists():
-            lines = [line for line in self.metrics.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            temporary = self.metrics.with_suffix(".tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept))
-            temporary.replace(self.metrics)
+        drop_metrics_after(self.metrics, step)
 
     def say(self, message: str) -> None:
         """Prints a line, beside any progress bar, and adds it to the log with the time."""

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from dpt.data.collate import Sample, collate, encode_batch
+from dpt.data.collate import Sample, as_latents, collate, encode_batch
 from dpt.metrics import bootstrap_interval, rec_hits
 from dpt.model import DPT
 from dpt.rec_text import RecTextEncoder
@@ -58,9 +58,8 @@ def measure(
         if not batch:
             continue
         joined = collate(batch)
-        joined.images = joined.images[:, : 2 if task == "itm" else 1]  # random images are compared with nothing
-        if joined.images.shape[2] == 3:
-            joined.images = sd.encode_images(joined.images.flatten(0, 1)).unflatten(0, joined.images.shape[:2])
+        needed = joined.images[:, : 2 if task == "itm" else 1]  # random images are compared with nothing
+        joined.images = as_latents(needed, sd)  # once for all timesteps
         for timestep in timesteps:
             inputs = encode_batch(joined, sd, rec_text, seed=0, timesteps=(timestep, timestep))
             scores, outputs = model.evaluate(inputs, itm=task == "itm", rec=task == "rec")

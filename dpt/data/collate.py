@@ -99,6 +99,13 @@ def sample_generator(seed: int, sample_id: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state) & (2**63 - 1))
 
 
+def as_latents(images: torch.Tensor, sd: StableDiffusion) -> torch.Tensor:
+    """Scaled latents (B, K, C, h, w) of a batch's images: pixels (B, K, 3, H, W) are encoded, latents kept."""
+    if images.shape[2] != 3:
+        return images
+    return sd.encode_images(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+
+
 @torch.no_grad()
 def encode_batch(
     batch: Batch,
@@ -121,11 +128,7 @@ def encode_batch(
         noise_offset: weight of noise that is constant over a channel.
         align_to_padding: leave `token_valid` out, so that contrastive alignment counts padding as the reference does.
     """
-    latents = batch.images
-    if latents.shape[2] == 3:
-        flat = latents.flatten(0, 1)
-        latents = sd.encode_images(flat).unflatten(0, latents.shape[:2])
-    latents = latents.to(sd.device).float()  # (B, K, C, h, w)
+    latents = as_latents(batch.images, sd).to(sd.device).float()  # (B, K, C, h, w)
     first, last = timesteps or (0, sd.scheduler.config.num_train_timesteps - 1)
     drawn, noise = [], []
     for sample_id, epoch in zip(batch.ids, batch.epochs, strict=True):

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from dpt.curves import drop_metrics_after
+
 
 def schedule(step: int, *, steps: int, warmup: int, decay: float) -> float:
     """Learning-rate factor: linear warm-up, constant, then linear to zero over the last `decay` share of the steps."""
@@ -87,7 +89,7 @@ def train_stage(
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-        _drop_metrics_after(metrics_path, start)
+        drop_metrics_after(metrics_path, start)
 
     def save(step):
         save_atomically(
@@ -128,12 +130,3 @@ def train_stage(
         if (step + 1) % save_every == 0 or step + 1 == steps:
             save(step + 1)
     return average
-
-
-def _drop_metrics_after(path: Path, step: int) -> None:
-    if path.exists():
-        lines = path.read_text().splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        temporary.replace(path)

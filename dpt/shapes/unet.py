@@ -1,13 +1,12 @@
 """The U-Net of the `shapes` world: SD 2.1's topology with one layer a block, trained on web-like captions."""
 
-from functools import lru_cache
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
+from dpt.data.loader import step_indices
 from dpt.shapes.captions import caption_text
 from dpt.shapes.world import ShapesWorld
 from dpt.stable_diffusion import StableDiffusion
@@ -75,20 +74,12 @@ def denoising_losses(
     sd: StableDiffusion, latents: Latents, world: ShapesWorld, step: int, *, batch_size: int, caption_dropout: float
 ) -> dict[str, torch.Tensor]:
     """The denoising loss of one step on the web-like captions of scenes drawn without replacement in each epoch."""
-    start = step * batch_size
-    epochs, offsets = np.divmod(np.arange(start, start + batch_size), len(latents))
-    indices = np.array([_shuffled(len(latents), int(e))[o] for e, o in zip(epochs, offsets, strict=True)])
+    pairs = step_indices(step, count=batch_size, num_samples=len(latents), seed=4)
     rng = np.random.default_rng((3, step))
     captions = [
-        "" if rng.random() < caption_dropout else world.web_caption(int(i), world.scene(int(i))[0], epoch=int(e))
-        for i, e in zip(indices, epochs, strict=True)
+        "" if rng.random() < caption_dropout else world.web_caption(i, world.scene(i)[0], epoch=e) for i, e in pairs
     ]
-    return {"loss_denoise": _denoising_loss(sd, latents, indices, captions, seed=step)}
-
-
-@lru_cache(maxsize=2)
-def _shuffled(size: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((4, epoch)).permutation(size)
+    return {"loss_denoise": _denoising_loss(sd, latents, np.array([i for i, _ in pairs]), captions, seed=step)}
 
 
 def _denoising_loss(sd, latents, indices, captions, *, seed):
