@@ -192,7 +192,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_checkpoint(path: str | Path, **released_settings) -> DPTCheckpoint:
-    """Reads our folder, the released file or its folder, or a training folder of the reference.
+    """Reads our folder, a run's (its newest checkpoint), the released file or its folder, or a training folder of the
+    reference.
 
     Args:
         released_settings: for the reference's files, what shapes do not tell: `feature`, `base_model`, and the
@@ -202,8 +203,15 @@ def load_checkpoint(path: str | Path, **released_settings) -> DPTCheckpoint:
         ValueError: nothing readable there, or tensors that are missing, left over or of another shape; each is named.
     """
     path = Path(path)
+    if (path / "checkpoints").is_dir():
+        steps = sorted((path / "checkpoints").glob("step_*"))
+        if not steps:
+            raise ValueError(f"run {path} has no checkpoint yet")
+        path = steps[-1]
     if (path / CONFIG_FILE).exists():
         return _load_own(path)
+    if not path.exists():
+        raise ValueError(f"{path} is not there; pass our folder, a run's, or the released checkpoint")
     file = path / RELEASED_FILE if path.is_dir() else path
     if not file.exists():
         raise ValueError(f"{path} holds neither {CONFIG_FILE} and {ADAPTER_FILE} nor {RELEASED_FILE}")

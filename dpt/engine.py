@@ -69,6 +69,8 @@ class Trainer:
             set_damaged_aside(self.folder, self._say)
         self.accelerator.wait_for_everyone()
         newest = load_newest(self.folder) if config.resume else None
+        if config.resume and newest is None:
+            self._say(f"resume=true: {self.folder} has no checkpoint to go on from, so this run starts anew")
         self.step, self.skipped = (newest[2]["step"], newest[2]["skipped"]) if newest else (0, 0)
         if newest:
             if newest[2]["stage"] != stage:
@@ -365,7 +367,7 @@ class Trainer:
                             correction=CorrectionSettings(factor=factor),
                         )
                     )
-            rows.append((prompt, images))
+            rows.append((f"{prompt} ({settings.num_images} plain, {settings.num_images} corrected)", images))
         folder = self.folder / "samples"
         folder.mkdir(exist_ok=True)
         make_grid(rows).save(folder / f"step_{self.step:07d}.png")

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from dpt.assembly import DTYPES, adapter_config
+from dpt.checkpoint import load_checkpoint
 from dpt.config import TrainConfig, check_stage, load_config
 from dpt.data.sources import describe
 from dpt.engine import Trainer
@@ -21,12 +22,17 @@ NUM_TRAIN_TIMESTEPS = 1000  # of all models known here
 
 
 def report(config: TrainConfig, stage: str) -> str:
-    """What a run would train, its batches, an estimate of its memory, and the data that is there. Loads no weights.
+    """What a run would train, its batches, an estimate of its memory, and what it starts from.
+
+    Loads no weights but those of `init_from`.
 
     Raises:
         ValueError: a setting that the model cannot meet.
     """
     check_stage(config, stage, NUM_TRAIN_TIMESTEPS)
+    start = "untrained"
+    if config.init_from not in (None, "new"):
+        start = load_checkpoint(config.init_from).source
     unet_config, width, other = architecture(config.model.name)
     tune, optim, weights = stage == "tune", config.optim, config.loss.weights
     blocks = parse_feature(config.model.feature, unet_config)
@@ -67,7 +73,7 @@ def report(config: TrainConfig, stage: str) -> str:
             f"memory a process, about: frozen weights {_gib(frozen)}, trained ones with gradients and moments "
             f"{_gib(state)}, a step's activations {_gib(estimate['step_bytes'])}: {_gib(total)} "
             "(text encoders' and autoencoder's activations, and the libraries' own, come on top)",
-            *describe(config.data),
+            f"starts from: {start}",
         ]
     )
 
@@ -90,6 +96,10 @@ def run_stage(stage: str, argv: list[str] | None, description: str) -> int:
         if args.dry_run:
             print(yaml.safe_dump(asdict(config), sort_keys=False))
             print(report(config, stage))
+            lines, missing = describe(config.data)
+            print("\n".join(lines))
+            if missing:
+                raise ValueError(f"{missing} of these are missing; docs/data.md says where they come from")
         else:
             Trainer(config, stage).train()
     except (ValueError, FloatingPointError, OSError) as error:

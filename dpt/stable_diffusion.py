@@ -4,6 +4,7 @@ Shapes: B batch, L text tokens, E context width, P pooled width, C latent channe
 Whatever a size or a factor is, the model's own config says it.
 """
 
+import difflib
 import json
 import math
 from dataclasses import dataclass
@@ -257,6 +258,9 @@ def _missing(model: str, source: str, error: Exception) -> str:
         )
     if Path(source).is_dir():
         return f"model {model!r}: {source} is not a complete Stable Diffusion folder ({reason})"
+    close = difflib.get_close_matches(model, MODELS, n=1)
+    if close and model not in MODELS:
+        return f"model {model!r} is neither a name, a local folder nor on the hub ({reason}); did you mean {close[0]}?"
     folder = CKPT_FOLDER / model if model in MODELS else "a local folder"
     mirrors = ", ".join(sorted(set(MIRRORS.values())))
     return (

@@ -201,27 +201,31 @@ class Verification:
         return [(load_pixels(r.path, size), r.expression, torch.from_numpy(r.boxes[0]).float()) for r in referred]
 
     def cost(self):
-        """A corrected step costs at most 1.10 x (1 + f) plain ones; f is the share of the scored part of a pass."""
+        """A corrected step costs at most 1.10 x (1 + f) plain ones; f is the share of the scored part of a pass.
+
+        On a CPU a few small steps are timed too roughly for that: 1.5 x there, and `dpt.benchmark` measures it.
+        """
         sd = self.sd
         z = initial_noise([0, 1], sd.latent_shape()).to(self.device)
         context, pooled = sd.encode_prompts(self.prompts)
         negative, _ = sd.encode_prompts([""] * 2)
         runs = guided_step_kinds(sd.unet, sd.scheduler, self.scorer, z, context, negative, pooled)
-        times, peaks = {name: [] for name in runs}, {}
+        times, peaks, on_cuda = {name: [] for name in runs}, {}, self.device.type == "cuda"
         for _ in range(6):
             for name, run in runs.items():
-                reset_peak(self.device)
+                if on_cuda:
+                    reset_peak(self.device)
                 began = time.perf_counter()
                 run()
-                if self.device.type == "cuda":
+                if on_cuda:
                     torch.cuda.synchronize(self.device)
+                    peaks[f"{name}_peak_mb"] = peak_mb(self.device)
                 times[name].append(time.perf_counter() - began)
-                peaks[f"{name}_peak_mb"] = peak_mb(self.device)
         median = {name: statistics.median(values[1:]) for name, values in times.items()}
         share, ratio = median["feature"] / median["whole"], median["corrected"] / median["plain"]
-        figures = {"feature_share": share, "ratio": ratio, "allowed_ratio": 1.1 * (1 + share)} | peaks
-        # timings of a few steps are rough: only a gross excess fails here; `dpt.benchmark` measures it
-        return ratio <= 1.5 * (1 + share), figures | {f"{name}_s": value for name, value in median.items()}
+        allowed = (1.1 if on_cuda else 1.5) * (1 + share)
+        figures = {"feature_share": share, "ratio": ratio, "allowed_ratio": allowed} | peaks
+        return ratio <= allowed, figures | {f"{name}_s": value for name, value in median.items()}
 
     def pictures(self):
         """Draws the prompts with and without correction."""
@@ -260,6 +264,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--outdir", type=Path, default=Path("outputs/verify"))
     args = parser.parse_args(argv)
     try:
+        if args.coco is not None and not args.coco.is_dir():
+            raise ValueError(f"--coco {args.coco} is no folder; docs/data.md shows what it should hold")
         args.outdir.mkdir(parents=True, exist_ok=True)
         verification = Verification(args)
         report = {"model": args.model, "dpt": str(args.dpt), "torch": torch.__version__, "checks": {}}

@@ -289,7 +289,7 @@ def test_twenty_kills_change_nothing(tmp_path, cache):
         (["optim.steps=many"], "optim.steps"),
         (["optim.steps=0"], "optim.steps is 0"),
         (["model.feature=up9"], "feature is 'up9'"),
-        (["init_from=nowhere"], "nowhere holds neither"),
+        (["init_from=nowhere"], "nowhere is not there"),
         (["init_from=null"], "init_from is missing: tune starts from a probe"),
         (["model.name=/nowhere"], "/nowhere"),
         (["optim.mixed_precision=fp16"], "a CPU trains in bf16"),
@@ -371,6 +371,21 @@ def test_dry_run_trains_nothing(tmp_path, cache, capsys):
     assert "4 samples x 1 accumulated = 4 a process and step; 6 steps" in out
     assert "GiB" in out
     assert not (tmp_path / "run").exists()
+    assert run("tune", tmp_path, cache, "init_from=nowhere", "--dry-run") == 2
+
+
+def test_a_run_folder_stands_for_its_newest_checkpoint(tmp_path, cache, capsys):
+    assert run("probe", tmp_path, cache, "optim.steps=2", "checkpoints.every=1") == 0
+    newest = load_checkpoint(tmp_path / "run")
+    assert newest.source.endswith("step_0000002")
+    (tmp_path / "empty/checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="has no checkpoint yet"):
+        load_checkpoint(tmp_path / "empty")
+
+
+def test_resuming_nothing_is_said(tmp_path, cache, capsys):
+    assert run("probe", tmp_path, cache, "optim.steps=1", "resume=true") == 0
+    assert "has no checkpoint to go on from" in capsys.readouterr().out
 
 
 def test_schedules_and_data_order():

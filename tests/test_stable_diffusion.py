@@ -120,6 +120,11 @@ def test_missing_weights_say_what_to_do(name):
     assert ("ckpt/sd21-base" in message) == (name == "sd21-base")
 
 
+def test_a_misspelt_name_gets_a_suggestion():
+    with pytest.raises(ValueError, match="did you mean sd21-base"):
+        load_stable_diffusion("sd21base", local_files_only=True)
+
+
 def test_ids_that_are_gone_map_to_their_mirror_with_one_notice():
     notices = []
     for gone, mirror in MIRRORS.items():

@@ -98,7 +98,7 @@ def test_epochs_stand_for_steps(coco_tree, tmp_path):
         (["data.val_itm=itm/other.tsv"], "data.val_itm: "),
         (["data.latents=none"], "data.latents: "),
         (["data.latents=x", "data.flip=true"], "cached latents cannot be mirrored"),
-        (["data.expressions=itm/val.tsv"], "cannot be read as JSON"),
+        (["data.expressions=itm/val.tsv"], "is no whole JSON file"),
         (["data.expressions=annotations/captions_val2014.json"], "is no REC annotation file"),
         (["data.num_samples=0"], "holds no expressions"),
     ],
@@ -110,12 +110,24 @@ def test_bad_data_is_one_line_and_exit_code_2(coco_tree, tmp_path, capsys, overr
     assert message in error
 
 
-@pytest.mark.parametrize("content", ["<!doctype html><title>404</title>", '{"images": [{"id": 1'])
-def test_an_annotation_file_that_is_none(coco_tree, tmp_path, capsys, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("<!doctype html><title>404</title>", "is a web page"), ('{"images": [{"id": 1', "is no whole JSON file")],
+)
+def test_an_annotation_file_that_is_none(coco_tree, tmp_path, capsys, content, message):
     broken = tmp_path / "finetune_broken.json"
     broken.write_text(content)
     assert run("probe", coco_tree, tmp_path, f"data.expressions={broken}") == 2
-    assert f"{broken} cannot be read as JSON" in capsys.readouterr().err
+    assert f"{broken} {message}" in capsys.readouterr().err
+
+
+def test_a_dry_run_names_missing_data(coco_tree, tmp_path, capsys):
+    assert run("probe", coco_tree, tmp_path, "--dry-run") == 0
+    assert "found" in capsys.readouterr().out
+    assert run("probe", coco_tree, tmp_path, "data.itm=nowhere", "--dry-run") == 2
+    out = capsys.readouterr()
+    assert f"MISSING  {coco_tree / 'nowhere'}" in out.out
+    assert "1 of these are missing" in out.err
 
 
 @pytest.mark.parametrize("workers", [0, 1])

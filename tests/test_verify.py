@@ -82,6 +82,12 @@ def test_boxes_and_spans_of_a_rec_file(tmp_path):
         load_pixels(tmp_path / "html.json", 8)
 
 
+def test_a_coco_folder_that_is_not_there(tmp_path, capsys):
+    coco = ["--coco", str(tmp_path / "none")]
+    assert main(["--model", "shapes", "--dpt", str(tmp_path), "--outdir", str(tmp_path), *coco]) == 2
+    assert "is no folder" in capsys.readouterr().err
+
+
 def test_bad_weights_are_one_line(tmp_path, capsys):
     assert main(["--model", "shapes", "--dpt", str(tmp_path / "none"), "--outdir", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1

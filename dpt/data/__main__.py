@@ -12,12 +12,14 @@ from pathlib import Path
 
 import torch
 
+from dpt.config import DataSettings
 from dpt.data.check import SHOWN, check_tree, find, leakage, write_leak_free
 from dpt.data.coco import load_captions
 from dpt.data.itm import write_items, write_tsv
 from dpt.data.latents import cache_folder
 from dpt.data.mining import mine
 from dpt.data.open_clip_embedder import load_embedders
+from dpt.data.sources import describe
 from dpt.stable_diffusion import load_stable_diffusion
 
 
@@ -31,6 +33,10 @@ def run_check(args: argparse.Namespace) -> int:
         for kind, places in findings.errors.items():
             more = f" and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
             print(f"    {kind}: {len(places)}: {'; '.join(places[:SHOWN])}{more}")
+    lines, missing = describe(DataSettings(kind="coco", root=str(root)))
+    if missing:
+        print("not there under the names that training expects (docs/data.md; data.* settings name others):")
+        print("\n".join(f"    {line.split(maxsplit=1)[1]}" for line in lines if line.startswith("MISSING")))
     for training, evaluation, both, of in leakage(lists):
         if both:
             print(f"leakage: {both} of the {of} images of {evaluation} are in {training}")

@@ -24,7 +24,11 @@ def read_json(path: Path):
     """The contents of a JSON file. Raises ValueError naming the file where it is none."""
     try:
         return json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except json.JSONDecodeError as error:
+        if path.read_text("utf-8").lstrip().startswith("<"):
+            raise ValueError(f"{path} is a web page, not JSON: download the file itself") from error
+        raise ValueError(f"{path} is no whole JSON file, it breaks off in line {error.lineno}: get it again") from error
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
 
 

@@ -76,11 +76,12 @@ def existing(root: Path, key: str, relative: str) -> Path:
     return path
 
 
-def describe(data: DataSettings) -> list[str]:
-    """A line for each file and folder that the config names: there or missing."""
+def describe(data: DataSettings) -> tuple[list[str], int]:
+    """A line for each file and folder that the config names, there or missing, and how many are missing."""
     if data.kind == "shapes":
-        return ["data: the shapes world, made on the fly"]
+        return ["data: the shapes world, made on the fly"], 0
     names = [data.images, data.expressions, data.itm, data.val_images, data.val_itm, *data.val_expressions]
     names += [data.latents] if data.latents else []
     paths = [Path(data.root) / name for name in names]
-    return [f"{'found  ' if path.exists() else 'MISSING'}  {path}" for path in paths]
+    lines = [f"{'found  ' if path.exists() else 'MISSING'}  {path}" for path in paths]
+    return lines, sum(not path.exists() for path in paths)

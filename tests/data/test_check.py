@@ -47,6 +47,9 @@ DAMAGE = {
     "span outside its expression": lambda t: annotation(
         t, lambda c: c["annotations"][0].update(tokens_positive=[[0, 900]])
     ),
+    "expression that the text encoder cuts": lambda t: annotation(
+        t, lambda c: c["images"][0].update(caption=c["images"][0]["caption"] + " indeed" * 80)
+    ),
     "duplicate image id": lambda t: annotation(t, lambda c: c["images"].append(c["images"][0])),
     "duplicate annotation id": lambda t: annotation(t, lambda c: c["annotations"].append(c["annotations"][0])),
     "annotation of an unknown image": lambda t: annotation(t, lambda c: c["annotations"][0].update(image_id=5)),
@@ -100,6 +103,14 @@ def test_damaged_latents_are_found(tree, capsys):
     next(output.glob("*.npy")).write_bytes(b"")
     assert main(["check", str(tree)]) == 1
     assert "damaged latents: 1" in capsys.readouterr().out
+
+
+def test_what_training_expects_and_is_not_there_is_listed(tree, capsys):
+    (tree / "itm/val.tsv").unlink()
+    assert main(["check", str(tree)]) == 0
+    out = capsys.readouterr().out
+    assert str(tree / "itm/val.tsv") in out
+    assert f"    {tree / 'itm/train'}" not in out
 
 
 def test_nothing_there(tmp_path, capsys):
