@@ -24,7 +24,7 @@ from dpt.shapes.clip import contrastive_loss, load_clip, make_clip, make_tokeniz
 from dpt.shapes.quality import LABELS, judge_prompts
 from dpt.shapes.scenes import IMAGE_SIZE, render
 from dpt.shapes.training import save_folder, train_stage
-from dpt.shapes.unet import Latents, denoising_losses, make_scheduler, make_unet, set_cpu_attention, validation_loss
+from dpt.shapes.unet import Latents, denoising_losses, make_scheduler, make_unet, set_cpu_attention, validation_losses
 from dpt.shapes.vae import cache_latents, make_vae, measure_scaling_factor, reconstruction_error, vae_losses, whiten
 from dpt.shapes.world import PROMPT_CATEGORIES, ShapesWorld, load_prompts
 from dpt.stable_diffusion import StableDiffusion
@@ -61,15 +61,17 @@ class Vae:
     crop: int = 64
     kl_weight: float = 1e-6
     train: Optimization = field(default_factory=lambda: Optimization(steps=3500, batch_size=24, lr=2e-3))
-    decoder: Optimization = field(default_factory=lambda: Optimization(steps=800, batch_size=24, lr=1e-3))
-    """the decoder alone, trained on with the encoder, and so the latents, as they are"""
+    decoder: Optimization = field(default_factory=lambda: Optimization(steps=700, batch_size=8, lr=1e-3))
+    """the decoder alone, on whole pictures, with the encoder, and so the latents, as they are"""
+    decoder_noise: float = 0.3
+    """what it is trained to see through: generated latents are never exact (in units of the whitened latents)"""
 
 
 @dataclass
 class Unet:
     channels: list[int] = field(default_factory=lambda: [48, 96, 128, 128])
     heads: list[int] = field(default_factory=lambda: [2, 3, 4, 4])
-    num_latents: int = 40_000
+    num_latents: int = 100_000
     """scenes whose latents are cached and trained on"""
     caption_dropout: float = 0.1
     web_noise: WebNoise = field(default_factory=WebNoise)
@@ -78,7 +80,7 @@ class Unet:
     prompts_per_category: int = 10
     """val prompts drawn at each evaluation"""
     train: Optimization = field(
-        default_factory=lambda: Optimization(steps=5500, ema=0.998, save_every=100, evaluate_every=500, warmup=100)
+        default_factory=lambda: Optimization(steps=4500, ema=0.998, save_every=100, evaluate_every=500, warmup=100)
     )
 
 
@@ -131,7 +133,7 @@ def run_vae(config: PretrainConfig, folder: Path) -> None:
         return
     torch.manual_seed(1)
     vae = make_vae(config.vae.channels)
-    vae = _train_vae("vae", config, folder, vae, config.vae.train, seed=2)
+    vae = _train_vae("vae", config, folder, vae, config.vae.train, seed=2, crop=config.vae.crop)
     world = ShapesWorld("train", seed=4)
     whiten(
         vae,
@@ -147,18 +149,33 @@ def run_decoder(config: PretrainConfig, folder: Path) -> None:
     vae = AutoencoderKL.from_pretrained(folder / "vae").requires_grad_(False)
     vae.decoder.requires_grad_(True)
     vae.post_quant_conv.requires_grad_(True)
-    vae = _train_vae("decoder", config, folder, vae, config.vae.decoder, seed=3)
+    vae = _train_vae(
+        "decoder",
+        config,
+        folder,
+        vae,
+        config.vae.decoder,
+        seed=3,
+        crop=IMAGE_SIZE,
+        latent_noise=config.vae.decoder_noise,
+    )
     save_folder(folder / "vae-decoder", vae.save_pretrained)
 
 
-def _train_vae(name, config, folder, vae, train, *, seed):
-    world, settings = ShapesWorld("train", seed=seed), config.vae
+def _train_vae(name, config, folder, vae, train, *, seed, crop, latent_noise=0.0):
+    world = ShapesWorld("train", seed=seed)
     return train_stage(
         name,
         folder,
         vae,
         lambda step: vae_losses(
-            vae, world, step, batch_size=train.batch_size, crop=settings.crop, kl_weight=settings.kl_weight
+            vae,
+            world,
+            step,
+            batch_size=train.batch_size,
+            crop=crop,
+            kl_weight=config.vae.kl_weight,
+            latent_noise=latent_noise,
         ),
         evaluate=lambda model, step: reconstruction_error(model),
         **_loop(train),
@@ -203,7 +220,7 @@ def run_unet(config: PretrainConfig, folder: Path) -> None:
     def evaluate(average, step):
         averaged = replace(sd, unet=average)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = validation_loss(averaged, cached["val"], worlds["val"])
+            losses = validation_losses(averaged, cached["val"], worlds["val"])
         verdicts = judge_prompts(
             averaged,
             {c: load_prompts("val", c)[: settings.prompts_per_category] for c in PROMPT_CATEGORIES},
@@ -211,7 +228,7 @@ def run_unet(config: PretrainConfig, folder: Path) -> None:
             folder=folder / f"samples/step_{step:07d}",
         )
         labels = [record["label"] for record in verdicts]
-        return {"val_loss": loss} | {label: labels.count(label) / len(labels) for label in LABELS}
+        return losses | {label: labels.count(label) / len(labels) for label in LABELS}
 
     average = train_stage("unet", folder, sd.unet, losses_at, evaluate=evaluate, **_loop(train))
     plot_curves(folder / "unet.metrics.jsonl", folder / "unet.png")

@@ -11,6 +11,9 @@ from dpt.shapes.captions import caption_text
 from dpt.shapes.world import ShapesWorld
 from dpt.stable_diffusion import StableDiffusion
 
+SNR_RANGE = (1.0, 5.0)
+MAX_WEIGHT = 6.0
+
 
 def make_unet(*, channels: list[int], heads: list[int], context_width: int, sample_size: int) -> UNet2DConditionModel:
     """SD 2.1's block types and linear projections at another size, random weights."""
@@ -70,34 +73,61 @@ class Latents:
         return (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise) * self.scaling_factor
 
 
+def denoising_weights(scheduler: DDIMScheduler, timesteps: torch.Tensor) -> torch.Tensor:
+    """Weights (B,) of the noise's squared errors: in terms of the clean latents' error, the SNR clipped to 1 and 5.
+
+    Below SNR 1 it is decided how many objects there are, and where; unweighted, those timesteps hardly count. Above
+    5 it is detail, to which the decoder is robust. No weight exceeds `MAX_WEIGHT`, since near pure noise nothing can be
+    learnt. (Min-SNR weighting, Hang et al. 2023, is the upper bound alone.)
+    """
+    alphas = scheduler.alphas_cumprod[timesteps]
+    snr = alphas / (1 - alphas)
+    return (snr.clamp(*SNR_RANGE) / snr).clamp(max=MAX_WEIGHT)
+
+
 def denoising_losses(
     sd: StableDiffusion, latents: Latents, world: ShapesWorld, step: int, *, batch_size: int, caption_dropout: float
 ) -> dict[str, torch.Tensor]:
-    """The denoising loss of one step on the web-like captions of scenes drawn without replacement in each epoch."""
+    """The weighted denoising loss of one step on web-like captions; an epoch draws each scene once."""
     pairs = step_indices(step, count=batch_size, num_samples=len(latents), seed=4)
     rng = np.random.default_rng((3, step))
     captions = [
         "" if rng.random() < caption_dropout else world.web_caption(i, world.scene(i)[0], epoch=e) for i, e in pairs
     ]
-    return {"loss_denoise": _denoising_loss(sd, latents, np.array([i for i, _ in pairs]), captions, seed=step)}
+    errors, weights = _denoising_errors(sd, latents, np.array([i for i, _ in pairs]), captions, seed=step)
+    return {"loss_denoise": (weights * errors).mean()}
 
 
-def _denoising_loss(sd, latents, indices, captions, *, seed):
+def _denoising_errors(sd, latents, indices, captions, *, seed):
+    """Mean squared error of the predicted noise, and its weight: each (B,)."""
     generator = torch.Generator().manual_seed(seed)
     z = latents.sample(indices, generator)
     noise = torch.randn(z.shape, generator=generator)
-    timesteps = torch.randint(sd.scheduler.config.num_train_timesteps, (len(z),), generator=generator)
+    # one timestep of each of B equal parts of the schedule (Kingma et al. 2021): less noise in the loss
+    strata = torch.randperm(len(z), generator=generator) + torch.rand(len(z), generator=generator)
+    num_timesteps = sd.scheduler.config.num_train_timesteps
+    timesteps = (strata / len(z) * num_timesteps).long().clamp(max=num_timesteps - 1)  # rounding may reach the end
     context, _ = sd.encode_prompts(captions)
     noise_pred = sd.unet(sd.scheduler.add_noise(z, noise, timesteps), timesteps, context).sample
-    return F.mse_loss(noise_pred.float(), sd.noise_target(z, noise, timesteps))
+    errors = F.mse_loss(noise_pred.float(), sd.noise_target(z, noise, timesteps), reduction="none").mean((1, 2, 3))
+    return errors, denoising_weights(sd.scheduler, timesteps)
 
 
 @torch.no_grad()
-def validation_loss(sd: StableDiffusion, latents: Latents, world: ShapesWorld, *, batch_size: int = 64) -> float:
-    """Mean denoising loss on cached val scenes with clean captions; noise and timesteps are the same each time."""
-    losses = []
+def validation_losses(
+    sd: StableDiffusion, latents: Latents, world: ShapesWorld, *, batch_size: int = 64
+) -> dict[str, float]:
+    """Mean denoising loss on cached val scenes with clean captions, weighted as in training and not weighted.
+
+    Noise and timesteps are the same each time.
+    """
+    errors, weights = [], []
     for start in range(0, len(latents), batch_size):
         indices = np.arange(start, min(start + batch_size, len(latents)))
         captions = [caption_text(world.scene(int(i))[0], world.generator(int(i), 5)) for i in indices]
-        losses.append(_denoising_loss(sd, latents, indices, captions, seed=start).item())
-    return float(np.mean(losses))
+        for values, batch in zip(
+            (errors, weights), _denoising_errors(sd, latents, indices, captions, seed=start), strict=True
+        ):
+            values.append(batch)
+    errors, weights = torch.cat(errors), torch.cat(weights)
+    return {"val_loss": (weights * errors).mean().item(), "val_loss_unweighted": errors.mean().item()}

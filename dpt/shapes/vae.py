@@ -37,11 +37,15 @@ def vae_losses(
     batch_size: int,
     crop: int,
     kl_weight: float,
+    latent_noise: float = 0.0,
 ) -> dict[str, torch.Tensor]:
     """L1 and squared error of pixels, L1 of edges, and a slight KL term, on crops that show an object.
 
     Edges are differences of neighbouring pixels; the squared error makes colours come early. Every other scene has any
     colours instead of the palette's, so that the latents tell colours apart rather than name them.
+
+    Args:
+        latent_noise: what is decoded gets noise of a standard deviation drawn from |N(0, latent_noise^2)| a picture.
     """
     pixels = []
     for k in range(batch_size):
@@ -55,8 +59,12 @@ def vae_losses(
         pixels.append(render(scene)[y : y + crop, x : x + crop])
     pixels = to_pixels(pixels)
     posterior = vae.encode(pixels).latent_dist
-    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
-    decoded = vae.decode(posterior.mean + posterior.std * noise).sample.float()
+    generator = torch.Generator().manual_seed(step)
+    latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+    if latent_noise:
+        std = latent_noise * torch.randn((batch_size, 1, 1, 1), generator=generator).abs()
+        latents = latents + std * torch.randn(latents.shape, generator=generator)
+    decoded = vae.decode(latents).sample.float()
     edges = sum(F.l1_loss(decoded.diff(dim=d), pixels.diff(dim=d)) for d in (-1, -2))
     return {
         "loss_l1": F.l1_loss(decoded, pixels),

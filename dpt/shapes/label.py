@@ -1,0 +1,93 @@
+"""Pictures to label by eye, against which the oracle is checked.
+
+    python -m dpt.shapes.label collect outputs/shapes-pretrain/samples/step_* --count 300
+    python -m dpt.shapes.label sheets outputs/labelling          # numbered pictures with their prompts, no verdicts
+    (write the labels into dpt/shapes/labelled/labels.jsonl)
+    python -m dpt.shapes.quality oracle                          # compares
+
+`collect` draws the same number from each folder that `dpt.shapes.quality.judge_prompts` filled, at random, and takes
+nothing of the oracle's verdicts along.
+"""
+
+import argparse
+import json
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from dpt.shapes.quality import LABELLED_FOLDER, load_labelled
+from dpt.shapes.scenes import IMAGE_SIZE
+
+COLUMNS = 20  # of the file of all pictures
+SHEET_COLUMNS, SHEET_ROWS, CELL = 6, 5, 190
+
+
+def collect(folders: list[Path], count: int, output: Path) -> None:
+    """Writes `pictures.png` and `labels.jsonl` (labels still null) of `count` pictures, mixed.
+
+    Raises:
+        ValueError: too few pictures, or labels that are there already.
+    """
+    if (output / "labels.jsonl").exists():
+        raise ValueError(f"{output / 'labels.jsonl'} exists already; remove it to begin anew")
+    rng, chosen = np.random.default_rng(0), []
+    for folder in folders:
+        records = [json.loads(line) for line in (folder / "verdicts.jsonl").read_text().splitlines()]
+        share = count // len(folders)
+        if len(records) < share:
+            raise ValueError(f"{folder} holds {len(records)} pictures; {share} are wanted of each folder")
+        for k in rng.choice(len(records), share, replace=False):
+            prompt = {name: records[k][name] for name in ("category", "prompt", "seed")}
+            chosen.append(({"stage": folder.name} | prompt | {"label": None}, folder / f"{k:04d}.png"))
+    chosen = [chosen[k] for k in rng.permutation(len(chosen))]
+    sheet = Image.new("RGB", (COLUMNS * IMAGE_SIZE, -(-len(chosen) // COLUMNS) * IMAGE_SIZE))
+    for k, (_, path) in enumerate(chosen):
+        sheet.paste(Image.open(path), tuple(IMAGE_SIZE * v for v in reversed(divmod(k, COLUMNS))))
+    output.mkdir(parents=True, exist_ok=True)
+    sheet.save(output / "pictures.png", optimize=True)
+    (output / "labels.jsonl").write_text("".join(json.dumps(record) + "\n" for record, _ in chosen))
+
+
+def sheets(output: Path) -> None:
+    """Writes pages of numbered pictures with their prompts, large enough to judge."""
+    records, font = load_labelled(), ImageFont.load_default(12)
+    output.mkdir(parents=True, exist_ok=True)
+    per_page, text_height = SHEET_COLUMNS * SHEET_ROWS, 48
+    for first in range(0, len(records), per_page):
+        page = Image.new("RGB", (SHEET_COLUMNS * CELL, SHEET_ROWS * (CELL + text_height)), "white")
+        draw = ImageDraw.Draw(page)
+        for k, record in enumerate(records[first : first + per_page]):
+            row, column = divmod(k, SHEET_COLUMNS)
+            x, y = column * CELL, row * (CELL + text_height)
+            page.paste(Image.fromarray(record["image"]).resize((CELL - 6, CELL - 6), Image.Resampling.BICUBIC), (x, y))
+            text = "\n".join(textwrap.wrap(f"{first + k}: {record['prompt']}", 30)[:3])
+            draw.multiline_text((x + 2, y + CELL - 4), text, "black", font, spacing=2)
+        page.save(output / f"page_{first // per_page:02d}.png")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, dest="command")
+    command = commands.add_parser("collect", help="choose pictures")
+    command.add_argument("folders", nargs="+", type=Path)
+    command.add_argument("--count", type=int, default=300)
+    command = commands.add_parser("sheets", help="show the chosen pictures")
+    command.add_argument("output", type=Path)
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "collect":
+            collect(args.folders, args.count, LABELLED_FOLDER)
+        else:
+            sheets(args.output)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
