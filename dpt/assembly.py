@@ -98,6 +98,7 @@ def trained_weights(config: TrainConfig, sd: StableDiffusion, model: DPT) -> DPT
         config.model.feature,
         model.itm_layer,
         model.adapter.config,
+        control=config.control,
         lora_rank=lora.r if lora else 0,
         lora_alpha=float(lora.lora_alpha) if lora else 0.0,
     )

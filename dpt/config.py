@@ -123,6 +123,18 @@ def flatten(config, prefix: str = "") -> dict[str, str | int | float | bool]:
     return flat
 
 
+CONTROLS = {
+    "none": "nothing",
+    "random_unet": "the U-Net's training: its weights are random",
+    "empty_prompt": "the prompt: features are of the empty one, the text is compared with as ever",
+    "constant_text": "the text that is compared with: one vector for all; features are of the prompt as ever",
+    "shuffled_labels": "the labels: chance says which pair is true, and boxes are another sample's",
+    "text_blind": "all text: features are of the empty prompt, and one vector is compared with",
+    "image_blind": "the image: what is noised is nothing",
+}
+"""name -> what a probe (or a tune) is deprived of"""
+
+
 # What weights are made of
 
 
@@ -184,6 +196,8 @@ class DPTConfig:
     itm_layer: int = -1
     """the decoder layer that ITM reads; the reference reads the first (0)"""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    control: str = "none"
+    """what training was deprived of, so that measuring is too"""
     lora_rank: int = 0
     """0: no LoRA"""
     lora_alpha: float = 0.0
@@ -228,7 +242,7 @@ class ModelSettings:
     revision: str | None = None
     local_files_only: bool = False
     feature: str = "up1"
-    """down0..3, mid, up0..3, several joined by "+", or all"""
+    """down0..3, mid, up0..3, several joined by "+", or all; latents: the noisy latents themselves, as a control"""
     rec_text_encoder: str = "roberta-base"
     """roberta-base, a folder, or clip: the base model's own"""
     gradient_checkpointing: bool = False
@@ -256,6 +270,9 @@ class LossSettings:
     """min-SNR weighting of the denoising loss"""
     normalize_positive_map: bool = True
     """False: 0/1, as the reference trains"""
+    denoise_negatives: bool = False
+    """denoise the hard-negative and the random image too, under captions of their own (shapes only): what a tune step
+    costs, spent on denoising"""
     align_to_padding: bool = False
     """True: padding counts as wrong tokens in contrastive alignment, as in the reference"""
     eos_coef: float = 0.1
@@ -401,6 +418,8 @@ class TrainConfig:
     untrained adapter"""
     on_nan: str = "raise"
     """a non-finite loss: raise, or skip the step and count it"""
+    control: str = "none"
+    """what is taken away, to see what an accuracy is worth: see `CONTROLS` (and model.feature=latents)"""
     log_every: int = 10
     tracker: str | None = None
     """a tracker of accelerate, such as tensorboard or wandb, beside metrics.jsonl"""
@@ -418,6 +437,7 @@ class TrainConfig:
     def __post_init__(self):
         choices = {
             "on_nan": (self.on_nan, ("raise", "skip")),
+            "control": (self.control, CONTROLS),
             "optim.schedule": (self.optim.schedule, ("constant", "linear", "cosine")),
             "optim.mixed_precision": (self.optim.mixed_precision, ("no", "fp16", "bf16")),
         }
@@ -453,8 +473,13 @@ class TrainConfig:
             raise ValueError(f"lora.alpha is {self.lora.alpha}; it must be above 0")
         if len(self.optim.betas) != 2:
             raise ValueError(f"optim.betas is {self.optim.betas}; it must be two numbers")
-        if not (self.loss.weights.itm or self.loss.weights.rec):
-            raise ValueError("loss.weights are all 0 but denoise's; nothing would train the adapter")
+        weights = self.loss.weights
+        if not (weights.itm or weights.rec or (weights.denoise and self.lora.only)):
+            raise ValueError(
+                "loss.weights are all 0 but denoise's; nothing would train the adapter (lora.only trains LoRA alone)"
+            )
+        if self.loss.denoise_negatives and self.data.kind != "shapes":
+            raise ValueError("loss.denoise_negatives is true; negatives of coco come without captions of their own")
         last = self.noise.last_timestep
         if self.noise.first_timestep < 0 or (last is not None and last < self.noise.first_timestep):
             raise ValueError(

@@ -20,6 +20,7 @@ from dpt.adapter import Scorer
 from dpt.assembly import DTYPES, make_model, trained_weights
 from dpt.checkpoint import load_checkpoint
 from dpt.config import TrainConfig, check_resumption, check_stage, flatten, load_config, save_config
+from dpt.controls import control_batch, control_inputs, control_unet
 from dpt.data.collate import Batch, encode_batch
 from dpt.data.loader import micro_batches
 from dpt.data.sources import training_samples, validation_samples
@@ -90,6 +91,7 @@ class Trainer:
             notice=self._say,
         )
         check_stage(config, stage, self.sd.scheduler.config.num_train_timesteps)
+        control_unet(config.control, self.sd)
         self.rec_text = load_rec_text_encoder(
             config.model.rec_text_encoder,
             self.sd,
@@ -290,9 +292,10 @@ class Trainer:
         return dict(zip(totals, self.accelerator.gather(values).mean(0).tolist(), strict=True))
 
     def _encode(self, batch: Batch) -> dict:
+        batch = control_batch(self.config.control, batch, self.sd)
         noise, loss, final = self.config.noise, self.config.loss, self.sd.scheduler.config.num_train_timesteps - 1
         last = final if noise.last_timestep is None else noise.last_timestep
-        return encode_batch(
+        inputs = encode_batch(
             batch,
             self.sd,
             self.rec_text,
@@ -301,7 +304,9 @@ class Trainer:
             noise_offset=noise.offset,
             normalize_positive_map=loss.normalize_positive_map,
             align_to_padding=loss.align_to_padding,
+            denoise_negatives=loss.denoise_negatives and self.stage == "tune",
         )
+        return control_inputs(self.config.control, inputs, batch, self.sd, training=True)
 
     def validate(self) -> dict[str, float]:
         """ITM accuracy and REC precision on the val sets; see `dpt.validation`."""
@@ -318,6 +323,7 @@ class Trainer:
                     num_samples=settings.num_samples,
                     batch_size=self.config.optim.batch_size,
                     shard=(self.accelerator.process_index, self.accelerator.num_processes),
+                    control=self.config.control,
                 )
             records[name] = gather_object(part)
         return summarize(records, mean_over=settings.timesteps)

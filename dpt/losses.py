@@ -17,7 +17,12 @@ Indices = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def itm_loss(
-    i2t_embeddings: torch.Tensor, i2t_texts: torch.Tensor, t2i_embeddings: torch.Tensor, t2i_texts: torch.Tensor, scale
+    i2t_embeddings: torch.Tensor,
+    i2t_texts: torch.Tensor,
+    t2i_embeddings: torch.Tensor,
+    t2i_texts: torch.Tensor,
+    scale: torch.Tensor,
+    labels: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Two three-way cross-entropies; in both, candidate 0 is the true pair.
 
@@ -27,15 +32,17 @@ def itm_loss(
         t2i_embeddings: query embeddings of each image conditioned on the caption, (B, 3, Q, P).
         t2i_texts: pooled text of that caption, (B, P).
         scale: exp(logit_scale).
+        labels: (B, 2), for a control: which candidate counts as the true pair instead, by text and by image.
     """
     with torch.autocast(i2t_embeddings.device.type, enabled=False):
         i2t = itm_score(i2t_embeddings.flatten(0, 1).float(), i2t_texts.flatten(0, 1).float())
         texts = t2i_texts[:, None].expand(-1, t2i_embeddings.shape[1], -1)
         t2i = itm_score(t2i_embeddings.flatten(0, 1).float(), texts.flatten(0, 1).float())
-        target = torch.zeros(len(i2t_texts), dtype=torch.long, device=i2t.device)
+        if labels is None:
+            labels = torch.zeros((len(i2t_texts), 2), dtype=torch.long, device=i2t.device)
         return {
-            "loss_itm_i2t": F.cross_entropy(scale.float() * i2t.view(len(target), -1), target),
-            "loss_itm_t2i": F.cross_entropy(scale.float() * t2i.view(len(target), -1), target),
+            name: F.cross_entropy(scale.float() * scores.view(len(label), -1), label)
+            for name, scores, label in zip(("loss_itm_i2t", "loss_itm_t2i"), (i2t, t2i), labels.unbind(1), strict=True)
         }
 
 

@@ -56,7 +56,9 @@ class DPT(nn.Module):
                 `timesteps` (B,); `caption_context` (B, 3, L, E) and `caption_pooled` (B, 3, P) of the caption, its hard
                 negative and a random one; for REC `expression_context` (B, L, E), `targets` and `num_boxes` as
                 `rec_losses` takes them, and `token_states` (B, T, R) where there is contrastive alignment, and
-                `token_valid` (B, T) where padding is left out of it; for denoising `noise_target` (B, C, h, w).
+                `token_valid` (B, T) where padding is left out of it; for denoising `noise_target` (B, C, h, w); to
+                denoise the other images too, `negative_context` (B, 2, L, E), of captions of their own, and
+                `negative_noise_target` (B, 2, C, h, w); for a control `itm_labels`, see `itm_loss`.
 
         Returns:
             Named losses, unweighted, those whose weight is 0 left out.
@@ -68,16 +70,15 @@ class DPT(nn.Module):
             passes.append((0, 0))
         features, noise_pred = self._features(batch, passes, with_full=denoises)
         passes += [(0, 0)] if denoises else []
-        hs = self.adapter(features, batch["timesteps"].repeat(len(passes)))
-        hs = dict(zip(passes, hs.chunk(len(passes), dim=1), strict=True))
+        if weights.itm or weights.rec:
+            hs = self.adapter(features, batch["timesteps"].repeat(len(passes)))
+            hs = dict(zip(passes, hs.chunk(len(passes), dim=1), strict=True))
         if weights.itm:
-            losses |= self._itm(hs, batch["caption_pooled"])
+            losses |= self._itm(hs, batch)
         if weights.rec:
             losses |= self._rec(hs[0, None], batch)
         if denoises:
-            losses |= denoising_loss(
-                noise_pred, batch["noise_target"], batch["timesteps"], self.scheduler, snr_gamma=self.snr_gamma
-            )
+            losses |= self._denoising(noise_pred, batch)
         return {name: value for name, value in losses.items() if getattr(weights, name.removeprefix("loss_"))}
 
     def _features(self, batch, passes, *, with_full):
@@ -98,7 +99,19 @@ class DPT(nn.Module):
                 parts.append(features)
         return [torch.cat(maps) for maps in zip(*parts, strict=True)], noise_pred
 
-    def _itm(self, hs, pooled):
+    def _denoising(self, noise_pred, batch):
+        target, timesteps = batch["noise_target"], batch["timesteps"]
+        if "negative_context" in batch:
+            latents, context = batch["noisy_latents"][:, 1:], batch["negative_context"]
+            timesteps = torch.cat([timesteps, timesteps.repeat_interleave(2)])
+            pairs = latents.flatten(0, 1), timesteps[len(target) :], context.flatten(0, 1)
+            noise_pred = torch.cat([noise_pred, self.unet(*pairs).sample])
+            target = torch.cat([target, batch["negative_noise_target"].flatten(0, 1)])
+        return denoising_loss(noise_pred, target, timesteps, self.scheduler, snr_gamma=self.snr_gamma)
+
+    def _itm(self, hs, batch):
+        pooled = batch["caption_pooled"]
+
         def embeddings(passes):
             return torch.stack([self.adapter.itm_embeddings(hs[p], self.itm_layer) for p in passes], dim=1)
 
@@ -108,6 +121,7 @@ class DPT(nn.Module):
             embeddings([(0, 0), (1, 0), (2, 0)]),
             pooled[:, 0],
             self.adapter.itm_head.logit_scale.exp(),
+            batch.get("itm_labels"),
         )
 
     def _rec(self, hs, batch):

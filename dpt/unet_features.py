@@ -1,6 +1,7 @@
 """Feature maps of a diffusers U-Net, from a pass that stops after the last block needed.
 
 Blocks are `down0..3`, `mid`, `up0..3`; a feature is one block, several joined by "+", or `all`, the nine in order.
+`latents`, for comparison, is the U-Net's input.
 
 Shapes: B batch, C latent channels, (h, w) latent size, L text tokens, E context width.
 """
@@ -10,6 +11,8 @@ import copy
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
+
+LATENTS = "latents"
 
 
 def parse_feature(feature: str, config) -> tuple[str, ...]:
@@ -26,6 +29,8 @@ def parse_feature(feature: str, config) -> tuple[str, ...]:
     known += [f"up{i}" for i in range(len(config.up_block_types))]
     if feature == "all":
         return tuple(known)
+    if feature == LATENTS:
+        return (LATENTS,)
     blocks = tuple(feature.split("+"))
     for block in blocks:
         if block not in known:
@@ -40,6 +45,8 @@ def parse_feature(feature: str, config) -> tuple[str, ...]:
 def block_channels(block: str, config) -> int:
     """Channels of a block's output."""
     channels = config.block_out_channels
+    if block == LATENTS:
+        return config.in_channels
     if block == "mid":
         return channels[-1]
     index = int(block.removeprefix("down").removeprefix("up"))
@@ -65,7 +72,9 @@ def unet_features(
         timesteps: (B,) or a scalar.
         encoder_hidden_states: (B, L, E).
     """
-    captured: dict[str, torch.Tensor] = {}
+    if blocks == (LATENTS,) and not with_noise_pred:
+        return [noisy_latents], None
+    captured: dict[str, torch.Tensor] = {LATENTS: noisy_latents}
 
     def keep(block):
         def hook(module, args, output):
@@ -73,7 +82,7 @@ def unet_features(
 
         return hook
 
-    handles = [_module(unet, block).register_forward_hook(keep(block)) for block in blocks]
+    handles = [_module(unet, block).register_forward_hook(keep(block)) for block in blocks if block != LATENTS]
     factor = 2 ** (len(unet.config.down_block_types) - 1)
     whole = with_noise_pred or any(side % factor for side in noisy_latents.shape[-2:])
     try:

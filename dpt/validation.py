@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from dpt.controls import control_batch, control_inputs
 from dpt.data.collate import Sample, as_latents, collate, encode_batch
 from dpt.metrics import bootstrap_interval, rec_hits
 from dpt.model import DPT
@@ -37,6 +38,7 @@ def measure(
     num_samples: int,
     batch_size: int,
     shard: tuple[int, int] = (0, 1),
+    control: str = "none",
 ) -> list[dict]:
     """One record a sample and timestep, with the sample's id.
 
@@ -47,6 +49,7 @@ def measure(
         task: itm or rec.
         num_samples: evenly spread over the set.
         shard: (k, n): this process's share.
+        control: what the model is deprived of; see `dpt.controls`.
     """
     model.eval()
     chosen = np.linspace(0, len(samples) - 1, min(num_samples, len(samples))).round().astype(int)[shard[0] :: shard[1]]
@@ -60,8 +63,10 @@ def measure(
         joined = collate(batch)
         needed = joined.images[:, : 2 if task == "itm" else 1]  # random images are compared with nothing
         joined.images = as_latents(needed, sd)  # once for all timesteps
+        joined = control_batch(control, joined, sd)
         for timestep in timesteps:
             inputs = encode_batch(joined, sd, rec_text, seed=0, timesteps=(timestep, timestep))
+            inputs = control_inputs(control, inputs, joined, sd, training=False)
             scores, outputs = model.evaluate(inputs, itm=task == "itm", rec=task == "rec")
             found = _itm_records(scores) if task == "itm" else _rec_records(outputs, batch)
             records += [{"id": s.id, "timestep": timestep} | r for s, r in zip(batch, found, strict=True)]
@@ -69,7 +74,9 @@ def measure(
 
 
 def _itm_records(scores: torch.Tensor) -> list[dict]:
-    return [{"text": text, "image": image} for text, image in (scores[:, :1] > scores[:, 1:]).tolist()]
+    ahead = scores[:, :1] - scores[:, 1:]
+    won = (ahead > 0) + 0.5 * (ahead == 0)  # who can't tell is right half of the time
+    return [{"text": text, "image": image} for text, image in won.tolist()]
 
 
 def _rec_records(outputs: dict, batch: list[Sample]) -> list[dict]:

@@ -11,7 +11,7 @@ from PIL import Image
 import train_probe
 import train_tune
 from dpt.checkpoint import load_checkpoint
-from dpt.config import TrainConfig, load_config
+from dpt.config import CONTROLS, TrainConfig, load_config
 from dpt.data.loader import step_indices
 from dpt.engine import learning_rate_factor
 from dpt.model import DPT
@@ -398,3 +398,33 @@ def test_schedules_and_data_order():
     assert sorted(i for i, epoch in pairs if epoch == 0) == list(range(10))
     assert sorted(i for i, epoch in pairs if epoch == 1) == list(range(10))
     assert [i for i, epoch in pairs if epoch == 0] != [i for i, epoch in pairs if epoch == 1]
+
+
+def test_lora_trained_on_denoising_alone(tmp_path, cache):
+    """As a control: no adapter in it, and at the cost of a tune step the negative images are denoised too."""
+    assert run("probe", tmp_path / "probe", cache, "optim.steps=1") == 0
+    off = [f"loss.weights.{name}=0" for name in ("itm_i2t", "itm_t2i", "ce", "bbox", "giou", "contrastive_align")]
+    settings = ["lora.only=true", f"init_from={tmp_path / 'probe/run'}", "optim.steps=1", *off]
+    values = []
+    for name, more in (("own", "false"), ("all", "true")):
+        assert run("tune", tmp_path / name, cache, *settings, f"loss.denoise_negatives={more}") == 0
+        record = metrics(tmp_path / name)[0]
+        assert [key for key in record if key.startswith("loss")] == ["loss_denoise"]
+        values.append(record["loss_denoise"])
+    assert values[0] != values[1]
+
+
+@pytest.mark.parametrize("control", [name for name in CONTROLS if name != "none"])
+def test_controls_take_something_away(tmp_path, cache, control):
+    assert run("probe", tmp_path, cache, "optim.steps=2", f"control={control}", "validation.every=2") == 0
+    assert load_checkpoint(tmp_path / "run").config.control == control
+    (figures,) = [record for record in metrics(tmp_path) if "itm_text" in record]
+    if control == "text_blind":  # nothing tells the captions apart
+        assert figures["itm_text"] == 0.5
+    if control == "image_blind":
+        assert figures["itm_image"] == 0.5
+
+
+def test_the_noisy_latents_as_a_feature(tmp_path, cache):
+    assert run("probe", tmp_path, cache, "optim.steps=1", "model.feature=latents") == 0
+    assert load_checkpoint(tmp_path / "run").config.adapter.in_channels == [4]

@@ -28,6 +28,8 @@ class Sample:
     """(N, 4) normalised cxcywh; N may be 0"""
     tokens_positive: list[list[tuple[int, int]]]
     """for each box the [begin, end) character spans of its phrase in `expression`"""
+    negative_image_caption: str = ""
+    """a caption that is true of the hard-negative image"""
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Batch:
     expressions: list[str]
     boxes: list[torch.Tensor]
     tokens_positive: list[list[list[tuple[int, int]]]]
+    negative_image_captions: list[str]
     epochs: list[int]
     num_boxes: int = field(init=False)
     """all boxes of the batch"""
@@ -57,6 +60,7 @@ def collate(samples: list[Sample], epochs: list[int] | None = None) -> Batch:
         [s.expression for s in samples],
         [s.boxes for s in samples],
         [s.tokens_positive for s in samples],
+        [s.negative_image_caption for s in samples],
         epochs or [0] * len(samples),
     )
 
@@ -117,6 +121,7 @@ def encode_batch(
     noise_offset: float = 0.0,
     normalize_positive_map: bool = True,
     align_to_padding: bool = False,
+    denoise_negatives: bool = False,
 ) -> dict:
     """The input of `DPT.forward`: everything that no gradient reaches.
 
@@ -127,6 +132,7 @@ def encode_batch(
         timesteps: drawn from [first, last]; by default from the whole schedule.
         noise_offset: weight of noise that is constant over a channel.
         align_to_padding: leave `token_valid` out, so that contrastive alignment counts padding as the reference does.
+        denoise_negatives: give what denoising the other two images under captions of their own needs.
     """
     latents = as_latents(batch.images, sd).to(sd.device).float()  # (B, K, C, h, w)
     first, last = timesteps or (0, sd.scheduler.config.num_train_timesteps - 1)
@@ -149,6 +155,11 @@ def encode_batch(
         "expression_context": sd.encode_prompts(batch.expressions)[0],
         "num_boxes": max(1, batch.num_boxes),
     }
+    if denoise_negatives:
+        own = list(zip(batch.negative_image_captions, [captions[2] for captions in batch.captions], strict=True))
+        inputs["negative_context"] = sd.encode_prompts([text for pair in own for text in pair])[0].unflatten(0, (-1, 2))
+        targets = [sd.noise_target(latents[:, k], noise, drawn) for k in (1, 2)]
+        inputs["negative_noise_target"] = torch.stack(targets, dim=1)
     encoding = rec_text.tokenize(batch.expressions)
     length = encoding.input_ids.shape[1]
     if rec_text.model is not None:

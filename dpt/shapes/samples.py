@@ -78,13 +78,13 @@ class ShapesSamples:
         other_description, _ = self.world.scene(other)
         if self.edited is not None:
             negative_text = caption_text(example.negative.description, rng)
-            negative_image = self._latents(self.edited, index, generator)
+            negative_image, shown = self._latents(self.edited, index, generator), example.negative.description
         else:
             texts, images = (rows[index] for rows in self.mined)
             text = int(rng.choice(self._false_of(index, texts, NUM_TEXTS)))
             image = int(rng.choice(self._false_of(index, images, NUM_IMAGES)))
             negative_text = caption_text(self.world.scene(text)[0], rng)
-            negative_image = self._latents(self.scenes, image, generator)
+            negative_image, shown = self._latents(self.scenes, image, generator), self.world.scene(image)[0]
         expression = example.expressions[int(rng.integers(len(example.expressions)))]
         return Sample(
             id=index,
@@ -99,6 +99,7 @@ class ShapesSamples:
             expression=expression.text,
             boxes=torch.tensor(example.scene.boxes()[[expression.index]], dtype=torch.float32),
             tokens_positive=[[expression.span]],
+            negative_image_caption=caption_text(shown, rng),
         )
 
     def _false_of(self, index: int, candidates, count: int) -> list[int]:

@@ -1,0 +1,54 @@
+"""What is taken away from a probe, to see what its accuracy is worth.
+
+A probe that does as well without the U-Net's features, or without the text, has not read alignment off the U-Net
+(Hewitt & Liang 2019). A control changes what the model is given, and nothing else.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+
+from dpt.data.collate import Batch, as_latents
+from dpt.stable_diffusion import StableDiffusion
+
+
+def control_unet(control: str, sd: StableDiffusion) -> None:
+    """`random_unet` puts a U-Net of the same kind with random weights, always the same, in the model's place."""
+    if control != "random_unet":
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel.from_config(sd.unet.config)
+    sd.unet = unet.to(sd.device, sd.dtype).eval().requires_grad_(False)
+
+
+def control_batch(control: str, batch: Batch, sd: StableDiffusion) -> Batch:
+    """The batch that `encode_batch` takes: `image_blind` leaves nothing but the noise of every image."""
+    if control != "image_blind":
+        return batch
+    return replace(batch, images=torch.zeros_like(as_latents(batch.images, sd)))
+
+
+def control_inputs(control: str, inputs: dict, batch: Batch, sd: StableDiffusion, *, training: bool) -> dict:
+    """The input of `DPT.forward` as the control wants it; labels are shuffled in training alone.
+
+    Args:
+        inputs: what `encode_batch` made of the batch.
+    """
+    if control in ("empty_prompt", "text_blind"):
+        empty, _ = sd.encode_prompts([""])
+        for name in ("caption_context", "expression_context"):
+            inputs[name] = empty.expand_as(inputs[name])
+    if control in ("constant_text", "text_blind"):
+        inputs["caption_pooled"] = torch.ones_like(inputs["caption_pooled"])
+    if control == "shuffled_labels" and training:
+        pairs = zip(batch.ids, batch.epochs, strict=True)
+        labels = [np.random.default_rng((9, *pair)).integers(3, size=2) for pair in pairs]
+        inputs["itm_labels"] = torch.tensor(np.array(labels)).to(sd.device)  # (B, 2)
+        boxes = [target["boxes"] for target in inputs["targets"]]
+        for target, others in zip(inputs["targets"], boxes[1:] + boxes[:1], strict=True):
+            if len(others) == len(target["boxes"]):
+                target["boxes"] = others
+    return inputs
