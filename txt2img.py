@@ -11,7 +11,7 @@ import io
 import json
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from dpt.checkpoint import load_checkpoint
 from dpt.images import append_metadata, make_grid, numbered, read_metadata, save_new
 from dpt.sampling import CORRECTION_TARGETS, CorrectionSettings, draw
 from dpt.shapes.captions import parse
-from dpt.stable_diffusion import CKPT_FOLDER, DEFAULT_MODEL, MODELS, StableDiffusion, load_stable_diffusion
+from dpt.stable_diffusion import CKPT_FOLDER, DEFAULT_MODEL, MODELS, StableDiffusion, known_name, load_stable_diffusion
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GRID_ROWS, GRID_COLUMNS = 12, 8
@@ -95,6 +95,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--ddim_steps is {args.steps}; it must be between 1 and 500")
     if args.correction_norm is not None and args.correction_factor is not None:
         raise ValueError("--correction_factor and --correction_norm exclude each other: pass one of them")
+    plain = (args.correction_norm, args.correction_target, args.correction_start, args.correction_stop)
+    if args.parity and plain != (None, "conditional", 0.0, 1.0):
+        raise ValueError(
+            "--parity is the reference's sampling, which has no --correction_norm, --correction_target latent, "
+            "--correction_start or --correction_stop: leave them out"
+        )
     if not 0 <= args.scale < 1000:
         raise ValueError(f"--scale is {args.scale}; it must be a number from 0 to 1000")
     if not 0 <= args.seed < 2**62:
@@ -127,7 +133,6 @@ def choose_device(args: argparse.Namespace) -> torch.device:
         raise ValueError("--gpuid and --device exclude each other: pass one of them")
     if args.gpuid is not None:
         if not torch.cuda.is_available():
-            print("no CUDA device here: drawing on the CPU")
             return torch.device("cpu")
         if not 0 <= args.gpuid < torch.cuda.device_count():
             raise ValueError(f"--gpuid is {args.gpuid}; this machine has {torch.cuda.device_count()} CUDA device(s)")
@@ -147,8 +152,9 @@ def choose_device(args: argparse.Namespace) -> torch.device:
 def choose_correction(args: argparse.Namespace) -> tuple[Path | None, CorrectionSettings]:
     """The weights that --dpt names, by default those of the base model where they are, and how they correct."""
     weights = Path(args.dpt) if args.dpt not in (None, "none") else None
-    if args.dpt is None and args.model in DPT_WEIGHTS and DPT_WEIGHTS[args.model].exists():
-        weights = DPT_WEIGHTS[args.model]
+    name = known_name(args.model)
+    if args.dpt is None and name in DPT_WEIGHTS and DPT_WEIGHTS[name].exists():
+        weights = DPT_WEIGHTS[name]
     if weights is not None and not weights.exists():
         raise ValueError(f"--dpt {weights} is not there; pass our folder, the released checkpoint, or none")
     factor = args.correction_factor
@@ -189,9 +195,9 @@ def job_key(record: dict) -> str:
     return json.dumps([record[name] for name in ("prompt", "seed", "settings")], sort_keys=True)
 
 
-def announce_limits(sd: StableDiffusion, prompts: list[str]) -> None:
+def announce_limits(sd: StableDiffusion, prompts: list[str], negative_prompt: str) -> None:
     """Says what of the prompts the model will not understand."""
-    for prompt in dict.fromkeys(prompts):
+    for prompt in dict.fromkeys([*prompts, negative_prompt]):
         cut = sd.truncated_part(prompt)
         if cut:
             limit = sd.tokenizer.model_max_length
@@ -242,6 +248,8 @@ def run(args: argparse.Namespace) -> int:
     ]
     weights, correction = choose_correction(args)
     print(f"{args.model} on {device} in {dtype}, {describe_correction(weights, correction)}")
+    if args.gpuid is not None and device.type == "cpu":
+        print("no CUDA device here: drawing on the CPU")
     print(f"{len(prompts)} prompt(s) x {per_prompt} = {len(jobs)} picture(s)")
     if args.dry_run:
         print(f"{args.steps} DDIM steps, guidance scale {args.scale}, seeds from {args.seed}, into {args.outdir}")
@@ -263,6 +271,8 @@ def run(args: argparse.Namespace) -> int:
     _, h, w = sd.latent_shape(args.H, args.W)
     checkpoint = load_checkpoint(weights) if weights else None
     scorer = checkpoint.attach(sd) if checkpoint else None
+    if scorer and args.parity:
+        scorer = replace(scorer, itm_layer=0)  # the decoder layer that the reference reads
     settings = {
         "model": args.model,
         "weights": weights_fingerprint(sd.text_encoder, sd.vae, sd.unet),
@@ -278,8 +288,8 @@ def run(args: argparse.Namespace) -> int:
         "dtype": dtype,
     }
     for job in jobs:
-        job["settings"] = settings
-    announce_limits(sd, prompts)
+        job |= {"settings": settings, "dpt": checkpoint.source if checkpoint else None}
+    announce_limits(sd, prompts, args.negative_prompt)
     if args.negative_prompt and args.scale <= 1:
         print("note: --negative_prompt has no effect at a --scale of 1 or less")
     if args.skip_existing:
@@ -327,14 +337,15 @@ def draw_jobs(
             ]
             traces += image_traces(batch, arm_traces)
             for job, image in zip(batch, images, strict=True):
-                record = {name: job[name] for name in ("prompt", "seed", "settings")} | {"versions": versions}
+                record = {name: job[name] for name in ("prompt", "seed", "settings", "dpt")} | {"versions": versions}
                 pattern = "{:05d}.png"
                 if args.compbench:
                     name = " ".join(job["prompt"].replace("/", " ").split())
                     name = name.encode()[:200].decode(errors="ignore")  # file names end at 255 bytes
                     pattern = name.replace("{", "{{").replace("}", "}}") + "_{:06d}.png"
                 candidates = numbered(args.outdir / "samples", pattern, job["number"])
-                chunks = record | {"seed": str(job["seed"])}
+                chunks = record | {name: job["settings"][name] for name in ("model", "weights")}
+                chunks |= {"seed": str(job["seed"]), "dpt": job["dpt"] or "none"}
                 path = save_new(Image.fromarray(image), candidates, chunks)
                 append_metadata(args.outdir, {"file": str(path.relative_to(args.outdir))} | record)
                 row = rows.setdefault(job["row"], []) if job["row"] < GRID_ROWS else []
@@ -371,7 +382,8 @@ def write_traces(outdir: Path, traces: list[dict]) -> None:
     figure.savefig(buffer, dpi=110)
     plt.close(figure)
     path = save_new(Image.open(buffer), numbered(outdir, "trace-{:04d}.png"))
-    path.with_suffix(".json").write_text(json.dumps(traces, indent=1))
+    with path.with_suffix(".json").open("x") as file:
+        json.dump(traces, file, indent=1)
     print(f"scores: {path.with_suffix('.json')} and {path.name}")
 
 

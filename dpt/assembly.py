@@ -83,6 +83,14 @@ def _add_lora(config: TrainConfig, sd: StableDiffusion, start: DPTCheckpoint | N
                 f"{(lora.rank, alpha)}"
             )
         load_lora(sd.unet, start.lora, alpha=start.config.lora_alpha, trainable=True)
+        reached = {name.rsplit(".lora_", 1)[0] for name in lora_state(sd.unet)}
+        add_lora(sd.unet, rank=lora.rank, alpha=alpha, blocks=tuple(lora.blocks))
+        wanted = {name.rsplit(".lora_", 1)[0] for name in lora_state(sd.unet)}
+        if reached != wanted:
+            raise ValueError(
+                f"{start.source} holds LoRA on {len(reached)} projections; lora.blocks means {len(wanted)}"
+            )
+        load_lora(sd.unet, start.lora, alpha=start.config.lora_alpha, trainable=True)
     else:
         add_lora(sd.unet, rank=lora.rank, alpha=alpha, blocks=tuple(lora.blocks))
     if config.model.gradient_checkpointing:

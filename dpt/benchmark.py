@@ -285,7 +285,9 @@ def sentence_of(what: str, result: dict, threads: int) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("sampling", "training"))
-    parser.add_argument("--model", choices=tuple(BATCH_SIZES), default="shapes")
+    parser.add_argument(
+        "--model", choices=tuple(BATCH_SIZES), help="default: shapes for sampling, random-145m for training"
+    )
     parser.add_argument("--batch_size", type=int, help=f"default: {BATCH_SIZES}")
     parser.add_argument("--repeats", type=int, default=7, help="interleaved runs of each kind (default: 7)")
     parser.add_argument("--threads", type=int, default=1, help="default: 1")
@@ -293,6 +295,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--record", action="store_true", help="put the sentence into docs/results.md")
     parser.add_argument("--peak_of", metavar="KIND", help="print one kind of step's peak memory in MB alone (Linux)")
     args = parser.parse_args(argv)
+    args.model = args.model or {"sampling": "shapes", "training": "random-145m"}[args.what]
+    least = {"sampling": 5, "training": 1}[args.what]
+    if args.repeats < least:
+        print(f"error: --repeats is {args.repeats}; it must be at least {least}", file=sys.stderr)
+        return 2
     torch.set_num_threads(args.threads)
     batch_size = args.batch_size or BATCH_SIZES[args.model]
     if args.peak_of:

@@ -13,9 +13,11 @@ import re
 import shutil
 import sys
 import tempfile
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -61,17 +63,24 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
     `save_pretrained`, `from_pretrained` and `push_to_hub` keep the folder's file names.
     """
 
-    def __init__(self, config: DPTConfig, adapter: DiscriminativeAdapter, lora: dict[str, torch.Tensor], source=""):
+    def __init__(
+        self,
+        config: DPTConfig,
+        adapter: DiscriminativeAdapter,
+        lora: dict[str, torch.Tensor],
+        source: str = "",
+        released: bool = False,
+    ):
         self.config, self.adapter, self.lora, self.source = config, adapter, lora, source
+        self.released = released
 
     def attach(self, sd: StableDiffusion) -> Scorer:
         """Puts the LoRA on the model's U-Net and the adapter on its device, both frozen.
 
         Raises:
-            ValueError: made for another text width or block layout.
+            ValueError: made for another model, text width or block layout, or a released LoRA that leaves out some of
+                the model's attentions.
         """
-        if self.config.base_model != sd.name and {self.config.base_model, sd.name} <= MODELS.keys():
-            raise ValueError(f"{self.source} was made for {self.config.base_model}; the model here is {sd.name}")
         blocks, config = parse_feature(self.config.feature, sd.unet.config), self.config.adapter
         found, wanted = [block_channels(block, sd.unet.config) for block in blocks], config.in_channels
         if found != wanted and (config.fuse or sum(found) != sum(wanted)):
@@ -84,6 +93,13 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
             raise ValueError(
                 f"{self.source}: the adapter compares with texts of width {config.text_dim}; {sd.name} has {width}"
             )
+        if self.config.base_model != sd.name and {self.config.base_model, sd.name} <= MODELS.keys():
+            raise ValueError(f"{self.source} was made for {self.config.base_model}; the model here is {sd.name}")
+        if self.lora and self.released:
+            reached = {key.rsplit(".to_", 1)[0] for key in self.lora}
+            left = [n for n, _ in sd.unet.named_modules() if n.endswith((".attn1", ".attn2")) and n not in reached]
+            if left:
+                raise ValueError(f"{self.source}: LoRA of {len(left)} attentions is missing, such as {left[0]}")
         if self.lora:
             load_lora(sd.unet, self.lora, alpha=self.config.lora_alpha)
         else:
@@ -103,6 +119,18 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
             f"{self.config.feature}. Load with `dpt.SelfCorrectionPipeline.load_dpt`, the LoRA alone with "
             f"`pipe.load_lora_weights`.\n{metrics}\nLicence: Apache-2.0.\n"
         )
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """Writes our folder, each file at once or not at all; the arguments are `ModelHubMixin`'s."""
+        folder = Path(save_directory)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+            super().save_pretrained(temporary, **kwargs)
+            for file in Path(temporary).rglob("*"):
+                if file.is_file():
+                    target = folder / file.relative_to(temporary)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    file.replace(target)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_file(self.adapter.state_dict(), save_directory / ADAPTER_FILE)
@@ -140,31 +168,36 @@ def infer_adapter_config(
         fixed: further fields that win over the inferred ones, such as `fusion_size` or `in_channels`.
 
     Raises:
-        ValueError: a tensor that every adapter has is missing.
+        ValueError: a tensor that every adapter has is missing, or has another number of dimensions.
     """
+
+    def shape(name, num_dims=2):
+        if state[name].ndim != num_dims:
+            raise ValueError(f"the adapter's tensor {name} has {state[name].ndim} dimensions instead of {num_dims}")
+        return state[name].shape
 
     def layers(part):
         return len({key.split(".")[2] for key in state if key.startswith(f"transformer.{part}_layers.")})
 
     try:
-        hidden_dim, feature_channels = state["input_proj.weight"].shape[:2]
+        hidden_dim, feature_channels = shape("input_proj.weight", 4)[:2]
         fused = sorted(k for k in state if k.startswith("fusion.projections.") and k.endswith("weight"))
         inferred = {
-            "in_channels": [state[key].shape[1] for key in fused] or [feature_channels],
+            "in_channels": [shape(key, 4)[1] for key in fused] or [feature_channels],
             "fuse": bool(fused),
             "fusion_dim": feature_channels,
             "hidden_dim": hidden_dim,
             "nheads": nheads,
             "enc_layers": layers("encoder"),
             "dec_layers": layers("decoder"),
-            "dim_feedforward": state["transformer.encoder_layers.0.feed_forward.0.weight"].shape[0],
+            "dim_feedforward": shape("transformer.encoder_layers.0.feed_forward.0.weight")[0],
             "pre_norm": "transformer.encoder_norm.weight" in state,
             "position_embedding": "learned" if "position_embedding.row_embed.weight" in state else "sine",
             "num_queries_itm": num_queries_itm,
-            "num_queries_rec": len(state["query_embed.weight"]) - num_queries_itm,
-            "text_dim": state["itm_head.projection.2.weight"].shape[0],
-            "rec_text_dim": state["rec_head.token_projection.weight"].shape[1],
-            "contrastive_dim": state["rec_head.query_projection.weight"].shape[0],
+            "num_queries_rec": shape("query_embed.weight")[0] - num_queries_itm,
+            "text_dim": shape("itm_head.projection.2.weight")[0],
+            "rec_text_dim": shape("rec_head.token_projection.weight")[1],
+            "contrastive_dim": shape("rec_head.query_projection.weight")[0],
         }
     except KeyError as error:
         raise ValueError(f"the adapter's tensor {error} is missing") from error
@@ -180,7 +213,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # files of the older format can be read, not mapped
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (OSError, EOFError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:160]
         if isinstance(error, pickle.UnpicklingError):
@@ -229,6 +263,10 @@ def _load_own(folder: Path) -> DPTCheckpoint:
 
 
 def _load_released(file: Path, *, feature: str = "up1", base_model: str = "sd21-base", **settings) -> DPTCheckpoint:
+    four = SimpleNamespace(down_block_types=range(4), up_block_types=range(4))  # all models that it could be for
+    parse_feature(feature, four)
+    if base_model not in MODELS:
+        raise ValueError(f"base_model is {base_model!r}; it must be one of {', '.join(MODELS)}")
     adapter_state, lora, unknown = {}, {}, []
     for key, tensor in read_tensors(file).items():
         if own := lora_key(key):
@@ -243,14 +281,32 @@ def _load_released(file: Path, *, feature: str = "up1", base_model: str = "sd21-
         adapter_config = infer_adapter_config(adapter_state, **settings)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    ranks = {value.shape[0] for key, value in lora.items() if ".lora_A." in key}
-    halves = Counter(key.replace(".lora_A.", ".").replace(".lora_B.", ".") for key in lora)
-    alone = [key for key, count in halves.items() if count == 1]
-    if alone or len(ranks) > 1:
-        raise ValueError(f"{file}: incomplete LoRA: ranks {sorted(ranks)}, tensors without partner: {alone[:3]}")
-    rank = ranks.pop() if ranks else 0
+    try:
+        rank = _check_lora(lora)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     config = DPTConfig(base_model, feature, 0, adapter_config, lora_rank=rank, lora_alpha=float(rank))
-    return DPTCheckpoint(config, _fill_adapter(file, adapter_config, adapter_state), lora, source=str(file))
+    adapter = _fill_adapter(file, adapter_config, adapter_state)
+    return DPTCheckpoint(config, adapter, lora, source=str(file), released=True)
+
+
+def _check_lora(lora: dict[str, torch.Tensor]) -> int:
+    """The rank of LoRA tensors; ValueError names one that is misshapen or missing beside the others."""
+    ranks = Counter()
+    for key, value in lora.items():
+        if value.ndim != 2:
+            raise ValueError(f"LoRA tensor {key} has {value.ndim} dimensions instead of 2")
+        ranks[value.shape[0 if ".lora_A." in key else 1]] += 1
+    if len(ranks) > 1:
+        rank = ranks.most_common(1)[0][0]
+        other = next(k for k, v in lora.items() if v.shape[0 if ".lora_A." in k else 1] != rank)
+        raise ValueError(f"LoRA tensor {other} is {tuple(lora[other].shape)}; the others are of rank {rank}")
+    parts = [f"{name}.lora_{half}.weight" for name in ("to_q", "to_k", "to_v", "to_out.0") for half in "AB"]
+    for attention in {key.rsplit(".to_", 1)[0] for key in lora}:
+        missing = [part for part in parts if f"{attention}.{part}" not in lora]
+        if missing:
+            raise ValueError(f"incomplete LoRA: {attention}.{missing[0]} is missing")
+    return next(iter(ranks), 0)
 
 
 def _fill_adapter(path: Path, config: AdapterConfig, state: dict[str, torch.Tensor]) -> DiscriminativeAdapter:
@@ -341,7 +397,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "convert":
             save_checkpoint(checkpoint, args.output)
             print(f"written to {args.output}")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

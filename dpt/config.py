@@ -4,6 +4,7 @@ OmegaConf checks names and types; it never leaves this module.
 """
 
 import difflib
+import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -26,7 +27,7 @@ def load_config(schema: type[T], path: str | Path | None = None, overrides: list
     if path is not None:
         try:
             sources.append((str(path), OmegaConf.load(path)))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ValueError(f"config {path} cannot be read: {' '.join(str(error).split())}") from error
     for override in overrides:
         if "=" not in override:
@@ -46,7 +47,12 @@ def load_config(schema: type[T], path: str | Path | None = None, overrides: list
                 hint = f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(known)}"
                 raise ValueError(f"{name}: unknown key {key}{hint}") from error
             raise ValueError(f"{name}: {key}: {str(error).splitlines()[0]}") from error
-    return OmegaConf.to_object(config)
+        except TypeError as error:
+            raise ValueError(f"{name}: keys and values are expected, not a list or a bare value") from error
+    try:
+        return OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path or 'config'}: {str(error).splitlines()[0]}") from error
 
 
 def config_keys(schema, prefix: str = "") -> list[str]:
@@ -60,8 +66,11 @@ def config_keys(schema, prefix: str = "") -> list[str]:
 
 
 def save_config(config, path: str | Path) -> None:
-    """Writes a config dataclass, every value included, as YAML."""
-    Path(path).write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    """Writes a config dataclass, every value included, as YAML, at once or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    temporary.replace(path)
 
 
 FREE_ON_RESUME = (
@@ -81,15 +90,27 @@ FREE_ON_RESUME = (
 """keys, or beginnings of keys, that may change when a run goes on"""
 
 
-def check_stage(config: "TrainConfig", stage: str, num_train_timesteps: int) -> None:
-    """Raises ValueError where settings do not go with the stage, or with the model's number of timesteps."""
-    if stage == "tune" and config.init_from is None:
+def check_stage(config: "TrainConfig", stage: str, num_train_timesteps: int, *, goes_on: bool = False) -> None:
+    """Raises ValueError where settings do not go with the stage, or with the model's number of timesteps.
+
+    Args:
+        goes_on: whether the run goes on from a checkpoint of its own, and so needs no `init_from`.
+    """
+    if stage == "tune" and config.init_from is None and not goes_on:
         raise ValueError(
             "init_from is missing: tune starts from a probe, init_from=outputs/PROBE/checkpoints/step_N; init_from=new "
             "starts with an untrained adapter"
         )
-    if config.lora.only and (stage == "probe" or config.init_from in (None, "new")):
+    if config.lora.only and (stage == "probe" or (config.init_from in (None, "new") and not goes_on)):
         raise ValueError("lora.only is true; it is for tune, and needs an adapter: init_from=CHECKPOINT")
+    only_tune = {
+        "lora": (config.lora, LoraSettings()),
+        "loss.snr_gamma": (config.loss.snr_gamma, None),
+        "loss.denoise_negatives": (config.loss.denoise_negatives, False),
+    }
+    for name, (value, default) in only_tune.items():
+        if stage == "probe" and value != default:
+            raise ValueError(f"{name} is set; a probe trains no LoRA and denoises nothing, it is for tune")
     if stage == "probe" and config.model.gradient_checkpointing:
         raise ValueError("model.gradient_checkpointing is true; probe keeps nothing of the U-Net that it could save")
     final = num_train_timesteps - 1
@@ -161,6 +182,9 @@ class AdapterSettings:
     def __post_init__(self):
         if self.position_embedding not in ("sine", "learned"):
             raise ValueError(f"position_embedding is {self.position_embedding!r}; it must be sine or learned")
+        for name in ("hidden_dim", "nheads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.hidden_dim % self.nheads or self.hidden_dim % 4:
             raise ValueError(
                 f"hidden_dim is {self.hidden_dim}; it must be divisible by 4 and by nheads ({self.nheads})"
@@ -331,6 +355,10 @@ class DataSettings:
             raise ValueError(f"data.kind is {self.kind!r}; it must be shapes or coco")
         if self.negatives not in ("edited", "mined"):
             raise ValueError(f"data.negatives is {self.negatives!r}; it must be edited or mined")
+        if self.kind == "coco" and self.negatives != "edited":
+            raise ValueError(
+                f"data.negatives is {self.negatives!r}; coco's are those of data.itm, the setting is for shapes"
+            )
         if self.num_workers < 0:
             raise ValueError(f"data.num_workers is {self.num_workers}; it must be at least 0")
         if self.kind == "coco" and self.root is None:
@@ -454,19 +482,39 @@ class TrainConfig:
             "log_every": self.log_every,
             "validation.every": self.validation.every,
             "validation.num_samples": self.validation.num_samples,
+            "samples.num_images": self.samples.num_images,
+            "samples.num_inference_steps": self.samples.num_inference_steps,
         }
         for name, value in positive.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         for name, value in {
+            "loss.temperature": self.loss.temperature,
+            "loss.snr_gamma": 1 if self.loss.snr_gamma is None else self.loss.snr_gamma,
+            "optim.max_grad_norm": self.optim.max_grad_norm,
+        }.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+        for name, value in {
+            "seed": self.seed,
+            "noise.offset": self.noise.offset,
+            "loss.eos_coef": self.loss.eos_coef,
+            "loss.cost_class": self.loss.cost_class,
+            "loss.cost_bbox": self.loss.cost_bbox,
+            "loss.cost_giou": self.loss.cost_giou,
             "optim.lr": self.optim.lr,
             "optim.warmup_steps": self.optim.warmup_steps,
             "optim.weight_decay": self.optim.weight_decay,
             "data.num_samples": self.data.num_samples or 0,
             **{f"loss.weights.{name}": weight for name, weight in vars(self.loss.weights).items()},
         }.items():
-            if value < 0:
-                raise ValueError(f"{name} is {value}; it must be at least 0")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be a number of at least 0")
+        if self.samples.every < -1 or (self.samples.every >= 0 and not self.samples.prompts):
+            raise ValueError(
+                f"samples.every is {self.samples.every} and samples.prompts are {len(self.samples.prompts)}; pictures "
+                "need prompts, and -1 draws none"
+            )
         if self.optim.epochs is not None and self.optim.epochs <= 0:
             raise ValueError(f"optim.epochs is {self.optim.epochs}; it must be above 0")
         if self.lora.alpha is not None and self.lora.alpha <= 0:

@@ -43,4 +43,6 @@ def plot_curves(metrics_path: Path, figure_path: Path) -> None:
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=6)
-    figure.savefig(figure_path, dpi=110)
+    temporary = figure_path.with_suffix(".tmp")
+    figure.savefig(temporary, dpi=110, format="png")
+    temporary.replace(figure_path)

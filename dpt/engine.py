@@ -79,6 +79,12 @@ class Trainer:
                     f"{self.folder} is a {newest[2]['stage']}; resume it with train_{newest[2]['stage']}.py"
                 )
             check_resumption(config, load_config(TrainConfig, self.folder / "config.yaml"))
+            before = newest[2]["samples_per_step"]
+            if before != self._samples_per_step:
+                raise ValueError(
+                    f"{self.folder} trains on {before} samples a step, here it would on {self._samples_per_step}: "
+                    "resume it with as many processes as it began with"
+                )
         given = config.init_from not in (None, "new")
         start = newest[0] if newest else load_checkpoint(config.init_from) if given else None
         set_seed(config.seed)
@@ -90,7 +96,7 @@ class Trainer:
             device=self.accelerator.device,
             notice=self._say,
         )
-        check_stage(config, stage, self.sd.scheduler.config.num_train_timesteps)
+        check_stage(config, stage, self.sd.scheduler.config.num_train_timesteps, goes_on=newest is not None)
         control_unet(config.control, self.sd)
         self.rec_text = load_rec_text_encoder(
             config.model.rec_text_encoder,
@@ -196,6 +202,11 @@ class Trainer:
                     bar.set_postfix({name: f"{value:.3g}" for name, value in figures.items()}, refresh=False)
                 bar.update()
                 self._after_step(last)
+        if self.log:  # once more where a kill came between the last checkpoint and its pictures
+            self.log.plot()
+            every = config.samples.every
+            if every >= 0 and not self._grid_path().exists() and self.step % (every or 1) == 0:
+                self._draw_samples()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         self._say(f"done: {self.folder}")
@@ -338,6 +349,7 @@ class Trainer:
         config, scaler = self.config, self.accelerator.scaler
         state = {
             "stage": self.stage,
+            "samples_per_step": self._samples_per_step,
             "skipped": self.skipped,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
@@ -374,6 +386,10 @@ class Trainer:
                         )
                     )
             rows.append((f"{prompt} ({settings.num_images} plain, {settings.num_images} corrected)", images))
-        folder = self.folder / "samples"
-        folder.mkdir(exist_ok=True)
-        make_grid(rows).save(folder / f"step_{self.step:07d}.png")
+        path = self._grid_path()
+        path.parent.mkdir(exist_ok=True)
+        make_grid(rows).save(path.with_suffix(".tmp"), "PNG")
+        path.with_suffix(".tmp").replace(path)
+
+    def _grid_path(self) -> Path:
+        return self.folder / f"samples/step_{self.step:07d}.png"

@@ -69,12 +69,23 @@ def numbered(folder: Path, pattern: str, start: int = 0) -> Iterator[Path]:
 
 def append_metadata(folder: Path, record: dict) -> None:
     """Adds one line to the folder's metadata file, in one write."""
-    line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
-    file = os.open(folder / METADATA_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    line, path = (json.dumps(record, ensure_ascii=False) + "\n").encode(), folder / METADATA_FILE
+    if _cut_short(path):
+        line = b"\n" + line
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(file, line)
     finally:
         os.close(file)
+
+
+def _cut_short(path: Path) -> bool:
+    """Whether a kill left the last line without its end."""
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def read_metadata(folder: Path) -> list[dict]:
@@ -85,7 +96,7 @@ def read_metadata(folder: Path) -> list[dict]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if (folder / record["file"]).exists():
+        if isinstance(record, dict) and "file" in record and (folder / record["file"]).exists():
             records.append(record)
     return records
 

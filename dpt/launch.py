@@ -108,7 +108,8 @@ def run_stage(stage: str, argv: list[str] | None, description: str) -> int:
         print(f"error: {message}", file=sys.stderr)
         return 2
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and not any(text in str(error) for text in ("can't allocate memory", "out of memory")):
             raise
         print(
             "error: out of memory: lower optim.batch_size (and raise optim.gradient_accumulation_steps), set "

@@ -7,6 +7,8 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
+from dpt.unet_features import parse_feature
+
 ADAPTER_NAME = "dpt"
 _RELEASED = re.compile(r"unet\.(?P<attention>.+)\.processor\.to_(?P<name>q|k|v|out)_lora\.(?P<part>down|up)\.weight")
 
@@ -76,8 +78,10 @@ def add_lora(unet: UNet2DConditionModel, *, rank: int, alpha: float, blocks: tup
         blocks: restricts it to these blocks of the U-Net (see `unet_features`); none means all.
 
     Raises:
-        ValueError: blocks without attention.
+        ValueError: blocks without attention, or that the U-Net does not have.
     """
+    for block in blocks:
+        parse_feature(block, unet.config)
     prefixes = tuple(_prefix(block) for block in blocks)
     targets = [
         name

@@ -26,11 +26,12 @@ class RecTextEncoder:
 
     @torch.no_grad()
     def encode(self, encoding: BatchEncoding) -> torch.Tensor:
-        """Token states (B, T, R) float32."""
-        output = self.model(
-            encoding.input_ids.to(self.model.device), attention_mask=encoding.attention_mask.to(self.model.device)
-        )
-        return output.last_hidden_state.float()
+        """Token states (B, T, R) float32. Equal texts are encoded once."""
+        distinct, rows = torch.unique(encoding.input_ids, dim=0, return_inverse=True)
+        first = torch.stack([(rows == row).nonzero()[0, 0] for row in range(len(distinct))])
+        mask = encoding.attention_mask[first]
+        output = self.model(distinct.to(self.model.device), attention_mask=mask.to(self.model.device))
+        return output.last_hidden_state.float()[rows]
 
 
 def load_rec_text_encoder(

@@ -24,7 +24,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 def check_run(folder: Path, *, resume: bool) -> None:
     """Raises ValueError where a run folder would be taken that another run has begun to fill."""
-    if not resume and ((folder / "metrics.jsonl").exists() or checkpoints(folder)):
+    if not resume and ((folder / "config.yaml").exists() or checkpoints(folder)):
         raise ValueError(f"run folder {folder} exists: pass resume=true to go on with it, or another run_name")
 
 

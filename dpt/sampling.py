@@ -24,6 +24,7 @@ Corrector = Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor | None
 """Maps (latents, timestep, step, number of steps) to corrected latents, or None where there is nothing to correct."""
 
 CORRECTION_TARGETS = ("conditional", "latent")
+CORRECTION_DIRECTIONS = ("gradient", "random")
 HALF_GRADIENT_SCALE = 2.0**10  # keeps float16 gradients of the score, about 1e-4, from underflowing
 
 
@@ -106,6 +107,8 @@ class CorrectionSettings:
     """the window, as fractions of the steps: start <= step / steps < stop"""
     on_nan: str = "raise"
     """what a non-finite score or gradient does: raise, or skip the image's correction"""
+    direction: str = "gradient"
+    """random, as a control: a step as long as the gradient's, in a direction drawn anew at each step"""
 
     def __post_init__(self):
         if self.target not in CORRECTION_TARGETS:
@@ -121,6 +124,8 @@ class CorrectionSettings:
             raise ValueError(f"correction_factor is {self.factor}; it must be a finite number")
         if self.on_nan not in ("raise", "skip"):
             raise ValueError(f"on_nan is {self.on_nan!r}; it must be raise or skip")
+        if self.direction not in CORRECTION_DIRECTIONS:
+            raise ValueError(f"direction is {self.direction!r}; it must be {' or '.join(CORRECTION_DIRECTIONS)}")
 
     @property
     def active(self) -> bool:
@@ -169,6 +174,8 @@ class SelfCorrection:
             )
         gradient = torch.where(finite[:, None, None, None], gradient, 0.0)
         latent_norm, gradient_norm = (x.flatten(1).norm(dim=1) for x in (noisy_latents.float(), gradient))
+        if settings.direction == "random":
+            gradient = _random_direction(gradient_norm, noisy_latents)
         factor = torch.full_like(score, settings.factor if corrects else 0.0)  # (B,)
         if settings.norm is not None and corrects:
             factor = settings.norm * latent_norm / gradient_norm.clamp(min=1e-30)
@@ -179,6 +186,13 @@ class SelfCorrection:
             return None
         unscale = 1 / self.scheduler.scale_model_input(torch.ones_like(latents[:1, :1, :1, :1]), timestep)
         return latents + factor[:, None, None, None] * gradient * unscale
+
+
+def _random_direction(lengths: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """A vector of the given length (B,) for each image, drawn by the image's own latent."""
+    seeds = [int(abs(x).sum().double().item() * 1e6) for x in latents.float().cpu()]
+    noise = initial_noise(seeds, tuple(latents.shape[1:])).to(latents.device)
+    return noise * (lengths / noise.flatten(1).norm(dim=1))[:, None, None, None]
 
 
 def guided_steps(
@@ -285,6 +299,7 @@ def draw(
     width: int | None = None,
     scorer: Scorer | None = None,
     correction: CorrectionSettings | None = None,
+    correction_prompts: list[str] | None = None,
     parity: bool = False,
     trace: list[dict] | None = None,
     on_step: Callable[[int, torch.Tensor], None] | None = None,
@@ -294,6 +309,7 @@ def draw(
     Args:
         scorer: reads the matching score, for `correction` and `trace`.
         correction: none by default.
+        correction_prompts: as a control, prompts whose score the correction follows instead of the pictures' own.
         trace: a list that is filled with the score of every step; see `SelfCorrection`.
 
     Raises:
@@ -306,6 +322,8 @@ def draw(
     denoise, correct = guided_steps(
         sd.unet, sd.scheduler, context, negative_context, pooled, guidance_scale, scorer, settings, trace
     )
+    if correct is not None and correction_prompts is not None:
+        correct.encoder_hidden_states, correct.pooled_prompt_embeds = sd.encode_prompts(correction_prompts)
     latents = sample(
         denoise,
         sd.scheduler,
@@ -316,4 +334,6 @@ def draw(
         parity=parity,
         on_step=on_step,
     )
+    if not latents.isfinite().all():
+        raise FloatingPointError("the latents are not finite: draw in float32 (--dtype float32), or at a lower --scale")
     return to_images(sd.decode_latents(latents))

@@ -179,6 +179,8 @@ def load_stable_diffusion(
         ValueError: nothing usable there; the message says what to do.
     """
     source = _source(model, notice)
+    if revision is not None and Path(source).is_dir():
+        raise ValueError(f"revision is {revision!r}; {source} is a local folder, which has none")
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()  # what fails is said by the error below
@@ -194,6 +196,10 @@ def load_stable_diffusion(
         )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(_missing(model, source, error)) from error
+    vocabulary = pipeline.text_encoder.config.vocab_size
+    if len(pipeline.tokenizer) != vocabulary:  # transformers makes an empty tokenizer where its files are missing
+        reason = f"its tokenizer has {len(pipeline.tokenizer)} tokens, its text encoder {vocabulary}"
+        raise ValueError(_missing(model, source, ValueError(reason)))
     config = pipeline.scheduler.config
     parts = {"text_encoder": pipeline.text_encoder, "vae": pipeline.vae, "unet": pipeline.unet}
     for module in parts.values():
@@ -240,6 +246,18 @@ def _whole_config(given: dict) -> FrozenDict:
         return UNet2DConditionModel.from_config(given).config
 
 
+def known_name(model: str) -> str | None:
+    """The name in `MODELS` of a name, hub id, its mirror, or folder under ckpt; None for any other model."""
+    if model in MODELS:
+        return model
+    for name, source in MODELS.items():
+        if source and MIRRORS.get(model, model) == source:
+            return name
+        if Path(model).exists() and Path(model).resolve() == (CKPT_FOLDER / name).resolve():
+            return name
+    return None
+
+
 def _source(model: str, notice) -> str:
     if model in MODELS and (MODELS[model] is None or (CKPT_FOLDER / model).is_dir()):
         return str(CKPT_FOLDER / model)
@@ -256,13 +274,17 @@ def _missing(model: str, source: str, error: Exception) -> str:
         return (
             f"the embedded model is missing: {source} should be part of the repository; restore it with git ({reason})"
         )
+    mirrors = ", ".join(sorted(set(MIRRORS.values())))
+    advice = f"(SD 2.1 is mirrored as {mirrors}), or draw without any weights: --model shapes"
     if Path(source).is_dir():
-        return f"model {model!r}: {source} is not a complete Stable Diffusion folder ({reason})"
+        return (
+            f"model {model!r}: {source} is not a complete Stable Diffusion folder ({reason}); fetch what is missing "
+            + advice
+        )
     close = difflib.get_close_matches(model, MODELS, n=1)
     if close and model not in MODELS:
         return f"model {model!r} is neither a name, a local folder nor on the hub ({reason}); did you mean {close[0]}?"
     folder = CKPT_FOLDER / model if model in MODELS else "a local folder"
-    mirrors = ", ".join(sorted(set(MIRRORS.values())))
     return (
         f"model {model!r} cannot be loaded from {source} ({reason}). Download it (SD 2.1 is mirrored as {mirrors}), "
         f"put its files into {folder}, pass --model FOLDER, or draw without any weights: --model shapes"

@@ -35,9 +35,18 @@ def test_golden_released_layout_is_read_to_the_last_tensor(golden, released, sma
     keys = json.loads((golden / "stage2_pytorch_model.keys.json").read_text())
     assert len(released.lora) == sum(key.startswith("unet.") for key in keys) > 0
     assert len(released.adapter.state_dict()) == sum(not key.startswith("unet.") for key in keys)
-    for name, value in released.adapter.state_dict().items():
-        assert torch.equal(value, from_folder.adapter.state_dict()[name])
-    assert (released.config.lora_rank, released.config.lora_alpha, released.config.feature) == (4, 4.0, "up1")
+    from_safetensors = load_checkpoint(golden / "stage2_pytorch_model.safetensors", **small)
+    for other in (from_folder, from_safetensors):
+        assert released.lora.keys() == other.lora.keys()
+        assert all(torch.equal(value, other.lora[name]) for name, value in released.lora.items())
+        for name, value in released.adapter.state_dict().items():
+            assert torch.equal(value, other.adapter.state_dict()[name]), name
+    rank = next(value.shape[0] for name, value in released.lora.items() if ".lora_A." in name)
+    assert (released.config.lora_rank, released.config.lora_alpha, released.config.feature) == (
+        rank,
+        float(rank),
+        "up1",
+    )
     assert "LoRA" in describe(released)
 
 
@@ -118,16 +127,33 @@ def test_other_models_are_refused_with_both_numbers(golden, released):
         released.attach(sd)
 
 
+def test_weights_of_another_named_model_are_refused_with_both_numbers(released):
+    sd = load_stable_diffusion("shapes")
+    with pytest.raises(ValueError, match=r"reads \[24\] channels at up1; shapes has \[\d+\]"):
+        released.attach(sd)
+    released.config.adapter.in_channels = [sd.unet.config.block_out_channels[-2]]
+    with pytest.raises(ValueError, match=r"texts of width 32; shapes has \d+"):
+        released.attach(sd)
+    released.config.adapter.text_dim = sd.text_encoder.config.hidden_size
+    with pytest.raises(ValueError, match="was made for sd21-base; the model here is shapes"):
+        released.attach(sd)
+
+
 def test_lora_for_another_unet_is_refused(released):
     unet = load_stable_diffusion("shapes").unet
     with pytest.raises(ValueError, match=r"is for width 8; this U-Net's .* has 48|has no module"):
         load_lora(unet, released.lora, alpha=4)
 
 
-@pytest.mark.parametrize("damage", ["missing", "left over", "misshapen", "unknown", "half a LoRA"])
+DAMAGES = ["missing", "left over", "misshapen", "unknown", "half a LoRA", "a projection", "another rank", "1-D LoRA"]
+DAMAGES += ["0-D", "1-D"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_released_files_name_the_tensor(golden, tmp_path, capsys, damage, flags):
     state = torch.load(golden / "stage2_pytorch_model.bin", weights_only=True)
-    lora = next(key for key in state if key.startswith("unet."))
+    lora = next(key for key in state if key.startswith("unet.") and ".down." in key)
+    up = lora.replace(".down.weight", ".up.weight")
     if damage == "missing":
         del state["query_embed.weight"]
     elif damage == "left over":
@@ -136,8 +162,19 @@ def test_damaged_released_files_name_the_tensor(golden, tmp_path, capsys, damage
         state["class_embed.bias"] = torch.zeros(3)
     elif damage == "unknown":
         state["surprise"] = torch.zeros(1)
-    else:
+    elif damage == "half a LoRA":
         del state[lora]
+    elif damage == "a projection":
+        for part in ("down", "up"):
+            del state[lora.rsplit("to_", 1)[0] + f"to_v_lora.{part}.weight"]
+    elif damage == "another rank":
+        state[up] = torch.zeros(len(state[up]), 3)
+    elif damage == "1-D LoRA":
+        state[lora] = torch.zeros(4)
+    elif damage == "0-D":
+        state["query_embed.weight"] = torch.tensor(0.0)
+    else:
+        state["input_proj.weight"] = torch.zeros(4)
     torch.save(state, tmp_path / "pytorch_model.bin")
     assert main(["inspect", str(tmp_path), *flags]) == 2
     error = capsys.readouterr().err
@@ -147,6 +184,11 @@ def test_damaged_released_files_name_the_tensor(golden, tmp_path, capsys, damage
         "misshapen": "rec_head.class_embed.bias is (3,) instead of (256,)",
         "unknown": "surprise",
         "half a LoRA": lora_key(lora).split(".lora_")[0],
+        "a projection": lora_key(lora).rsplit(".to_", 1)[0] + ".to_v.lora_A.weight is missing",
+        "another rank": lora_key(up),
+        "1-D LoRA": f"{lora_key(lora)} has 1 dimensions instead of 2",
+        "0-D": "query_embed.weight has 0 dimensions instead of 2",
+        "1-D": "input_proj.weight has 1 dimensions instead of 4",
     }[damage]
     assert expected in error
     assert error.count("\n") == 1
@@ -162,11 +204,47 @@ def test_pickles_of_anything_but_tensors_are_refused(tmp_path, capsys):
     torch.save({"x": Harmful()}, tmp_path / "b.bin")
     torch.save({"step": 3, "model": {"w": torch.zeros(1)}}, tmp_path / "c.bin")
     (tmp_path / "d.safetensors").write_bytes(b"not at all")
-    for name in "a.bin", "b.bin", "c.bin", "d.safetensors", "missing.bin":
+    (tmp_path / "e.bin").write_text("<!doctype html>")
+    for name in "a.bin", "b.bin", "c.bin", "d.safetensors", "e.bin", "missing.bin":
         assert main(["inspect", str(tmp_path / name)]) == 2
         captured = capsys.readouterr()
         assert name in captured.err
+        assert captured.err.count("\n") == 1
+        assert ("something other than" in captured.err) == (name[0] in "abce")
         assert "run!" not in captured.out
+
+
+def test_files_of_torch_s_older_format_are_read(golden, tmp_path, small, released):
+    state = torch.load(golden / "stage2_pytorch_model.bin", weights_only=True)
+    torch.save(state, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    again = load_checkpoint(tmp_path / "old.bin", **small)
+    assert all(torch.equal(value, again.lora[name]) for name, value in released.lora.items())
+
+
+def test_lora_of_all_attentions_is_asked_of_released_files(golden, released):
+    released.lora = {name: value for name, value in released.lora.items() if not name.startswith("up_blocks.3")}
+    with pytest.raises(ValueError, match=r"LoRA of \d+ attentions is missing, such as up_blocks.3"):
+        released.attach(load_stable_diffusion(str(golden / "sd21")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--feature", "banana"], "feature is 'banana'"),
+        (["--base_model", "banana"], "base_model is 'banana'"),
+        (["--nheads", "0"], "nheads is 0"),
+    ],
+)
+def test_bad_settings_of_convert(golden, tmp_path, capsys, arguments, message):
+    assert main(["convert", str(golden / "stage2_pytorch_model.bin"), str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_converting_to_where_nothing_can_be_written(golden, tmp_path, capsys, flags):
+    (tmp_path / "file").write_text("")
+    assert main(["convert", str(golden / "stage2_pytorch_model.bin"), str(tmp_path / "file/out"), *flags]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_convert_and_inspect(golden, tmp_path, capsys, flags):

@@ -43,9 +43,14 @@ def setting(golden, case, **changes):
 @pytest.mark.parametrize("case", CASES)
 def test_golden_trajectories_in_parity_mode(golden, case):
     arrays, sd, denoise, correct = setting(golden, case)
-    trajectory = [arrays["init"]]
+    trajectory, predictions = [arrays["init"]], []
+
+    def observed(*inputs):
+        predictions.append(denoise(*inputs))
+        return predictions[-1]
+
     decoded = sample(
-        denoise,
+        observed,
         sd.scheduler,
         arrays["init"],
         num_inference_steps=10,
@@ -56,16 +61,18 @@ def test_golden_trajectories_in_parity_mode(golden, case):
     assert torch.equal(sd.scheduler.timesteps, arrays["timesteps"])
     for step, expected in enumerate(arrays["latents"]):
         assert torch.allclose(trajectory[step], expected, rtol=1e-4, atol=1e-3), step
+    for step, expected in enumerate(arrays["noise_pred"]):
+        assert torch.allclose(predictions[step], expected, rtol=1e-4, atol=1e-3), step
     assert torch.allclose(decoded, arrays["decoded_latent"], rtol=1e-4, atol=1e-3)
     image = (sd.decode_latents(decoded) * 255).round().permute(0, 2, 3, 1)
     assert (image - arrays["image"].float()).abs().max() <= 1
     if CASES[case]:
         scores = torch.tensor([sum(record["score"]) for record in correct.trace])
         published = arrays["score"]
-        assert torch.allclose(scores, published, rtol=1e-3, atol=1e-4)
+        assert torch.allclose(scores, published, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["cf05", "cf50"])
+@pytest.mark.parametrize("case", [name for name, factor in CASES.items() if factor])
 def test_golden_gradients_of_the_score(golden, case):
     arrays, sd, _, correct = setting(golden, case)
     for step in range(10):
@@ -79,7 +86,7 @@ def test_golden_gradients_of_the_score(golden, case):
         )
         unconditional, expected = arrays["grad"][step].chunk(2)
         assert not unconditional.any()
-        assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()), step
+        assert torch.allclose(gradient, expected, rtol=0, atol=1e-4 * expected.abs().max().item()), step
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -136,7 +143,7 @@ def test_window_and_norm(golden):
         assert record["relative_length"] == pytest.approx([0.01, 0.01], rel=1e-4)
     _, trace = run(golden)
     assert len(trace) == 10
-    assert all(0 < x < 0.01 for record in trace for x in record["relative_length"])
+    assert all(x > 0 for record in trace for x in record["relative_length"])
 
 
 def test_the_score_rises_along_its_gradient(golden):

@@ -2,10 +2,16 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import txt2img
+from dpt.adapter import DiscriminativeAdapter
+from dpt.checkpoint import adapter_key
+from dpt.config import AdapterConfig
 from dpt.images import read_metadata
+from dpt.stable_diffusion import CKPT_FOLDER, load_stable_diffusion
+from dpt.unet_features import block_channels
 
 BASE = ["--model", "shapes", "--ddim_steps", "4", "--n_samples", "1", "--skip_grid", "--prompt", "a red circle"]
 
@@ -37,6 +43,32 @@ def test_weights_that_belong_to_the_model_are_the_default(tmp_path, capsys, monk
     monkeypatch.setitem(txt2img.DPT_WEIGHTS, "shapes", shapes_dpt)
     assert draw(tmp_path, "--dry-run") == 0
     assert "self-correction factor 0.5" in capsys.readouterr().out.splitlines()[0]
+    monkeypatch.setitem(txt2img.DPT_WEIGHTS, "sd21-base", shapes_dpt)
+    for name in (str(CKPT_FOLDER / "shapes"), "stabilityai/stable-diffusion-2-1-base"):
+        assert draw(tmp_path, "--dry-run", "--model", name) == 0
+        assert "self-correction factor 0.5" in capsys.readouterr().out.splitlines()[0]
+    assert draw(tmp_path, "--dry-run", "--model", "someone/else") == 0
+    assert "without DPT weights" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_golden_released_file_is_drawn_with(tmp_path, golden):
+    """A `pytorch_model.bin` of the released layout, with the released number of queries and heads."""
+    sd = load_stable_diffusion(str(golden / "sd21"))
+    config = AdapterConfig(
+        in_channels=[block_channels("up1", sd.unet.config)],
+        hidden_dim=32,
+        dim_feedforward=64,
+        text_dim=sd.text_encoder.config.hidden_size,
+    )
+    ours = DiscriminativeAdapter(config).state_dict()
+    keys = json.loads((golden / "stage2_pytorch_model.keys.json").read_text())
+    state = torch.load(golden / "stage2_pytorch_model.bin", weights_only=True)
+    state |= {key: ours[adapter_key(key)].clone() for key in keys if not key.startswith("unet.")}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    base = ["--model", str(golden / "sd21"), "--ddim_steps", "2", "--n_samples", "1", "--prompt", "a red cube"]
+    for name, flags in (("parity", ["--parity"]), ("own", []), ("none", ["--correction_factor", "0"])):
+        assert txt2img.main([*base, "--outdir", str(tmp_path / name), "--dpt", str(tmp_path), *flags]) == 0
+        assert picture(tmp_path / name).shape[-1] == 3
 
 
 def test_every_flag_changes_the_picture_and_is_recorded(tmp_path, weights):
@@ -49,7 +81,7 @@ def test_every_flag_changes_the_picture_and_is_recorded(tmp_path, weights):
         "target": [*strong, "--correction_target", "latent"],
         "start": [*strong, "--correction_start", "0.5"],
         "stop": [*strong, "--correction_stop", "0.5"],
-        "parity": [*strong, "--parity"],
+        "parity": [*weights, "--correction_factor", "500", "--parity"],
     }
     pictures = {}
     for name, flags in variants.items():
@@ -63,6 +95,10 @@ def test_every_flag_changes_the_picture_and_is_recorded(tmp_path, weights):
     correction = record["settings"]["correction"]
     assert (correction["norm"], correction["target"]) == (0.1, "latent")
     assert len(record["settings"]["dpt"]) == 16
+    assert record["dpt"] == weights[1]
+    chunks = Image.open(tmp_path / "target" / record["file"]).text
+    assert (chunks["dpt"], chunks["model"]) == (weights[1], "shapes")
+    assert chunks["weights"] == record["settings"]["weights"]
     (record,) = read_metadata(tmp_path / "lora")
     assert record["settings"]["correction"] is None
 
@@ -93,6 +129,8 @@ def test_trace_shows_both_arms(tmp_path, weights):
             "correction_start and correction_stop are 0.8 and 0.2",
         ),
         (["--correction_norm", "-1"], "correction_norm is -1.0"),
+        (["--parity", "--correction_norm", "0.1"], "--parity is the reference's sampling"),
+        (["--parity", "--correction_target", "latent"], "--parity is the reference's sampling"),
         (["--correction_factor", "nan"], "correction_factor is nan"),
     ],
 )

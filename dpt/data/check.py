@@ -12,6 +12,7 @@ from dpt.data.coco import read_json
 from dpt.data.itm import INDEX_FILE, ItmNegatives
 from dpt.data.latents import IMAGE_SUFFIXES, MANIFEST, verify_folder
 
+ORIENTATION = 0x0112  # EXIF's tag
 SHOWN = 3  # examples of each problem
 MAX_WORDS = 75  # CLIP's text encoder reads 77 tokens, two of them marks, and a word is at least one
 _ENDS = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND\xaeB`\x82"}
@@ -52,7 +53,8 @@ def check_images(paths: list[Path], *, decode: bool = False) -> tuple[Findings, 
     for path in tqdm(paths, desc="images", mininterval=2, disable=len(paths) < 1000):
         try:
             with Image.open(path) as image:
-                sizes[path.name] = image.size
+                turned = image.getexif().get(ORIENTATION, 1) >= 5  # a quarter turn, which loading undoes
+                sizes[path.name] = image.size[::-1] if turned else image.size
                 if decode:
                     image.convert("RGB")
                 elif not _ends_well(path):

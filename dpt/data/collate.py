@@ -97,9 +97,14 @@ def positive_map(masks: torch.Tensor, *, normalize: bool = True) -> torch.Tensor
     return slots / (slots.sum(1, keepdim=True) + 1e-6) if normalize else slots
 
 
-def sample_generator(seed: int, sample_id: int, epoch: int) -> torch.Generator:
-    """The random numbers of one sample in one epoch, whatever batch, rank or run it is in."""
-    state = np.random.SeedSequence((seed, sample_id, epoch)).generate_state(1, np.uint64)[0]
+def sample_generator(seed: int, sample_id: int, epoch: int, purpose: str) -> torch.Generator:
+    """The random numbers of one sample in one epoch, whatever batch, rank or run it is in.
+
+    Args:
+        purpose: "noise" (timestep and noise) or "draw" (what is drawn of the sample): independent streams.
+    """
+    stream = ("noise", "draw").index(purpose)
+    state = np.random.SeedSequence((seed, sample_id, epoch, stream)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) & (2**63 - 1))
 
 
@@ -138,26 +143,32 @@ def encode_batch(
     first, last = timesteps or (0, sd.scheduler.config.num_train_timesteps - 1)
     drawn, noise = [], []
     for sample_id, epoch in zip(batch.ids, batch.epochs, strict=True):
-        generator = sample_generator(seed, sample_id, epoch)
+        generator = sample_generator(seed, sample_id, epoch, "noise")
         drawn.append(torch.randint(first, last + 1, (1,), generator=generator))
         noise.append(torch.randn(latents.shape[2:], generator=generator))
         if noise_offset:
             noise[-1] += noise_offset * torch.randn((latents.shape[2], 1, 1), generator=generator)
     drawn, noise = torch.cat(drawn).to(sd.device), torch.stack(noise).to(sd.device)  # (B,), (B, C, h, w)
     noisy = [sd.scheduler.add_noise(latents[:, k], noise, drawn) for k in range(latents.shape[1])]
-    context, pooled = sd.encode_prompts([text for captions in batch.captions for text in captions])
+    texts = [text for captions in batch.captions for text in captions] + batch.expressions
+    if denoise_negatives:
+        own = zip(batch.negative_image_captions, [captions[2] for captions in batch.captions], strict=True)
+        texts += [text for pair in own for text in pair]
+    context, pooled = sd.encode_prompts(texts)
+    context, expression_context, negative_context = context.split(
+        [3 * len(drawn), len(drawn), len(texts) - 4 * len(drawn)]
+    )
     inputs = {
         "noisy_latents": torch.stack(noisy, dim=1),
         "timesteps": drawn,
         "noise_target": sd.noise_target(latents[:, 0], noise, drawn),
         "caption_context": context.unflatten(0, (-1, 3)),
-        "caption_pooled": pooled.unflatten(0, (-1, 3)),
-        "expression_context": sd.encode_prompts(batch.expressions)[0],
+        "caption_pooled": pooled[: 3 * len(drawn)].unflatten(0, (-1, 3)),
+        "expression_context": expression_context,
         "num_boxes": max(1, batch.num_boxes),
     }
     if denoise_negatives:
-        own = list(zip(batch.negative_image_captions, [captions[2] for captions in batch.captions], strict=True))
-        inputs["negative_context"] = sd.encode_prompts([text for pair in own for text in pair])[0].unflatten(0, (-1, 2))
+        inputs["negative_context"] = negative_context.unflatten(0, (-1, 2))
         targets = [sd.noise_target(latents[:, k], noise, drawn) for k in (1, 2)]
         inputs["negative_noise_target"] = torch.stack(targets, dim=1)
     encoding = rec_text.tokenize(batch.expressions)

@@ -5,7 +5,7 @@ import re
 _SIDE = re.compile(r"\b(left|right)(?=(?:most|ward|wards|hand|side)?\b)", re.IGNORECASE)
 _UNSURE = re.compile(
     r"\bright\s+(?:above|after|at|before|behind|below|beneath|beside|by|here|in|near|next|now|on\s+top|over|there|under)\b"
-    r"|\bleft\s+(?:alone|behind|over)\b|clockwise|o'?clock",
+    r"|\bleft\s+(?:alone|behind|over)\b|clockwise|o'?clock|\b(?:lft|rt|rgt|rite)\b",
     re.IGNORECASE,
 )
 

@@ -37,8 +37,13 @@ class ItmNegatives:
     def __init__(self, path: Path):
         self.path, self._rows = path, None
         if path.is_dir():
-            self.texts_of = {name: list(ids) for name, ids in read_json(path / INDEX_FILE).items()}
-            self.ids = sorted(i for ids in self.texts_of.values() for i in ids)
+            index = read_json(path / INDEX_FILE)
+            if not isinstance(index, dict) or not all(
+                isinstance(ids, list) and all(isinstance(i, int) for i in ids) for ids in index.values()
+            ):
+                raise ValueError(f"{path / INDEX_FILE} does not map image files to lists of text ids")
+            self.texts_of = index
+            self.ids = sorted(i for ids in index.values() for i in ids)
         else:
             self._rows, self.texts_of = _read_tsv(path), {}
             self.ids = list(range(len(self._rows)))

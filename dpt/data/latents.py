@@ -104,6 +104,8 @@ def cache_folder(
     folder.mkdir(parents=True, exist_ok=True)
     expected = manifest(sd, size)
     check_manifest(folder, expected)
+    if not (folder / MANIFEST).exists() and any(folder.glob("*.npy")):
+        raise ValueError(f"{folder} holds latents of an unknown model (no {MANIFEST}): choose another --output")
     _write(folder / MANIFEST, json.dumps(expected, indent=1).encode())
     k, n = shard
     missing = [path for path in files[k::n] if not (folder / f"{path.stem}.npy").exists()]

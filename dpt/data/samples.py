@@ -51,7 +51,10 @@ class CocoSamples:
             self.without_caption, expressions = len(expressions) - len(known), known
         self.expressions = expressions
         if not len(self):
-            raise ValueError("no samples: no expression's image has a caption among the hard negatives")
+            raise ValueError(
+                "no samples: no expressions"
+                + ("" if negatives is None else f" whose image has a caption in {negatives.path}")
+            )
         if negatives is not None:
             distinct = negatives.texts_of if expressions is None else {e.path for e in expressions}
             if min(len(distinct), len(negatives.texts_of)) < 2:
@@ -66,12 +69,12 @@ class CocoSamples:
         Raises:
             ValueError: a file that cannot be read; it is named.
         """
-        generator = sample_generator(self.seed, index, epoch)
+        generator = sample_generator(self.seed, self._id(index), epoch, "draw")
         rng = np.random.default_rng(torch.randint(2**62, (1,), generator=generator).item())
         referred = None if self.expressions is None else self.expressions[index]
         names, captions = [referred.path.name if referred else ""], ("", "", "")
         if self.negatives is not None:
-            text_id = int(rng.choice(self.negatives.texts_of[names[0]])) if referred else self.negatives.ids[index]
+            text_id = int(rng.choice(self.negatives.texts_of[names[0]])) if referred else self._id(index)
             item = self.negatives.item(text_id)
             if referred and item.image != names[0]:
                 raise ValueError(
@@ -81,7 +84,7 @@ class CocoSamples:
             names += [str(rng.choice(item.neg_images)), self._other_image(item.image, rng)]
             captions = (item.title, str(rng.choice(item.neg_captions)), self._other_caption(item.image, rng))
         sample = Sample(
-            id=referred.id if referred else text_id,
+            id=self._id(index),
             images=torch.stack([self._image(name) for name in names]),
             captions=captions,
             expression=referred.expression if referred else "",
@@ -90,6 +93,9 @@ class CocoSamples:
         )
         mirrored = self.flip and rng.random() < 0.5 and all(map(can_mirror, (*captions, sample.expression)))
         return mirror(sample) if mirrored else sample
+
+    def _id(self, index: int) -> int:
+        return self.negatives.ids[index] if self.expressions is None else self.expressions[index].id
 
     def _other_image(self, image: str, rng: np.random.Generator) -> str:
         while True:

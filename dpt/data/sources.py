@@ -43,6 +43,9 @@ def training_samples(data: DataSettings, sd: StableDiffusion, *, seed: int, noti
         flip=data.flip,
         seed=seed,
     )
+    long = [e.id for e in expressions if sd.truncated_part(e.expression)]
+    if long:
+        notice(f"{len(long)} expressions are longer than the text encoder reads, and are cut; the first is {long[0]}")
     if samples.without_caption:
         notice(f"{samples.without_caption} expressions are left out: no caption of their image is in {data.itm}")
     return samples

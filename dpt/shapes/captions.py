@@ -253,7 +253,7 @@ _NOUNS |= {n + ("es" if n == "cross" else "s"): (shape, 2) for n, (shape, _) in 
 _RELATION = re.compile("|".join(rf"(?P<{r}{k}>{w}\b)" for k, (w, r) in enumerate(_RELATIONS)))
 _JOIN = re.compile(r",\s*and\b|,|and\b|with\b")
 _WORD = re.compile(r"[a-z]+")
-_FRAME = re.compile("|".join(FRAMES) + r"|there (?:is|are)\b")
+_FRAME = re.compile(rf"(?:{'|'.join(FRAMES)}|there (?:is|are))\b")
 
 
 def parse(prompt: str) -> Description:
@@ -320,6 +320,10 @@ def parse(prompt: str) -> Description:
         raise ValueError(
             f"prompt {prompt!r} is outside the shapes grammar: it names {description.num_objects} objects, "
             f"a scene holds at most {MAX_OBJECTS}"
+        )
+    if relations and description.num_objects == MAX_OBJECTS:
+        raise ValueError(
+            f"prompt {prompt!r} is outside the shapes grammar: a relation among {MAX_OBJECTS} objects is not decidable"
         )
     return description
 

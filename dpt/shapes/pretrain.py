@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from dpt.config import load_config, save_config
+from dpt.config import flatten, load_config, save_config
 from dpt.curves import plot_curves
 from dpt.shapes.captions import WebNoise
 from dpt.shapes.clip import contrastive_loss, load_clip, make_clip, make_tokenizer, pooled_cosines, retrieval, save_clip
@@ -100,7 +100,7 @@ class PretrainConfig:
 
 
 def run_clip(config: PretrainConfig, folder: Path) -> None:
-    """Trains the CLIP and writes it to `folder/clip`."""
+    """Trains the CLIP and writes it to `folder/clip`, or takes that of `init_from`."""
     if (folder / "clip/model.safetensors").exists():
         return
     if config.init_from:
@@ -289,6 +289,32 @@ def _loop(train: Optimization) -> dict:
     return {name: getattr(train, name) for name in names}
 
 
+def check_settings(config: PretrainConfig, stage: str, folder: Path) -> None:
+    """Raises ValueError where the folder's stage was begun with other settings; what differs is named."""
+    path = folder / f"{stage}.yaml"
+    if not path.exists():
+        return
+    now, before = (flatten(c) for c in (config, load_config(PretrainConfig, path)))
+    differing = [
+        f"{key} {before[key]} (now {value})"
+        for key, value in now.items()
+        if before[key] != value and key.startswith(SETTINGS[stage]) and not key.endswith("_every")
+    ]
+    if differing:
+        raise ValueError(
+            f"stage {stage} in {folder} was begun with other settings: {', '.join(differing)}; name another folder"
+        )
+
+
+SETTINGS = {
+    "clip": ("clip.", "init_from"),
+    "vae": ("vae.channels", "vae.crop", "vae.kl_weight", "vae.train.", "init_from"),
+    "latents": ("unet.num_latents",),
+    "unet": ("unet.", "init_from"),
+    "decoder": ("vae.decoder",),
+    "export": (),
+}
+"""of each stage: the keys, or beginnings of keys, of what it depends on"""
 STAGES = {
     "clip": run_clip,
     "vae": run_vae,
@@ -314,10 +340,15 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     torch.set_num_threads(config.threads)
     folder = Path(config.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for stage in config.stages:
-        save_config(config, folder / f"{stage}.yaml")
-        STAGES[stage](config, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stage in config.stages:
+            check_settings(config, stage, folder)
+            save_config(config, folder / f"{stage}.yaml")
+            STAGES[stage](config, folder)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -1,6 +1,6 @@
 """How far the `shapes` world's own parts can be trusted: the oracle, the small CLIP, the base model.
 
-    python -m dpt.shapes.quality oracle|clip|base
+    python -m dpt.shapes.quality oracle|clip|base|curve
 
 Each prints a Markdown section and puts it into docs/results.md, in place of the section of that name.
 """
@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from dpt.curves import plot_curves
 from dpt.images import make_grid, to_images, to_pixels
 from dpt.metrics import bootstrap_interval
 from dpt.results import RESULTS, record_section
@@ -121,7 +122,7 @@ def agreement() -> tuple[list[dict], dict[tuple[str, str], int]]:
 
 def oracle_section(args: argparse.Namespace) -> str:
     """Renders, hard negatives, VAE round trips and labelled pictures."""
-    world, right, rejected = ShapesWorld("val", seed=77), [], []
+    world, right, rejected, rejected_scenes = ShapesWorld("val", seed=77), [], [], []
     sd = load_stable_diffusion("shapes")
     trips, batch = [], []
     for i in tqdm(range(args.renders), desc="renders", leave=False):
@@ -129,6 +130,7 @@ def oracle_section(args: argparse.Namespace) -> str:
         image = render(example.scene)
         right.append(judge(image, example.caption).label == "correct")
         rejected.append(judge(image, example.negative.caption).label == "misaligned")
+        rejected_scenes.append(judge(render(example.negative.scene), example.caption).label == "misaligned")
         if i < args.round_trips:
             batch.append((image, example.caption))
         if len(batch) == 50 or (batch and i + 1 == args.renders):
@@ -138,6 +140,7 @@ def oracle_section(args: argparse.Namespace) -> str:
     rows = [
         ("fresh renders judged correct", right, "99.5"),
         ("hard-negative captions judged misaligned", rejected, "99.5"),
+        ("hard-negative scenes judged misaligned", rejected_scenes, "99.5"),
         ("renders judged correct after a VAE round trip", trips, "98"),
     ]
     lines = ["| | pictures | % | required % |", "|---|---|---|---|"]
@@ -172,14 +175,11 @@ def base_section(args: argparse.Namespace) -> str:
     """The base model on the val prompts, at the guidance scale that is best on a part of them."""
     sd, began = load_stable_diffusion("shapes"), time.perf_counter()
     few = {c: load_prompts("val", c)[: args.prompts_for_guidance] for c in PROMPT_CATEGORIES}
-    scores = {
-        g: bootstrap_interval([r["label"] == "correct" for r in judge_prompts(sd, few, guidance_scale=g, seeds=(100,))])
-        for g in args.guidance
-    }
-    best = max(scores, key=lambda g: scores[g][0])
+    tried = {g: shares(judge_prompts(sd, few, guidance_scale=g, seeds=(100,))) for g in args.guidance}
+    best = max(tried, key=lambda g: tried[g]["correct"][0])
     lines = [f"Guidance on the first {args.prompts_for_guidance} val prompts a category, image seed 100:", ""]
-    lines += ["| guidance scale | correct % |", "|---|---|"]
-    lines += [f"| {g:g} | {_percent(share)} |" for g, share in scores.items()]
+    lines += ["| guidance scale | correct % | misaligned % | malformed % |", "|---|---|---|---|"]
+    lines += [f"| {g:g} | " + " | ".join(map(_percent, tried[g].values())) + " |" for g in tried]
     prompts = {c: load_prompts("val", c) for c in PROMPT_CATEGORIES}
     records = judge_prompts(sd, prompts, seeds=tuple(range(args.seeds)), guidance_scale=best)
     lines += ["", f"All val prompts, guidance {best:g}, 20 DDIM steps, image seeds 0 to {args.seeds - 1}:", ""]
@@ -193,19 +193,40 @@ def base_section(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+def curve_section(args: argparse.Namespace) -> str:
+    """The U-Net's val curve, drawn beside the Markdown file."""
+    records = [json.loads(line) for line in (args.run / "unet.metrics.jsonl").read_text().splitlines()]
+    records = [record for record in records if "val_loss" in record]
+    plot_curves(args.run / "unet.metrics.jsonl", args.output.parent / "pretraining.png")
+    lines = ["![Loss and verdicts while the U-Net was trained](pretraining.png)", ""]
+    lines += ["| step | val loss | unweighted | correct % | misaligned % | malformed % |", "|---|---|---|---|---|---|"]
+    for record in records:
+        shown = [f"{record[name]:.4f}" for name in ("val_loss", "val_loss_unweighted")]
+        shown += [f"{100 * record[label]:.0f}" for label in LABELS]
+        lines.append(f"| {record['step']} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("section", choices=("oracle", "clip", "base"))
+    parser.add_argument("section", choices=("oracle", "clip", "base", "curve"))
     parser.add_argument("--output", type=Path, default=RESULTS, help="the Markdown file (default: docs/results.md)")
     parser.add_argument("--renders", type=int, default=5000, help="oracle: fresh renders")
-    parser.add_argument("--round_trips", type=int, default=1000, help="oracle: of these, sent through the VAE")
+    parser.add_argument("--round_trips", type=int, default=5000, help="oracle: of these, sent through the VAE")
     parser.add_argument("--guidance", type=float, nargs="+", default=[2, 3, 4, 5, 7.5], help="base: scales to try")
     parser.add_argument("--prompts_for_guidance", type=int, default=20, help="base: prompts a category for that")
     parser.add_argument("--seeds", type=int, default=1, help="base: image seeds a prompt")
+    parser.add_argument(
+        "--run", type=Path, default=Path("outputs/shapes-pretrain"), help="curve: the folder of the pretraining"
+    )
     args = parser.parse_args(argv)
-    sections = {"oracle": oracle_section, "clip": clip_section, "base": base_section}
-    text = sections[args.section](args)
+    sections = {"oracle": oracle_section, "clip": clip_section, "base": base_section, "curve": curve_section}
+    try:
+        text = sections[args.section](args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     record_section(args.output, args.section, f"python -m dpt.shapes.quality {shlex.join(argv)}", text)
     return 0
 

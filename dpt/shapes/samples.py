@@ -60,7 +60,7 @@ class ShapesSamples:
                 sd.vae,
                 lambda i: render(self.world[i].negative.scene),
                 folder,
-                key=f"{self.world.key()} edited",
+                key=f"{self.world.key()} edited (2)",
                 count=num_samples,
             )
         else:
@@ -72,7 +72,7 @@ class ShapesSamples:
     def get(self, index: int, epoch: int) -> Sample:
         """The sample of an index in an epoch; its random negative, wording and expression differ between epochs."""
         example = self.world[index]
-        generator = sample_generator(self.draw_seed, index, epoch)
+        generator = sample_generator(self.draw_seed, index, epoch, "draw")
         rng = np.random.default_rng(torch.randint(2**62, (1,), generator=generator).item())
         (other,) = self._false_of(index, rng.permutation(self.num_samples), 1)
         other_description, _ = self.world.scene(other)

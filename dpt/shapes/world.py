@@ -190,6 +190,8 @@ def edit_description(description: Description, rng: np.random.Generator, split: 
                     edited[k] = replace(phrases[k], **{name: names[int(rng.random() * len(names))]})
         result = Description(tuple(edited), new_relations)
         num_large = sum(p.count for p in edited if p.size == "large")
+        if new_relations and result.num_objects == MAX_OBJECTS:  # directions keep no margin there
+            continue
         if result.num_objects > MAX_OBJECTS or num_large == MAX_OBJECTS:  # four large ones hardly fit
             continue
         if not _distinct(edited) or result.key() == description.key():
