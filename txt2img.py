@@ -27,9 +27,19 @@ from dpt.checkpoint import load_checkpoint
 from dpt.images import append_metadata, make_grid, numbered, read_metadata, save_new
 from dpt.sampling import CORRECTION_TARGETS, CorrectionSettings, draw
 from dpt.shapes.captions import parse
-from dpt.stable_diffusion import CKPT_FOLDER, DEFAULT_MODEL, MODELS, StableDiffusion, known_name, load_stable_diffusion
+from dpt.stable_diffusion import (
+    CKPT_FOLDER,
+    DEFAULT_MODEL,
+    MODELS,
+    StableDiffusion,
+    architecture,
+    check_size,
+    known_name,
+    load_stable_diffusion,
+)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+VAE_SCALE_FACTOR = 8  # of all models by name
 GRID_ROWS, GRID_COLUMNS = 12, 8
 DPT_WEIGHTS = {"shapes": CKPT_FOLDER / "shapes-dpt", "sd21-base": CKPT_FOLDER / "dpt-v2.1"}
 """Adapter and LoRA that belong to a base model, used where they are there."""
@@ -180,6 +190,17 @@ def describe_correction(weights: Path | None, correction: CorrectionSettings) ->
     return f"DPT weights {weights}, self-correction {length} ({correction.target})"
 
 
+def describe_size(args: argparse.Namespace) -> str:
+    """In words: how large pictures would be. Raises ValueError for a size that the model cannot draw."""
+    try:
+        config, _, _ = architecture(args.model)
+    except ValueError as error:
+        return str(error)
+    size = config.sample_size * VAE_SCALE_FACTOR
+    height, width = (check_size(name, getattr(args, name) or size, VAE_SCALE_FACTOR) for name in ("H", "W"))
+    return f"{height} x {width} pixels"
+
+
 def weights_fingerprint(*modules: torch.nn.Module) -> str:
     """16 hex digits that tell models apart: a hash of every tensor's name, shape and first 16 values."""
     digest = hashlib.sha256()
@@ -253,6 +274,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(prompts)} prompt(s) x {per_prompt} = {len(jobs)} picture(s)")
     if args.dry_run:
         print(f"{args.steps} DDIM steps, guidance scale {args.scale}, seeds from {args.seed}, into {args.outdir}")
+        print(describe_size(args))
         return 0
     samples = args.outdir / "samples"
     try:

@@ -55,6 +55,7 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end=None,
+        callback_on_step_end_tensor_inputs: list[str] = ("latents",),
         correction_factor: float = 0.5,
         correction_norm: float | None = None,
         correction_target: str = "conditional",
@@ -67,8 +68,9 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
         Args:
             prompt_embeds, negative_prompt_embeds: contexts (B, L, E) instead of prompts.
             pooled_prompt_embeds: the pooled text (B, P) that belongs to `prompt_embeds`; a correction needs it.
-            callback_on_step_end: called as (pipeline, step, timestep, {"latents": latents}) after each step; the
-                latents of the dict that it returns, if it does, take their place.
+            callback_on_step_end: called as (pipeline, step, timestep, tensors) after each step; the latents of the
+                dict that it returns, if it does, take their place.
+            callback_on_step_end_tensor_inputs: what its dict holds: latents, prompt_embeds, negative_prompt_embeds.
 
         Raises:
             ValueError: a size the model cannot draw, neither or both of prompt and embeddings, or a correction without
@@ -83,6 +85,11 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
             raise ValueError("pass either prompt or prompt_embeds")
         if prompt_embeds is not None and settings.active and pooled_prompt_embeds is None:
             raise ValueError("correction_factor with prompt_embeds needs pooled_prompt_embeds too")
+        unknown = {*callback_on_step_end_tensor_inputs} - {"latents", "prompt_embeds", "negative_prompt_embeds"}
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs holds {', '.join(sorted(unknown))}, which is not there"
+            )
         sd = self._as_stable_diffusion()
         context, pooled = prompt_embeds, pooled_prompt_embeds
         if context is None:
@@ -110,7 +117,9 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
                 bar.update()
                 if callback_on_step_end is None:
                     return None
-                changed = callback_on_step_end(self, step, self.scheduler.timesteps[step], {"latents": latents})
+                tensors = {"latents": latents, "prompt_embeds": context, "negative_prompt_embeds": negative}
+                tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                changed = callback_on_step_end(self, step, self.scheduler.timesteps[step], tensors)
                 return changed.get("latents") if isinstance(changed, dict) else None
 
             latents = sample(

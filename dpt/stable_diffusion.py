@@ -92,13 +92,10 @@ class StableDiffusion:
         Raises:
             ValueError: a size that is not a positive multiple of `vae_scale_factor`.
         """
-        sizes = {"H": height, "W": width}
-        for name, value in sizes.items():
-            value = self.default_size if value is None else value
-            if value <= 0 or value % self.vae_scale_factor:
-                raise ValueError(f"{name} is {value}; it must be a positive multiple of {self.vae_scale_factor}")
-            sizes[name] = value // self.vae_scale_factor
-        return (self.unet.config.in_channels, sizes["H"], sizes["W"])
+        factor, sides = self.vae_scale_factor, []
+        for name, value in {"H": height, "W": width}.items():
+            sides.append(check_size(name, self.default_size if value is None else value, factor) // factor)
+        return (self.unet.config.in_channels, *sides)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,6 +157,13 @@ class StableDiffusion:
         if prediction_type == "v_prediction":
             return self.scheduler.get_velocity(latents, noise, timesteps)
         raise ValueError(f"prediction_type is {prediction_type!r}; it must be epsilon or v_prediction")
+
+
+def check_size(name: str, value: int, factor: int) -> int:
+    """The value, if it is a size in pixels that an autoencoder of that factor takes; else ValueError."""
+    if value <= 0 or value % factor:
+        raise ValueError(f"{name} is {value}; it must be a positive multiple of {factor}")
+    return value
 
 
 def load_stable_diffusion(

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dpt.data.collate import Sample, collate, encode_batch, positive_map
+from dpt.data.collate import Sample, collate, encode_batch, positive_map, sample_generator
 from dpt.rec_text import load_rec_text_encoder
 from dpt.stable_diffusion import load_stable_diffusion
 
@@ -86,3 +86,23 @@ def test_targets(sd, rec_text):
 
 def test_long_expressions_keep_the_no_object_slot_free():
     assert positive_map(torch.ones(1, 400, dtype=torch.bool), normalize=False)[0, -1] == 0
+
+
+def test_streams_of_random_numbers_are_independent():
+    """What is drawn of a sample tells nothing of the noise that it is trained under."""
+    draws = {p: torch.randn(1000, generator=sample_generator(0, 5, 1, p)) for p in ("noise", "draw")}
+    for shift in range(-3, 4):
+        a, b = draws["noise"], draws["draw"].roll(shift)
+        assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 0.15
+
+
+def test_equal_texts_are_encoded_once(sd, rec_text, monkeypatch):
+    rows = []
+    forward = type(sd.text_encoder).forward
+    monkeypatch.setattr(
+        type(sd.text_encoder),
+        "forward",
+        lambda self, input_ids, **kwargs: rows.append(len(input_ids)) or forward(self, input_ids, **kwargs),
+    )
+    encode_batch(collate([make(k) for k in range(5)]), sd, rec_text, seed=0)
+    assert rows == [4, 1]  # three captions and an expression; the expression once more for REC

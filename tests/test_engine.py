@@ -130,6 +130,7 @@ def test_a_run_that_failed_to_start_leaves_its_name_free(tmp_path, cache):
     assert run("probe", tmp_path, cache, "optim.steps=1") == 0
 
 
+@pytest.mark.slow
 def test_options_do_something(tmp_path, cache):
     assert run("tune", tmp_path / "base", cache, "optim.steps=1") == 0
     base = metrics(tmp_path / "base")[0]
@@ -310,6 +311,24 @@ def test_twenty_kills_change_nothing(tmp_path, cache):
         (["data.negatives=best"], "data.negatives is 'best'"),
         (["noise.first_timestep=10", "noise.last_timestep=5"], "they need 0 <= first <= last"),
         (["lora.blocks=[down3]"], "there is no attention in them"),
+        (["lora.blocks=[up1,up9]"], "feature is 'up9'"),
+        (["adapter.nheads=0"], "nheads is 0"),
+        (["adapter.hidden_dim=0"], "hidden_dim is 0"),
+        (["samples.num_inference_steps=0"], "samples.num_inference_steps is 0"),
+        (["samples.num_images=0"], "samples.num_images is 0"),
+        (["samples.every=0", "samples.prompts=[]"], "samples.prompts are 0"),
+        (["samples.every=-7"], "samples.every is -7"),
+        (["loss.temperature=0"], "loss.temperature is 0"),
+        (["loss.snr_gamma=-1"], "loss.snr_gamma is -1"),
+        (["loss.eos_coef=-1"], "loss.eos_coef is -1"),
+        (["loss.cost_giou=-1"], "loss.cost_giou is -1"),
+        (["optim.max_grad_norm=0"], "optim.max_grad_norm is 0"),
+        (["optim.lr=nan"], "optim.lr is nan"),
+        (["noise.offset=-1"], "noise.offset is -1"),
+        (["seed=-1"], "seed is -1"),
+        (["seed=${nope}"], "nope"),
+        (["control=luck"], "control is 'luck'"),
+        (["data.num_samples=1"], "random negatives need at least 2"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, cache, capsys, overrides, message):
@@ -319,10 +338,127 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, cache, capsys, override
     assert message in error
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- a\n- b\n", "keys and values are expected"),
+        (b"optim: {lr: \xff}\n", "cannot be read"),
+        (b"optim: {lr: 1", "cannot be read"),
+        (b"optim: {lrr: 1}\n", "did you mean optim.lr?"),
+        (b"optim: {steps: many}\n", "optim.steps"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_bad_config_file_is_named(tmp_path, capsys, content, message):
+    path = tmp_path / "bad.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    assert SCRIPTS["probe"]([str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(path) in error
+    assert message in error
+
+
+@pytest.mark.parametrize("setting", ["lora.rank=2", "lora.blocks=[up1]", "loss.snr_gamma=5", "lora.alpha=8"])
+def test_settings_of_tune_are_refused_in_probe(tmp_path, cache, capsys, setting):
+    assert run("probe", tmp_path, cache, setting) == 2
+    assert "it is for tune" in capsys.readouterr().err
+
+
 def test_an_existing_run_is_refused(tmp_path, cache, capsys):
     assert run("probe", tmp_path, cache, "optim.steps=1") == 0
     assert run("probe", tmp_path, cache, "optim.steps=1") == 2
     assert "pass resume=true" in capsys.readouterr().err
+    for path in (tmp_path / "run/metrics.jsonl", *(tmp_path / "run/checkpoints").iterdir()):
+        path.unlink() if path.is_file() else shutil.rmtree(path)  # as in its first steps
+    assert run("probe", tmp_path, cache, "optim.steps=1") == 2
+
+
+def test_old_checkpoints_are_removed(tmp_path, cache):
+    assert run("probe", tmp_path, cache, "optim.steps=4", "checkpoints.keep=1") == 0
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_0000004"]
+
+
+def test_tune_goes_on_without_naming_its_probe_again(tmp_path, cache, capsys):
+    assert run("tune", tmp_path, cache, "optim.steps=1") == 0
+    assert run("tune", tmp_path, cache, "optim.steps=2", "resume=true", "init_from=null") == 0
+    assert run("tune", tmp_path / "none", cache, "resume=true", "init_from=null") == 2
+    assert "init_from is missing" in capsys.readouterr().err
+
+
+def test_another_joint_batch_is_not_resumed(tmp_path, cache, capsys):
+    assert run("probe", tmp_path, cache, "optim.steps=1") == 0
+    state = tmp_path / "run/checkpoints/step_0000001/training_state/state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"samples_per_step": 8}))
+    assert run("probe", tmp_path, cache, "resume=true") == 2
+    assert "trains on 8 samples a step, here it would on 4" in capsys.readouterr().err
+
+
+def test_pictures_that_a_kill_left_out_are_made_up_for(tmp_path, cache):
+    pictures = ["samples.every=0", "samples.num_inference_steps=2", "samples.prompts=[a red circle]"]
+    assert run("probe", tmp_path, cache, "optim.steps=1", *pictures) == 0
+    grid = tmp_path / "run/samples/step_0000001.png"
+    before = grid.read_bytes()
+    grid.unlink()
+    (tmp_path / "run/curves.png").unlink()
+    assert run("probe", tmp_path, cache, "optim.steps=1", "resume=true", *pictures) == 0
+    assert grid.read_bytes() == before
+    assert (tmp_path / "run/curves.png").exists()
+
+
+def test_lora_of_other_blocks_is_not_gone_on_from(tmp_path, cache, capsys):
+    assert run("tune", tmp_path / "a", cache, "optim.steps=1", "lora.blocks=[up1]") == 0
+    start = f"init_from={tmp_path / 'a/run'}"
+    assert run("tune", tmp_path / "b", cache, "optim.steps=1", start, "lora.blocks=[down0]") == 2
+    assert "lora.blocks" in capsys.readouterr().err
+    assert run("tune", tmp_path / "c", cache, "optim.steps=1", start, "lora.blocks=[up1]") == 0
+
+
+@pytest.mark.slow
+def test_optimiser_settings_do_something(tmp_path, cache):
+    """After two steps the weights differ from those of the defaults."""
+    variants = {
+        "base": [],
+        "betas": ["optim.betas=[0.5,0.9]"],
+        "decay": ["optim.weight_decay=10"],
+        "clip": ["optim.max_grad_norm=0.001"],
+        "warmup": ["optim.warmup_steps=2"],
+        "schedule": ["optim.schedule=constant"],
+        "loss": ["loss.weights.bbox=50"],
+        "queries": ["adapter.num_queries_rec=5"],
+        "feature": ["model.feature=all", "adapter.fusion_dim=16", "adapter.fusion_size=4"],
+        "joined": ["model.feature=down1+up0"],
+        "timestep": ["noise.first_timestep=500", "noise.last_timestep=500"],
+        "costs": ["loss.cost_class=0", "loss.cost_giou=50"],
+    }
+    ends = {}
+    for name, settings in variants.items():
+        common = ["optim.steps=2", "optim.warmup_steps=0", "validation.every=9"]
+        assert run("probe", tmp_path / name, cache, *common, *settings) == 0
+        ends[name] = weights(tmp_path / name, 2)["rec_head.bbox_embed.4.weight"]
+    for name, value in ends.items():
+        assert name == "base" or not torch.equal(value, ends["base"]), name
+
+
+@pytest.mark.slow
+def test_sample_settings_do_something(tmp_path, cache):
+    pictures = ["samples.every=0", "samples.num_inference_steps=2", "samples.prompts=[a red circle]"]
+    grids = {}
+    for name, settings in {
+        "base": [],
+        "num_images": ["samples.num_images=1"],
+        "seed": ["samples.seed=9"],
+        "guidance": ["samples.guidance_scale=1"],
+        "factor": ["samples.correction_factor=500"],
+    }.items():
+        more = ["log_every=2", "validation.every=1"] if name == "seed" else []
+        assert run("probe", tmp_path / name, cache, "optim.steps=2", *pictures, *settings, *more) == 0
+        grids[name] = (tmp_path / name / "run/samples/step_0000002.png").read_bytes()
+    assert len(set(grids.values())) == len(grids)
+    assert sum("loss_ce" in record for record in metrics(tmp_path / "seed")) == 1
+    assert sum("itm_text" in record for record in metrics(tmp_path / "seed")) == 2
+    assert sum("loss_ce" in record for record in metrics(tmp_path / "base")) == 2
 
 
 @pytest.mark.parametrize("what", ["a loss", "the gradient"])
@@ -363,6 +499,13 @@ def test_out_of_memory_says_what_to_lower(tmp_path, cache, capsys, monkeypatch):
     monkeypatch.setattr("dpt.model.itm_loss", exhausted)
     assert run("probe", tmp_path, cache) == 2
     assert "out of memory: lower optim.batch_size" in capsys.readouterr().err
+
+    def broken(*args):
+        raise NotImplementedError("no such kernel")
+
+    monkeypatch.setattr("dpt.model.itm_loss", broken)
+    with pytest.raises(NotImplementedError):
+        run("probe", tmp_path / "other", cache)
 
 
 def test_dry_run_trains_nothing(tmp_path, cache, capsys):

@@ -56,9 +56,42 @@ def test_golden_rec_losses_and_gradients(golden, case):
     assert losses["loss_contrastive_align"].item() == pytest.approx(fixed["batch_index_fixed"], rel=1e-5)
     # where a span begins or ends on a blank the reference reads another text's tokens; we don't
     assert (fixed["published"] == fixed["batch_index_fixed"]) == (case != "space")
-    sum(WEIGHTS[name] * loss for name, loss in losses.items()).backward()
+    total = sum(WEIGHTS[name] * loss for name, loss in losses.items())
+    if case != "space":
+        assert total.item() == pytest.approx(arrays["total"].item(), rel=1e-5)
+    total.backward()
     checked = ["pred_logits", "pred_boxes"] + (["proj_queries", "proj_tokens"] if case != "space" else [])
     for name in checked:
+        expected = arrays[f"grad_{name}"]
+        assert torch.allclose(outputs[name].grad, expected, rtol=0, atol=1e-4 * expected.abs().max().item()), name
+
+
+def slipped_mask(encoding, index, spans, length):
+    """The reference's token look-up: beside a blank it looks on in the batch's first text."""
+    mask = torch.zeros(length, dtype=torch.bool)
+    for begin, end in spans:
+        first = [encoding.char_to_token(index, begin), *(encoding.char_to_token(begin + k) for k in (1, 2))]
+        last = [encoding.char_to_token(index, end - 1), *(encoding.char_to_token(end - k) for k in (2, 3))]
+        first, last = (next(t for t in tokens if t is not None) for tokens in (first, last))
+        mask[first : last + 1] = True
+    return mask
+
+
+def test_golden_token_lookup_with_the_reference_s_slip(golden):
+    """With its masks the losses are the published ones to the digit, gradients included."""
+    arrays, outputs, targets = rec_case(golden, "space")
+    described = json.loads((golden / "loss_criterion_space.targets.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(golden / "roberta")
+    encoding = tokenizer([d["caption"] for d in described], padding="longest", return_tensors="pt")
+    for b, (d, target) in enumerate(zip(described, targets, strict=True)):
+        masks = [slipped_mask(encoding, b, spans, target["token_mask"].shape[1]) for spans in d["tokens_positive"]]
+        target["token_mask"] = torch.stack(masks) if masks else target["token_mask"]
+    losses = compute(outputs, targets)
+    assert losses["loss_contrastive_align"].item() == pytest.approx(arrays["loss_contrastive_align"].item(), rel=1e-5)
+    total = sum(WEIGHTS[name] * loss for name, loss in losses.items())
+    assert total.item() == pytest.approx(arrays["total"].item(), rel=1e-5)
+    total.backward()
+    for name in ("pred_logits", "pred_boxes", "proj_queries", "proj_tokens"):
         expected = arrays[f"grad_{name}"]
         assert torch.allclose(outputs[name].grad, expected, rtol=0, atol=1e-4 * expected.abs().max().item()), name
 
@@ -90,8 +123,19 @@ def test_golden_itm_losses(golden):
     )
     assert losses["loss_itm_i2t"].item() == pytest.approx(arrays["i2t"].item(), rel=1e-5)
     assert losses["loss_itm_t2i"].item() == pytest.approx(arrays["t2i"].item(), rel=1e-5)
-    # the published code rounds to half precision; we don't
-    assert losses["loss_itm_i2t"].item() != arrays["i2t_published_half"].item()
+    # the published code rounds to half precision: so rounded, ours are its values; we don't round
+    for name, key in (("loss_itm_i2t", "i2t_published_half"), ("loss_itm_t2i", "t2i_published_half")):
+        published = arrays[key].item()
+        assert losses[name].item() != published
+        assert losses[name].item() == pytest.approx(published, rel=2e-3, abs=1e-4), name
+    texts = arrays["all_txt"]
+    for embeddings, pooled, key in (
+        (arrays["img_cond_different_txt"], texts, "i2t_max_ids"),
+        (arrays["different_img_cond_same_txt"], texts[:, :1].expand_as(texts), "t2i_max_ids"),
+    ):
+        queries, text = (torch.nn.functional.normalize(x, dim=-1) for x in (embeddings, pooled))
+        chosen = torch.einsum("bkqp,bkp->bkq", queries, text).argmax(-1)
+        assert torch.equal(chosen.flatten(), arrays[key].flatten().long()), key
 
 
 def test_golden_denoising_loss(golden):
@@ -141,6 +185,22 @@ def test_losses_are_float32_under_autocast_and_half_inputs():
     assert all(value.dtype == torch.float32 for value in losses.values())
     expected = itm_loss(embeddings.float(), texts.float(), embeddings.float(), texts[:, 0].float(), torch.tensor(14.3))
     assert losses["loss_itm_i2t"].item() == pytest.approx(expected["loss_itm_i2t"].item(), rel=1e-6)
+    heads = {"pred_logits": torch.randn(1, 5, 256), "pred_boxes": torch.rand(1, 5, 4) * 0.3 + 0.3}
+    heads["proj_queries"] = torch.nn.functional.normalize(torch.randn(1, 5, 8), dim=-1)
+    mask = torch.arange(6)[None] == 1
+    target = {"boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]]), "positive_map": positive_map(mask), "token_mask": mask}
+    tokens = torch.nn.functional.normalize(torch.randn(1, 6, 8), dim=-1)
+    halves = {name: value.bfloat16() for name, value in heads.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = rec_losses(halves, [target], proj_tokens=tokens.bfloat16())
+        scheduler = DDIMScheduler()
+        noise = torch.randn(2, 4, 8, 8)
+        found |= denoising_loss(noise.bfloat16(), noise, torch.tensor([3, 900]), scheduler, snr_gamma=5.0)
+    assert all(value.dtype == torch.float32 for value in found.values())
+    rounded = {name: value.float() for name, value in halves.items()}
+    expected = rec_losses(rounded, [target], proj_tokens=tokens.bfloat16().float())
+    for name, value in expected.items():
+        assert found[name].item() == pytest.approx(value.item(), rel=1e-6), name
 
 
 def test_true_pairs_first_have_a_small_itm_loss():

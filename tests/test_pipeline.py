@@ -75,6 +75,63 @@ def test_the_usual_call(pipe):
     assert again.shape == (1, 64, 64, 3)
 
 
+def test_what_a_callback_is_given(pipe, capsys):
+    seen = {}
+    names = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    pipe.set_progress_bar_config(disable=False)
+    pipe(
+        "a red circle",
+        callback_on_step_end=lambda p, i, t, tensors: seen.update({n: tuple(x.shape) for n, x in tensors.items()}),
+        callback_on_step_end_tensor_inputs=names,
+        **CALL,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    assert seen == {"latents": (1, 4, 16, 16)} | dict.fromkeys(names[1:], (1, 32, pipe.text_encoder.config.hidden_size))
+    assert "6/6" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="holds noise_pred, which is not there"):
+        pipe("a red circle", callback_on_step_end_tensor_inputs=["noise_pred"], **CALL)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler])
+def test_whole_corrected_trajectories(pipe, scheduler):
+    """Both targets, with every scheduler: finite, and each another picture."""
+    original, noise = pipe.scheduler, initial_noise([1], (4, 16, 16))
+    pipe.scheduler = scheduler.from_config(original.config)
+    ends = [
+        pipe("a red circle", latents=noise, correction_norm=norm, correction_target=target, **CALL).images
+        for norm, target in ((0.0, "conditional"), (0.05, "conditional"), (0.05, "latent"))
+    ]
+    pipe.scheduler = original
+    assert all(end.isfinite().all() for end in ends)
+    for k, a in enumerate(ends):
+        assert all((a - b).abs().max() > 1e-3 for b in ends[:k])
+
+
+def test_a_correction_keeps_no_activation_of_a_later_block(pipe):
+    """What autograd saves for the gradient of the score is what the truncated pass keeps, not the whole pass."""
+    sd = pipe._as_stable_diffusion()
+    z, (context, pooled) = initial_noise([1, 2], (4, 16, 16)), sd.encode_prompts(["a red circle"] * 2)
+
+    def saved_bytes(function):
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            function()
+        weights = {p.untyped_storage().data_ptr() for p in [*sd.unet.parameters(), *pipe._scorer.adapter.parameters()]}
+        return sum(size for pointer, size in storages.items() if pointer not in weights)
+
+    timestep = torch.tensor(500)
+    texts = {"encoder_hidden_states": context, "pooled_prompt_embeds": pooled}
+    corrected = saved_bytes(lambda: score_gradient(sd.unet, pipe._scorer, z, timestep, **texts))
+    leaf = z.clone().requires_grad_()
+    whole = saved_bytes(lambda: sd.unet(leaf, timestep, context))
+    assert corrected < 0.6 * whole
+
+
 def test_embeddings_stand_for_prompts(pipe):
     noise = initial_noise([1], (4, 16, 16))
     expected = pipe("a red circle", latents=noise, negative_prompt="a cross", correction_norm=0.01, **CALL).images

@@ -136,8 +136,38 @@ def test_ids_that_are_gone_map_to_their_mirror_with_one_notice():
 
 def test_an_incomplete_folder_is_named(tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not a complete Stable Diffusion folder"):
+    with pytest.raises(ValueError, match=r"is not a complete Stable Diffusion folder.*mirrored.*--model shapes"):
         load_stable_diffusion(str(tmp_path))
+
+
+def test_a_folder_without_its_tokenizer_is_refused(tmp_path):
+    shutil.copytree(SHAPES_FOLDER, tmp_path / "model")
+    (tmp_path / "model/tokenizer/tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="its tokenizer has"):
+        load_stable_diffusion(str(tmp_path / "model"))
+
+
+def test_revision_and_local_files_only_are_passed_on(monkeypatch):
+    given = {}
+
+    def from_pretrained(source, **options):
+        given.update(options, source=source)
+        raise OSError("no network")
+
+    monkeypatch.setattr("dpt.stable_diffusion.StableDiffusionPipeline.from_pretrained", from_pretrained)
+    with pytest.raises(ValueError, match="no network"):
+        load_stable_diffusion("someone/model", revision="fp16", local_files_only=True)
+    assert (given["source"], given["revision"], given["local_files_only"]) == ("someone/model", "fp16", True)
+
+
+def test_many_pictures_are_decoded_in_slices_and_alike():
+    sd = load_stable_diffusion("shapes")
+    latents = torch.randn(6, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    alone = torch.cat([sd.decode_latents(z[None]) for z in latents])
+    assert not sd.vae.use_slicing
+    together = sd.decode_latents(latents)
+    assert sd.vae.use_slicing
+    assert torch.allclose(alone, together, atol=1e-5)
 
 
 @pytest.mark.slow

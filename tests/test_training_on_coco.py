@@ -101,6 +101,8 @@ def test_epochs_stand_for_steps(coco_tree, tmp_path):
         (["data.expressions=itm/val.tsv"], "is no whole JSON file"),
         (["data.expressions=annotations/captions_val2014.json"], "is no REC annotation file"),
         (["data.num_samples=0"], "holds no expressions"),
+        (["data.negatives=mined"], "the setting is for shapes"),
+        (["loss.denoise_negatives=true"], "negatives of coco come without captions"),
     ],
 )
 def test_bad_data_is_one_line_and_exit_code_2(coco_tree, tmp_path, capsys, overrides, message):
@@ -130,6 +132,37 @@ def test_a_dry_run_names_missing_data(coco_tree, tmp_path, capsys):
     assert "1 of these are missing" in out.err
 
 
+@pytest.mark.parametrize("key", ["data.itm", "data.val_itm", "data.val_expressions"])
+@pytest.mark.parametrize("content", ["<html>", "[]", '{"a.jpg": 3}', '{"a.jpg": ["1"]}', ""])
+def test_other_files_that_are_none(coco_tree, tmp_path, capsys, key, content):
+    broken = tmp_path / "broken"
+    if key == "data.itm":
+        broken.mkdir()
+        (broken / "imgname2txtid.json").write_text(content)
+    else:
+        broken.write_text(content)
+    value = f"[{broken}]" if key == "data.val_expressions" else broken
+    assert run("probe", coco_tree, tmp_path, f"{key}={value}") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert str(broken) in error
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"bbox": [1, 2, 3]}, {"bbox": ["a", 2, 3, 4]}, {"tokens_positive": [[0, 1, 2]]}, {"tokens_positive": [[-3, 2]]}],
+)
+def test_boxes_and_spans_of_another_format(coco_tree, tmp_path, capsys, change):
+    content = json.loads((coco_tree / "annotations/finetune_refall_train.json").read_text())
+    content["annotations"][0].update(change)
+    broken = tmp_path / "finetune_broken.json"
+    broken.write_text(json.dumps(content))
+    assert run("probe", coco_tree, tmp_path, f"data.expressions={broken}") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert str(broken) in error
+    assert f"expression {content['annotations'][0]['image_id']}" in error
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_cannot_be_read_is_named(coco_tree, tmp_path, capsys, workers):
     tree = tmp_path / "data"
@@ -142,7 +175,7 @@ def test_an_image_that_cannot_be_read_is_named(coco_tree, tmp_path, capsys, work
     assert "cannot be read as an image" in error
 
 
-def test_odd_images_and_long_expressions_are_trained_on(coco_tree, tmp_path):
+def test_odd_images_and_long_expressions_are_trained_on(coco_tree, tmp_path, capsys):
     """Palette, alpha, EXIF rotation, one pixel; an expression longer than the text encoder takes."""
     tree = tmp_path / "data"
     shutil.copytree(coco_tree, tree)
@@ -159,4 +192,5 @@ def test_odd_images_and_long_expressions_are_trained_on(coco_tree, tmp_path):
         image["caption"] += " and so on" * 100
     annotations.write_text(json.dumps(content))
     assert run("tune", tree, tmp_path / "out", "optim.epochs=1", "optim.steps=1") == 0
+    assert "expressions are longer than the text encoder reads" in capsys.readouterr().out
     assert all(torch.tensor(list(r.values())).isfinite().all() for r in losses(tmp_path / "out"))

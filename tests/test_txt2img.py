@@ -132,10 +132,12 @@ def test_prompts_that_people_and_files_bring(tmp_path, capsys):
     file.write_text("\n\n  a red circle  \n\n🙂\n", "utf-8")
     long = "a red circle and " * 60
     arguments = ["--from-file", str(file), "--prompt", "", "--prompt", long, "--prompt", "a red\ncircle"]
+    arguments += ["--negative_prompt", "no cross and " * 40]
     assert draw(tmp_path / "out", *arguments) == 0
     assert [r["prompt"] for r in read_metadata(tmp_path / "out")] == ["", long, "a red\ncircle", "a red circle", "🙂"]
     out = capsys.readouterr().out
     assert "reads 32 tokens a prompt; not read of" in out
+    assert "not read of 'no cross" in out
     assert out.count("only knows shapes") == 1
 
 
@@ -186,7 +188,56 @@ def test_no_prompt_and_broken_files(tmp_path, capsys):
 def test_the_paper_s_command_without_cuda(tmp_path, capsys, flag, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert draw(tmp_path, flag, "0", "--prompt", "a red circle") == 0
-    assert "no CUDA device here: drawing on the CPU" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("shapes on cpu in float32")
+    assert "no CUDA device here: drawing on the CPU" in lines
+
+
+def test_gpus_by_number(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert draw(tmp_path, "--gpu", "1", "--prompt", "a red circle", "--dry-run") == 0
+    assert "on cuda:1 in float16" in capsys.readouterr().out
+    assert draw(tmp_path, "--gpu", "2", "--prompt", "a red circle", "--dry-run") == 2
+    assert "this machine has 2 CUDA device(s)" in capsys.readouterr().err
+
+
+def test_several_samples_and_other_spellings(tmp_path):
+    arguments = ["--pretrained_model_name_or_path", "shapes", "--device", "cpu", "--n_samples", "3", "--seed", "5"]
+    assert draw(tmp_path, "--prompt", "a red circle", *arguments) == 0
+    assert [record["seed"] for record in read_metadata(tmp_path)] == [5, 6, 7]
+
+
+def test_missing_weights_are_one_line(tmp_path, capsys):
+    for model in ("sd21-base", "nobody/no-such-model"):
+        assert draw(tmp_path, "--prompt", "x", "--model", model, "--local-files-only") == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "--model shapes" in error
+    assert draw(tmp_path, "--prompt", "x", "--revision", "fp16") == 2
+    assert "is a local folder, which has none" in capsys.readouterr().err
+
+
+def test_a_dry_run_checks_the_size(tmp_path, capsys):
+    assert draw(tmp_path, "--prompt", "a red circle", "--dry-run", "--H", "100") == 2
+    assert "H is 100" in capsys.readouterr().err
+    assert draw(tmp_path, "--prompt", "a red circle", "--dry-run", "--H", "64") == 0
+    assert "64 x 128 pixels" in capsys.readouterr().out
+
+
+def test_a_damaged_metadata_file_is_gone_on_with(tmp_path):
+    assert draw(tmp_path, "--prompt", "a red circle") == 0
+    with (tmp_path / "metadata.jsonl").open("a") as file:
+        file.write('{"prompt": 3}\n[]\n{"file": "samp')
+    assert draw(tmp_path, "--prompt", "a red circle", "--prompt", "a blue star", "--skip_existing") == 0
+    assert [record["prompt"] for record in read_metadata(tmp_path)] == ["a red circle", "a blue star"]
+
+
+def test_pictures_that_are_not_finite_are_not_saved(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dpt.sampling.sample", lambda *args, **kwargs: args[2] * float("nan"))
+    assert draw(tmp_path, "--prompt", "a red circle") == 2
+    assert "the latents are not finite" in capsys.readouterr().err
+    assert not read_metadata(tmp_path)
 
 
 @pytest.mark.slow

@@ -53,7 +53,8 @@ def check_images(paths: list[Path], *, decode: bool = False) -> tuple[Findings, 
     for path in tqdm(paths, desc="images", mininterval=2, disable=len(paths) < 1000):
         try:
             with Image.open(path) as image:
-                turned = image.getexif().get(ORIENTATION, 1) >= 5  # a quarter turn, which loading undoes
+                # a quarter turn, which loading undoes; other formats would be decoded to find it
+                turned = image.format in ("JPEG", "MPO") and image.getexif().get(ORIENTATION, 1) >= 5
                 sizes[path.name] = image.size[::-1] if turned else image.size
                 if decode:
                     image.convert("RGB")

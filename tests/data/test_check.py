@@ -57,6 +57,15 @@ DAMAGE = {
     "negative equal to the positive": lambda t: edit(
         t / "itm/train/00000.json", lambda c: c.update(neg_caption=repr([c["title"]]))
     ),
+    "duplicate text id": lambda t: edit(
+        t / "itm/train/imgname2txtid.json", lambda c: c[next(iter(c))].append(c[next(iter(c))][0])
+    ),
+    "item listed for another image": lambda t: edit(
+        t / "itm/train/00000.json", lambda c: c.update(filepath="COCO_train2014_000000000002.jpg")
+    ),
+    "empty caption": lambda t: edit(
+        t / "annotations/captions_val2014.json", lambda c: c["annotations"][0].update(caption=" ")
+    ),
     "unreadable item": lambda t: (t / "itm/train/00000.json").write_text('{"title": '),
 }
 
@@ -77,6 +86,15 @@ def test_damage_inside_an_image_is_found_by_decoding(tree, capsys):
     capsys.readouterr()
     assert main(["check", str(tree), "--decode"]) == 1
     assert "unreadable image: 1" in capsys.readouterr().out
+
+
+def test_images_that_exif_turns(tree):
+    path = tree / "train2014/turned.jpg"
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(path, exif=turned)
+    _, sizes = check_images([path])
+    assert sizes["turned.jpg"] == (30, 40)
 
 
 def test_a_leak_free_list(tree, capsys):

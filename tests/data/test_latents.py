@@ -89,3 +89,10 @@ def test_the_reference_s_folder_is_read_as_it_is(sd, tmp_path):
 def test_bad_arguments(coco_tree, tmp_path, capsys, more, message):
     assert main(command(coco_tree, tmp_path / "x", *more)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_latents_of_an_unknown_model_are_not_claimed(coco_tree, tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.ones((4, 16, 16), np.float16))
+    assert main(command(coco_tree, tmp_path)) == 2
+    assert "holds latents of an unknown model" in capsys.readouterr().err
+    assert not (tmp_path / "latents.json").exists()

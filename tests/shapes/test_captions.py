@@ -127,3 +127,9 @@ def test_unseen_pairs_are_held_out_unless_alone():
     assert split_of(pair) in ("val", "test")
     assert split_of(Description((Phrase(2, None, color, shape),))) in ("val", "test")
     assert split_of(Description((Phrase(1, None, color, shape),))) == "train"
+
+
+@pytest.mark.parametrize("prompt", ["two red stars left of two blue stars", "a photo ofa red circle"])
+def test_prompts_that_only_look_like_the_grammar(prompt):
+    with pytest.raises(ValueError, match="outside the shapes grammar"):
+        parse(prompt)

@@ -4,7 +4,9 @@ from PIL import Image, ImageDraw
 
 from dpt.shapes.oracle import find_objects, judge
 from dpt.shapes.scenes import COLORS, IMAGE_SIZE, Scene, SceneObject, render
+from dpt.shapes.vae import reconstruct
 from dpt.shapes.world import ShapesWorld
+from dpt.stable_diffusion import load_stable_diffusion
 
 BACKGROUND = (240, 238, 236)
 
@@ -79,11 +81,24 @@ def test_other_images_are_refused():
 @pytest.mark.slow
 def test_fresh_renders_and_hard_negatives():
     world, size = ShapesWorld("val", seed=77), 5000
-    right = rejected = 0
+    right = rejected = rejected_scenes = 0
     for i in range(size):
         example = world[i]
         image = render(example.scene)
         right += judge(image, example.caption).label == "correct"
         rejected += judge(image, example.negative.caption).label == "misaligned"
+        rejected_scenes += judge(render(example.negative.scene), example.caption).label == "misaligned"
     assert right / size >= 0.995
     assert rejected / size >= 0.995
+    assert rejected_scenes / size >= 0.995
+
+
+@pytest.mark.slow
+def test_round_trips_through_the_autoencoder_stay_correct():
+    world, size, right = ShapesWorld("val", seed=78), 500, 0
+    vae = load_stable_diffusion("shapes").vae
+    for start in range(0, size, 50):
+        examples = [world.scene(i) for i in range(start, start + 50)]
+        for (description, _), image in zip(examples, reconstruct(vae, [render(s) for _, s in examples]), strict=True):
+            right += judge(image, description).label == "correct"
+    assert right / size >= 0.98

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dpt.shapes.captions import CATEGORIES, has_unseen_pair, parse, split_of
-from dpt.shapes.scenes import DIRECTION_MARGIN, SIZES, layout_is_valid, render
+from dpt.shapes.scenes import DIRECTION_MARGIN, SIZES, direction, layout_is_valid, render
 from dpt.shapes.world import (
     PROMPT_CATEGORIES,
     PROMPT_FOLDER,
@@ -81,6 +81,8 @@ def test_scenes_keep_their_margins(examples):
                     for b in scene.objects:
                         dx, dy = sorted((abs(a.x - b.x), abs(a.y - b.y)))
                         assert dx <= DIRECTION_MARGIN * dy + 1e-9
+        for description in (e.description, e.negative.description):
+            assert not (description.relations and description.num_objects == 4)
 
 
 def test_expressions_name_one_object(examples):
@@ -104,6 +106,11 @@ def test_expressions_name_one_object(examples):
             elif " of " not in expression.text and "above" not in words and "below" not in words:
                 names = set(words[1:])
                 assert sum(names <= {o.color, o.shape, o.size} for o in e.scene.objects) == 1
+            else:  # "the star above the blue square"
+                relation = next(w for w in ("left", "right", "above", "below") if w in words)
+                (anchor,) = [o for o in e.scene.objects if [o.color, o.shape] == words[-2:]]
+                others = [o for o in e.scene.objects if o is not anchor and o.shape == words[1]]
+                assert [o for o in others if direction(o, anchor) == relation] == [referent]
     assert min(kinds[w] for w in ("small", "red", "leftmost", "above", "left")) > 0
 
 
