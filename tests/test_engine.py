@@ -262,6 +262,22 @@ def test_processes_and_accumulation_equal_the_joint_batch(tmp_path, coco_tree):
 
 
 @pytest.mark.slow
+def test_under_accelerate_launch(tmp_path, cache, request):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    settings = [*COMMON, f"output_folder={tmp_path}", f"data.cache_folder={cache}", "optim.steps=1"]
+    done = subprocess.run(
+        [*launch, "train_probe.py", TINY["probe"], *settings],
+        cwd=request.config.rootpath,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "probe run from step 0, 1 process(es)" in (tmp_path / "run/log.txt").read_text()
+    assert metrics(tmp_path)[0]["step"] == 1
+
+
+@pytest.mark.slow
 def test_twenty_kills_change_nothing(tmp_path, cache):
     """A run that is killed at 20 random moments (mid-step, mid-accumulation, mid-save) ends as one that never is."""
     settings = [TINY["tune"], *COMMON, f"data.cache_folder={cache}", "optim.steps=40", "checkpoints.every=1"]

@@ -90,6 +90,24 @@ def test_golden_training_step(golden, stage):
     assert norm.item() == pytest.approx(arrays["grad_norm"].item(), rel=1e-4)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.05)])
+def test_golden_training_step_in_half_precision(golden, dtype, tolerance):
+    """Frozen weights in half precision under autocast, as on a GPU; LoRA and its gradients are float32."""
+    arrays, batch, model = golden_step(golden, 2)
+    for module in model.unet.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                setattr(module, name, torch.nn.Parameter(parameter.to(dtype), requires_grad=False))
+    with torch.autocast("cpu", dtype):
+        losses = model(batch)
+    assert all(value.dtype == torch.float32 for value in losses.values())
+    for name, theirs in GOLDEN_LOSSES.items():
+        assert losses[name].item() == pytest.approx(arrays[theirs].item(), rel=tolerance, abs=tolerance), name
+    (model.weights.total(losses) * 2**10).backward()
+    gradients = [p.grad for p in [*model.unet.parameters(), *model.adapter.parameters()] if p.requires_grad]
+    assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients)
+
+
 def test_probe_leaves_no_graph_in_the_unet(golden):
     _, batch, model = golden_step(golden, 1)
     model.unet.requires_grad_(True)

@@ -15,6 +15,7 @@ from dpt.shapes.captions import Description, parse
 from dpt.shapes.scenes import (
     COLORS,
     IMAGE_SIZE,
+    OUTLINES,
     SHAPES,
     SIZE_BOUNDARY,
     SIZES,
@@ -28,11 +29,15 @@ VISIBLE = 40.0  # RGB distance from the background at which a pixel belongs to s
 FAINT = 24.0  # distance at which many pixels together can be seen
 MIN_AREA = 40.0  # pixels; a smaller region is a speck
 SPECK_AREA = 14.0  # pixels of specks or faint remains that are overlooked
-MIN_OVERLAP = 0.80  # soft IoU with the best shape
+MAX_DISPLACEMENT = 0.038  # of an outline from the best shape's, on average, in units of sqrt(area)
 MAX_COLOR_DISTANCE = 75.0  # from a region's colour to its name's
 MAX_IMPURITY = 0.12  # share of a region's inner pixels that are of another colour
 RADIUS_SLACK = 2.5  # pixels beyond the radii that scenes have
 _PALETTE = np.array(list(COLORS.values()), np.float32)
+_PERIMETERS = {  # in units of sqrt(area)
+    shape: float(np.linalg.norm(points - np.roll(points, 1, axis=0), axis=1).sum() / UNIT_AREAS[shape] ** 0.5)
+    for shape, points in OUTLINES.items()
+}
 _CANON = 32  # side of the frame in which outlines are compared
 _CANON_SPAN = 1.75  # half of that side, in units of sqrt(area)
 
@@ -155,7 +160,7 @@ def _detect(pixels, background, distance, region, window) -> Detection:
         fault = "of no known colour"
     elif impure.mean() > MAX_IMPURITY:
         fault = "of several colours"
-    elif overlap[best] < MIN_OVERLAP:
+    elif 1 - overlap[best] > MAX_DISPLACEMENT * _PERIMETERS[names[best]]:  # what a displaced outline takes or leaves
         fault = "of no known shape"
     elif not low - RADIUS_SLACK <= radius <= high + RADIUS_SLACK:
         fault = "of no known size"

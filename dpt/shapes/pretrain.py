@@ -231,7 +231,8 @@ def run_unet(config: PretrainConfig, folder: Path) -> None:
         return losses | {label: labels.count(label) / len(labels) for label in LABELS}
 
     average = train_stage("unet", folder, sd.unet, losses_at, evaluate=evaluate, **_loop(train))
-    plot_curves(folder / "unet.metrics.jsonl", folder / "unet.png")
+    if (folder / "unet.metrics.jsonl").exists():
+        plot_curves(folder / "unet.metrics.jsonl", folder / "unet.png")
     save_folder(folder / "unet", average.save_pretrained)
 
 
@@ -315,6 +316,15 @@ SETTINGS = {
     "export": (),
 }
 """of each stage: the keys, or beginnings of keys, of what it depends on"""
+NEEDED = {
+    "clip": (),
+    "vae": (),
+    "latents": ("vae",),
+    "unet": ("clip", "vae"),
+    "decoder": ("vae",),
+    "export": ("clip", "vae", "unet.pt"),
+}
+"""of each stage: what earlier ones have left in the folder"""
 STAGES = {
     "clip": run_clip,
     "vae": run_vae,
@@ -335,6 +345,8 @@ def main(argv: list[str] | None = None) -> int:
         unknown = [stage for stage in config.stages if stage not in STAGES]
         if unknown:
             raise ValueError(f"stages names {unknown[0]!r}; the stages are {', '.join(STAGES)}")
+        if config.init_from and not Path(config.init_from).is_dir():
+            raise ValueError(f"init_from is {config.init_from!r}, which is no folder")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -343,6 +355,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for stage in config.stages:
+            needed = [name for name in NEEDED[stage] if not (folder / name).exists()]
+            if needed:
+                raise ValueError(
+                    f"stage {stage} needs {folder / needed[0]}, which an earlier stage makes: {list(STAGES)}"
+                )
             check_settings(config, stage, folder)
             save_config(config, folder / f"{stage}.yaml")
             STAGES[stage](config, folder)

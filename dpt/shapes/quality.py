@@ -151,6 +151,8 @@ def oracle_section(args: argparse.Namespace) -> str:
         total = sum(counts.values())
         agreed = sum(count for (eye, oracle), count in counts.items() if eye == oracle)
         lines.append(f"| generated pictures judged as labelled by eye | {total} | {100 * agreed / total:.1f} | 95 |")
+        alike = sum(count for (eye, oracle), count in counts.items() if (eye == "correct") == (oracle == "correct"))
+        lines.append(f"| of these, correct or not as by eye | {total} | {100 * alike / total:.1f} | |")
         lines += ["", "| by eye \\ oracle | " + " | ".join(LABELS) + " |", "|---|---|---|---|"]
         lines += [f"| {eye} | " + " | ".join(str(counts.get((eye, o), 0)) for o in LABELS) + " |" for eye in LABELS]
     return "\n".join(lines)

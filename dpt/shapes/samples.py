@@ -1,5 +1,7 @@
 """The `shapes` world as training samples (`dpt.data.collate.Sample`)."""
 
+import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +66,7 @@ class ShapesSamples:
                 count=num_samples,
             )
         else:
-            self.mined = mine_scenes(self.world, num_samples)
+            self.mined = mine_scenes(self.world, num_samples, folder)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -121,12 +123,17 @@ class ShapesSamples:
         return (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise) * self.scaling_factor
 
 
-def mine_scenes(world: ShapesWorld, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """The scenes whose captions, and whose pictures, are most like each caption by the small CLIP.
+def mine_scenes(world: ShapesWorld, num_samples: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The scenes whose captions, and whose pictures, are most like each caption by the small CLIP; kept in `folder`.
 
     Returns:
         Indices (num_samples, K) twice, most similar first.
     """
+    weights = (CKPT_FOLDER / "shapes/clip/model.safetensors").read_bytes()
+    digest = hashlib.sha256(f"{world.key()} {num_samples}".encode() + weights).hexdigest()[:12]
+    path = folder / f"mined_{digest}.npy"
+    if path.exists():
+        return tuple(np.load(path))
     clip, tokenizer = load_clip(CKPT_FOLDER / "shapes/clip")
     texts = [world.caption(i) for i in range(num_samples)]
     parts = [range(first, min(first + 256, num_samples)) for first in range(0, num_samples, 256)]
@@ -134,4 +141,9 @@ def mine_scenes(world: ShapesWorld, num_samples: int) -> tuple[np.ndarray, np.nd
         images = torch.cat([embed_images(clip, [render(world.scene(i)[1]) for i in part]) for part in parts]).numpy()
         captions = torch.cat([embed_texts(clip, tokenizer, [texts[i] for i in part]) for part in parts]).numpy()
     own, count = np.arange(num_samples)[:, None], min(CANDIDATES, num_samples - 1)
-    return most_similar(captions, own, captions, own, count), most_similar(captions, own, images, own, count)
+    mined = most_similar(captions, own, captions, own, count), most_similar(captions, own, images, own, count)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp.npy")
+    np.save(temporary, np.stack(mined))
+    temporary.replace(path)
+    return mined

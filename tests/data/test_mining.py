@@ -1,4 +1,6 @@
 import json
+import threading
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -108,3 +110,36 @@ def test_a_model_that_is_not_there_is_named(coco_tree, tmp_path, capsys):
     ]
     assert main(["mine-negatives", *where, "--output", str(tmp_path / "x"), "--clip", "ViT-none"]) == 2
     assert "CLIP 'ViT-none'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_coco_s_400_000_captions(tmp_path):
+    """A block of queries against as many keys as COCO has captions; what lies in files is not counted."""
+    count, width = 400_000, 256
+    keys = np.lib.format.open_memmap(tmp_path / "keys.npy", "w+", np.float16, (count, width))
+    rng = np.random.default_rng(0)
+    for start in range(0, count, 50_000):
+        keys[start : start + 50_000] = rng.normal(size=(50_000, width))
+    keys.flush()
+    keys = np.load(tmp_path / "keys.npy", mmap_mode="r")
+    groups = np.arange(count)[:, None]
+
+    def anonymous_mb():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+    before, peak, done = anonymous_mb(), [0.0], threading.Event()
+
+    def watch():
+        while not done.wait(0.02):
+            peak[0] = max(peak[0], anonymous_mb())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    found = most_similar(keys[:2048], groups[:2048], keys, groups, 20)
+    done.set()
+    watcher.join()
+    assert found.shape == (2048, 20)
+    assert (found != groups[:2048]).all()
+    assert peak[0] - before < 1000
+    print(f"{peak[0] - before:.0f} MB")

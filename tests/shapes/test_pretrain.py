@@ -59,3 +59,31 @@ def test_all_stages_make_a_pipeline_and_resuming_changes_nothing(tmp_path):
 def test_a_wrong_key_is_one_line_and_exit_code_2(capsys):
     assert main(["configs/shapes/pretrain.yaml", "unet.chanels=[1]"]) == 2
     assert "did you mean unet.channels?" in capsys.readouterr().err
+
+
+def test_bad_starts_are_one_line_and_exit_code_2(tmp_path, capsys):
+    for extra, message in (
+        (["init_from=nowhere"], "nowhere"),
+        (["stages=[unet]"], "clip"),
+        (["stages=[draw]"], "stages names 'draw'"),
+    ):
+        assert run(tmp_path / "x", *extra) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ")
+        assert message in error
+
+
+@pytest.mark.slow
+def test_starting_from_a_model_trains_its_unet_on(tmp_path, capsys):
+    start = ["init_from=ckpt/shapes", "clip.width=128", "vae.channels=[16,32,64,64]", "unet.channels=[48,96,128,128]"]
+    start += ["unet.heads=[2,3,4,4]", "unet.train.steps=1", "unet.train.lr=1e-9", "unet.num_latents=8"]
+    assert run(tmp_path, *start, "stages=[clip,vae,latents,unet,export]") == 0
+    before, after = (
+        StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+        for folder in ("ckpt/shapes", tmp_path / "model")
+    )
+    for part in ("unet", "vae", "text_encoder"):
+        ours, theirs = (getattr(pipeline, part).state_dict() for pipeline in (after, before))
+        assert all(torch.allclose(value, theirs[name], atol=1e-3) for name, value in ours.items()), part
+    assert run(tmp_path, *start, "unet.train.steps=2", "stages=[unet]") == 2
+    assert "begun with other settings: unet.train.steps 1 (now 2)" in capsys.readouterr().err

@@ -34,7 +34,7 @@ def test_edited_samples(sd, folder):
     assert torch.equal(first.images, same.images)
     assert first.captions == same.captions
     assert not torch.equal(first.images[2], other.images[2])
-    assert len(list(folder.iterdir())) == 2
+    assert len([path for path in folder.iterdir() if path.is_dir()]) == 2
 
 
 def test_mined_samples_are_like_and_false_of_each_other(sd, folder):
@@ -51,6 +51,9 @@ def test_mined_samples_are_like_and_false_of_each_other(sd, folder):
         likeness.append([(own @ mined).item(), (own @ other).item()])
     mined, other = np.mean(likeness, axis=0)
     assert mined > other + 0.1
+    again = ShapesSamples(sd, folder, num_samples=60, negatives="mined")
+    assert all((a == b).all() for a, b in zip(samples.mined, again.mined, strict=True))
+    assert len(list(folder.glob("mined_*.npy"))) == 1
     assert not torch.equal(samples.get(3, 0).images[1], random.get(3, 0).images[1])
 
 
