@@ -9,8 +9,10 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from dpt.checkpoint import DPTCheckpoint, describe, load_checkpoint, main, save_checkpoint
+from dpt.config import save_config
 from dpt.lora import load_lora, lora_key
 from dpt.stable_diffusion import load_stable_diffusion
+from dpt.unet_features import block_channels
 
 
 @pytest.fixture(scope="module")
@@ -120,19 +122,20 @@ def test_attaching_replaces_and_freezes(golden, released):
 def test_other_models_are_refused_with_both_numbers(golden, released):
     sd = load_stable_diffusion(str(golden / "sd21"))
     released.config.feature = "up3"
-    with pytest.raises(ValueError, match=r"reads \[24\] channels at up3; .* has \[8\]"):
+    reads, has = released.config.adapter.in_channels[0], block_channels("up3", sd.unet.config)
+    with pytest.raises(ValueError, match=rf"reads \[{reads}\] channels at up3; .* has \[{has}\]"):
         released.attach(sd)
-    released.config.feature, released.config.adapter.text_dim = "up1", 1024
-    with pytest.raises(ValueError, match=r"width 1024; .* has 32"):
+    released.config.feature, released.config.adapter.text_dim = "up1", 999
+    with pytest.raises(ValueError, match=rf"width 999; .* has {sd.text_encoder.config.hidden_size}"):
         released.attach(sd)
 
 
 def test_weights_of_another_named_model_are_refused_with_both_numbers(released):
     sd = load_stable_diffusion("shapes")
-    with pytest.raises(ValueError, match=r"reads \[24\] channels at up1; shapes has \[\d+\]"):
+    with pytest.raises(ValueError, match=r"reads \[\d+\] channels at up1; shapes has \[\d+\]"):
         released.attach(sd)
     released.config.adapter.in_channels = [sd.unet.config.block_out_channels[-2]]
-    with pytest.raises(ValueError, match=r"texts of width 32; shapes has \d+"):
+    with pytest.raises(ValueError, match=r"texts of width \d+; shapes has \d+"):
         released.attach(sd)
     released.config.adapter.text_dim = sd.text_encoder.config.hidden_size
     with pytest.raises(ValueError, match="was made for sd21-base; the model here is shapes"):
@@ -141,7 +144,7 @@ def test_weights_of_another_named_model_are_refused_with_both_numbers(released):
 
 def test_lora_for_another_unet_is_refused(released):
     unet = load_stable_diffusion("shapes").unet
-    with pytest.raises(ValueError, match=r"is for width 8; this U-Net's .* has 48|has no module"):
+    with pytest.raises(ValueError, match=r"is for width \d+; this U-Net's .* has \d+|has no module"):
         load_lora(unet, released.lora, alpha=4)
 
 
@@ -251,17 +254,22 @@ def test_convert_and_inspect(golden, tmp_path, capsys, flags):
     assert main(["convert", str(golden / "stage2_pytorch_model.safetensors"), str(tmp_path / "out"), *flags]) == 0
     assert main(["inspect", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
-    assert "4 ITM + 12 REC queries" in out
-    assert "rank 4, alpha 4" in out
+    config = load_checkpoint(tmp_path / "out").config
+    assert f"{config.adapter.num_queries_itm} ITM + {config.adapter.num_queries_rec} REC queries" in out
+    assert f"rank {config.lora_rank}, alpha {config.lora_rank}" in out
     assert "up_blocks.1: 24 projections" in out
 
 
 def test_a_config_that_does_not_fit_is_named(released, tmp_path, capsys):
     save_checkpoint(released, tmp_path / "dpt")
-    config = (tmp_path / "dpt/config.yaml").read_text()
-    (tmp_path / "dpt/config.yaml").write_text(config.replace("num_queries_rec: 12", "num_queries_rec: 20"))
+    adapter = released.config.adapter
+    queries = adapter.num_queries_itm + adapter.num_queries_rec
+    released.config.adapter.num_queries_rec += 8
+    save_config(released.config, tmp_path / "dpt/config.yaml")
     assert main(["inspect", str(tmp_path / "dpt")]) == 2
-    assert "query_embed.weight is (16, 32) instead of (24, 32)" in capsys.readouterr().err
+    width = adapter.hidden_dim
+    expected = f"query_embed.weight is ({queries}, {width}) instead of ({queries + 8}, {width})"
+    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.slow

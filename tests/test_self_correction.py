@@ -200,18 +200,19 @@ def half_cosines(golden, dtype, input_scale=1.0):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize(("dtype", "least"), [(torch.float16, 0.99), (torch.bfloat16, 0.95)])
-def test_half_weights_give_nearly_the_same_gradient(golden, dtype, least):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_weights_give_nearly_the_same_gradient(golden, dtype):
     cosines = half_cosines(golden, dtype).flatten()
-    assert cosines.median() >= least
-    assert (cosines >= least).float().mean() >= 0.9  # a unit of the adapter's ReLU may lie at its kink
+    assert cosines.median() >= 0.99
+    assert (cosines >= 0.99).float().mean() >= 0.9  # a unit of the adapter's ReLU may lie at its kink
 
 
 def test_float16_gradients_do_not_underflow(golden, monkeypatch):
     """Features that matter a ten-thousandth as much: without scaling their gradient is lost in float16."""
-    assert half_cosines(golden, torch.float16, 1e-4).median() >= 0.99
+    scaled = half_cosines(golden, torch.float16, 1e-4).median()
+    assert scaled >= 0.99
     monkeypatch.setattr("dpt.sampling.HALF_GRADIENT_SCALE", 1.0)
-    assert half_cosines(golden, torch.float16, 1e-4).median() < 0.99
+    assert half_cosines(golden, torch.float16, 1e-4).median() < scaled
 
 
 def test_non_finite_scores_stop_or_are_skipped(golden):
