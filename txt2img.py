@@ -6,7 +6,6 @@ python txt2img.py --gpuid 0 --prompt "a photo of an astronaut riding a horse on 
 """
 
 import argparse
-import hashlib
 import io
 import json
 import sys
@@ -36,6 +35,7 @@ from dpt.stable_diffusion import (
     check_size,
     known_name,
     load_stable_diffusion,
+    weights_fingerprint,
 )
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -199,16 +199,6 @@ def describe_size(args: argparse.Namespace) -> str:
     size = config.sample_size * VAE_SCALE_FACTOR
     height, width = (check_size(name, getattr(args, name) or size, VAE_SCALE_FACTOR) for name in ("H", "W"))
     return f"{height} x {width} pixels"
-
-
-def weights_fingerprint(*modules: torch.nn.Module) -> str:
-    """16 hex digits that tell models apart: a hash of every tensor's name, shape and first 16 values."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            values = tensor.flatten()[:16].float().cpu().numpy().tobytes()
-            digest.update(f"{name} {tuple(tensor.shape)}".encode() + values)
-    return digest.hexdigest()[:16]
 
 
 def job_key(record: dict) -> str:

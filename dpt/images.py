@@ -68,8 +68,13 @@ def numbered(folder: Path, pattern: str, start: int = 0) -> Iterator[Path]:
 
 
 def append_metadata(folder: Path, record: dict) -> None:
-    """Adds one line to the folder's metadata file, in one write."""
-    line, path = (json.dumps(record, ensure_ascii=False) + "\n").encode(), folder / METADATA_FILE
+    """Adds one line to the folder's metadata file."""
+    append_line(folder / METADATA_FILE, record)
+
+
+def append_line(path: Path, record: dict) -> None:
+    """Adds a record to a file of JSON lines, in one write."""
+    line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
     if _cut_short(path):
         line = b"\n" + line
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -89,14 +94,19 @@ def _cut_short(path: Path) -> bool:
 
 
 def read_metadata(folder: Path) -> list[dict]:
-    """The records of the folder's metadata file whose pictures are there; a line that is cut short is passed over."""
-    path, records = folder / METADATA_FILE, []
+    """The records of the folder's metadata file whose pictures are there."""
+    return [record for record in read_lines(folder / METADATA_FILE) if (folder / record["file"]).exists()]
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The records, each with a `file`, of a file of JSON lines, if it is there; a line cut short is passed over."""
+    records = []
     for line in path.read_text("utf-8").splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(record, dict) and "file" in record and (folder / record["file"]).exists():
+        if isinstance(record, dict) and "file" in record:
             records.append(record)
     return records
 

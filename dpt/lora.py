@@ -1,9 +1,10 @@
 """LoRA on the U-Net's attention, through PEFT; tensors travel in diffusers' names (`<module>.lora_{A,B}.weight`)."""
 
 import re
+from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
@@ -63,6 +64,27 @@ def load_lora(
                 tensor = state[name.replace(f".{ADAPTER_NAME}.", ".")]
                 parameter.data = tensor.to(parameter.device, torch.float32, copy=True)
                 parameter.requires_grad_(True)
+
+
+def load_external_lora(unet: UNet2DConditionModel, path: Path) -> None:
+    """Attaches a LoRA in diffusers' format (a folder or file, such as another method's) to the U-Net, frozen.
+
+    Raises:
+        ValueError: nothing readable there, or nothing for a U-Net in it.
+    """
+    if not path.exists():
+        raise ValueError(f"lora {path} is not there")
+    remove_lora(unet)
+    try:
+        state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(path, return_lora_metadata=True)
+        StableDiffusionPipeline.load_lora_into_unet(
+            state, alphas, unet, adapter_name=ADAPTER_NAME, metadata=metadata or None
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"lora {path} does not fit this U-Net: {' '.join(str(error).split())[:200]}") from error
+    if ADAPTER_NAME not in getattr(unet, "peft_config", {}):
+        raise ValueError(f"lora {path} holds nothing for a U-Net")
+    unet.requires_grad_(False)
 
 
 def remove_lora(unet: UNet2DConditionModel) -> None:

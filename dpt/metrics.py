@@ -29,6 +29,42 @@ def bootstrap_interval(
     return float(values.mean()), float(low), float(high)
 
 
+def crossed_bootstrap(
+    values: np.ndarray,
+    prompts: np.ndarray,
+    other: np.ndarray | None = None,
+    *,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Mean of `values` (S, N) and its 95 % percentile interval, resampling training seeds and prompts with replacement.
+
+    Args:
+        prompts: (N,), the prompt of each column; the columns of a prompt stay together.
+        other: (S', N), another arm's values of the same columns: then the mean difference `values - other`, paired by
+            prompt, with the training seeds of either arm resampled on their own.
+
+    Raises:
+        ValueError: no values, or another number of columns.
+    """
+    arms = [np.asarray(values, float)] + ([] if other is None else [np.asarray(other, float)])
+    if any(arm.ndim != 2 or arm.shape[1] != len(prompts) or not arm.size for arm in arms):
+        raise ValueError(f"values are {[arm.shape for arm in arms]}; they need one column a prompt: {len(prompts)}")
+    _, index = np.unique(prompts, return_inverse=True)
+    counts = np.bincount(index)
+    rng = np.random.default_rng(seed)
+    chosen = rng.integers(len(counts), size=(num_resamples, len(counts)))
+    totals = counts[chosen].sum(1)
+    means = np.zeros(num_resamples)
+    for sign, arm in zip((1, -1), arms, strict=False):
+        sums = np.stack([np.bincount(index, row, len(counts)) for row in arm])  # (S, prompts)
+        seeds = rng.integers(len(arm), size=(num_resamples, len(arm)))
+        drawn = np.stack([sums[rows].mean(0)[columns].sum() for rows, columns in zip(seeds, chosen, strict=True)])
+        means += sign * drawn / totals
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(arms[0].mean() - (arms[1].mean() if len(arms) > 1 else 0)), float(low), float(high)
+
+
 def objectness(pred_logits: torch.Tensor) -> torch.Tensor:
     """1 - P(no object), by which REC's boxes are ranked: (..., 256) to (...)."""
     return 1 - pred_logits.float().softmax(-1)[..., -1]

@@ -1,0 +1,1 @@
+"""What `evaluate.py` does: one module a subcommand."""

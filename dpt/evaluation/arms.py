@@ -1,0 +1,108 @@
+"""Arms: what is compared. An arm is a YAML file that says which weights draw, and how.
+
+A file in configs/shapes/arms names what differs from these defaults; `dpt` may hold "{seed}", the training seed, and
+then stands for one set of weights for each of `train_seeds`.
+"""
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from dpt.config import load_config
+from dpt.sampling import CORRECTION_DIRECTIONS, CORRECTION_TARGETS, CorrectionSettings
+
+
+@dataclass
+class Arm:
+    """Weights and sampling; the defaults are the paper's sampling without self-correction."""
+
+    name: str = ""
+    """by default the file's"""
+    about: str = ""
+    """a few words for tables"""
+    model: str = "shapes"
+    dpt: str | None = None
+    """adapter and LoRA: anything that `load_checkpoint` reads"""
+    lora: str | None = None
+    """instead: a LoRA in diffusers' format, such as another method's"""
+    train_seeds: list[int] = field(default_factory=lambda: [0])
+    """of the weights, where `dpt` holds {seed}"""
+    guidance_scale: float = 7.5
+    num_inference_steps: int = 50
+    correction_factor: float = 0.0
+    correction_norm: float | None = None
+    correction_target: str = "conditional"
+    correction_start: float = 0.0
+    correction_stop: float = 1.0
+    correction_direction: str = "gradient"
+    """as a control: random, a step of the gradient's length anywhere"""
+    correct_for_another: bool = False
+    """as a control: follow another prompt's score"""
+    untrained_adapter: bool = False
+    """as a control: an adapter of random weights"""
+    best_of: int = 1
+    """draw so many pictures from different noise and keep the one of highest matching score"""
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        choices = {
+            "correction_target": CORRECTION_TARGETS,
+            "correction_direction": CORRECTION_DIRECTIONS,
+            "dtype": ("float32", "float16", "bfloat16"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+        if self.dpt and self.lora:
+            raise ValueError("dpt and lora exclude each other: an arm has one set of weights")
+        if self.best_of < 1:
+            raise ValueError(f"best_of is {self.best_of}; it must be at least 1")
+        if not self.dpt and (self.best_of > 1 or self.correction.active):
+            raise ValueError("dpt is missing: correcting oneself and choosing by score need an adapter")
+
+    @property
+    def correction(self) -> CorrectionSettings:
+        """Its self-correction."""
+        return CorrectionSettings(
+            factor=self.correction_factor,
+            norm=self.correction_norm,
+            target=self.correction_target,
+            start=self.correction_start,
+            stop=self.correction_stop,
+            direction=self.correction_direction,
+        )
+
+    def each_seed(self) -> list["Arm"]:
+        """One arm for each set of weights, its name followed by the training seed where there are several."""
+        if self.dpt is None or "{seed}" not in self.dpt:
+            return [self]
+        return [
+            replace(self, name=f"{self.name}/{seed}", dpt=self.dpt.format(seed=seed), train_seeds=[seed])
+            for seed in self.train_seeds
+        ]
+
+    def settings(self) -> dict:
+        """What a picture depends on, but for weights: all fields that are no labels."""
+        return {k: v for k, v in asdict(self).items() if k not in ("name", "about", "train_seeds")}
+
+
+def load_arm(path: Path, overrides: list[str] = ()) -> Arm:
+    """Reads an arm's file.
+
+    Raises:
+        ValueError: unreadable, an unknown key or a value that cannot be; the file is named.
+    """
+    try:
+        arm = load_config(Arm, path, list(overrides))
+    except ValueError as error:
+        raise ValueError(f"arm {path}: {error}") from error
+    return arm if arm.name else replace(arm, name=Path(path).stem)
+
+
+def load_arms(paths: list[Path], overrides: list[str] = ()) -> list[Arm]:
+    """Reads several arms, whose names must differ."""
+    arms, seen = [load_arm(path, overrides) for path in paths], {}
+    for arm, path in zip(arms, paths, strict=True):
+        if arm.name in seen:
+            raise ValueError(f"two arms are named {arm.name!r}: {seen[arm.name]} and {path}")
+        seen[arm.name] = path
+    return arms

@@ -1,0 +1,170 @@
+"""`evaluate.py generate`: arms x prompts x seeds -> pictures with a manifest.
+
+    python evaluate.py generate --arms configs/shapes/arms/base.yaml --prompts shapes:val --outdir outputs/evaluation
+
+Writes OUTDIR/<arm>/{arm.json, metadata.jsonl, samples/}. A picture that is there is not drawn again: after a kill give
+the same command. Under `accelerate launch` every process draws its share. A folder holds one arm with one set of
+weights; another is refused.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from tqdm import tqdm
+
+from dpt.adapter import DiscriminativeAdapter, itm_score
+from dpt.checkpoint import load_checkpoint
+from dpt.evaluation.arms import Arm, load_arms
+from dpt.evaluation.prompts import Prompt, load_prompt_set
+from dpt.images import append_metadata, numbered, read_metadata, save_new, to_pixels
+from dpt.lora import load_external_lora
+from dpt.memory import peak_mb
+from dpt.sampling import draw, initial_noise
+from dpt.stable_diffusion import load_stable_diffusion, weights_fingerprint
+from dpt.unet_features import unet_features
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SEEDS_APART = 100_000  # best-of-n draws picture k of seed s from the noise of seed s + k * SEEDS_APART
+CHOICE_TIMESTEP = 200  # at which best-of-n reads the score of finished pictures
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The subcommand's flags."""
+    parser.add_argument("--arms", nargs="+", type=Path, required=True, metavar="YAML")
+    parser.add_argument("--prompts", required=True, help="a prompt set; see `dpt.evaluation.prompts`")
+    parser.add_argument("--per_category", type=int, help="only the first so many prompts a category")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="of the noise (default: 0 1 2 3)")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--outdir", type=Path, required=True)
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes every arm")
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Draws what is missing; returns how many pictures there are and how many are new, arm by arm.
+
+    Raises:
+        ValueError: arms, prompts or a folder that cannot be used; it is named.
+    """
+    prompts = load_prompt_set(args.prompts, per_category=args.per_category)
+    arms = [one for arm in load_arms(args.arms, args.set) for one in arm.each_seed()]
+    return {
+        arm.name: generate(arm, prompts, args.seeds, args.outdir / arm.name, batch_size=args.batch_size) for arm in arms
+    }
+
+
+class Artist:
+    """An arm's model, ready to draw.
+
+    Args:
+        prompts: of the whole set, from which `correct_for_another` takes the other prompt.
+    """
+
+    def __init__(self, arm: Arm, prompts: list[Prompt], device: torch.device | str):
+        self.arm, self.scorer = arm, None
+        self.sd = load_stable_diffusion(arm.model, dtype=DTYPES[arm.dtype], device=device)
+        parts = [self.sd.text_encoder, self.sd.vae]
+        if arm.dpt:
+            checkpoint = load_checkpoint(arm.dpt)
+            self.scorer = checkpoint.attach(self.sd)
+            parts.append(checkpoint.adapter)
+        if arm.lora:
+            load_external_lora(self.sd.unet, Path(arm.lora))
+        self.fingerprint = weights_fingerprint(*parts, self.sd.unet)
+        if arm.untrained_adapter:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                adapter = DiscriminativeAdapter(self.scorer.adapter.config).to(device).eval().requires_grad_(False)
+            self.scorer = replace(self.scorer, adapter=adapter)
+        texts = [prompt.text for prompt in prompts]
+        self.another = dict(zip(texts, texts[len(texts) // 2 :] + texts[: len(texts) // 2], strict=True))
+        self.passes = {"whole": 0, "truncated": 0}
+        self.sd.unet.conv_in.register_forward_hook(lambda _, inputs, output: self._count("truncated", len(output)))
+        self.sd.unet.conv_out.register_forward_hook(lambda _, inputs, output: self._count("whole", len(output)))
+
+    def _count(self, kind: str, samples: int) -> None:
+        self.passes[kind] += samples
+        if kind == "whole":
+            self.passes["truncated"] -= samples  # conv_in has counted it too
+
+    def draw(self, prompts: list[str], seeds: list[int]) -> np.ndarray:
+        """(B, H, W, 3) uint8, one picture a prompt and seed."""
+        candidates = [self._draw_once(prompts, [s + k * SEEDS_APART for s in seeds]) for k in range(self.arm.best_of)]
+        if len(candidates) == 1:
+            return candidates[0]
+        best = torch.stack([self._score(images, prompts) for images in candidates]).argmax(0)  # (B,)
+        return np.stack([candidates[k][b] for b, k in enumerate(best.tolist())])
+
+    def _draw_once(self, prompts, seeds):
+        arm = self.arm
+        return draw(
+            self.sd,
+            prompts,
+            seeds,
+            guidance_scale=arm.guidance_scale,
+            num_inference_steps=arm.num_inference_steps,
+            scorer=self.scorer,
+            correction=arm.correction,
+            correction_prompts=[self.another[prompt] for prompt in prompts] if arm.correct_for_another else None,
+        )
+
+    @torch.no_grad()
+    def _score(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
+        """The matching score of finished pictures, (B,), all noised alike to `CHOICE_TIMESTEP`."""
+        sd, timestep = self.sd, torch.tensor(CHOICE_TIMESTEP, device=self.sd.device)
+        latents = sd.encode_images(to_pixels(list(images)))
+        noise = initial_noise([0] * len(latents), tuple(latents.shape[1:])).to(latents.device)
+        noisy = sd.scheduler.add_noise(latents, noise, timestep[None]).to(sd.dtype)
+        context, pooled = sd.encode_prompts(prompts)
+        features, _ = unet_features(sd.unet, self.scorer.blocks, noisy, timestep, context)
+        hs = self.scorer.adapter([feature.float() for feature in features], timestep)
+        return itm_score(self.scorer.adapter.itm_embeddings(hs, self.scorer.itm_layer), pooled.float()).cpu()
+
+
+def generate(arm: Arm, prompts: list[Prompt], seeds: list[int], folder: Path, *, batch_size: int) -> dict:
+    """Draws what of an arm's pictures is missing in its folder.
+
+    Raises:
+        ValueError: the folder holds pictures of other settings or weights.
+    """
+    state = PartialState()
+    artist = Artist(arm, prompts, state.device)
+    _claim(folder, arm.settings() | {"weights": artist.fingerprint}, state)
+    there = {(record["prompt"], record["seed"]) for record in read_metadata(folder)}
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    missing = [job for job in jobs if (job[0].text, job[1]) not in there]
+    own = missing[state.process_index :: state.num_processes]
+    for start in tqdm(range(0, len(own), batch_size), desc=arm.name, mininterval=2):
+        batch, began = own[start : start + batch_size], time.perf_counter()
+        artist.passes = dict.fromkeys(artist.passes, 0)
+        images = artist.draw([prompt.text for prompt, _ in batch], [seed for _, seed in batch])
+        cost = {"seconds": (time.perf_counter() - began) / len(batch), "peak_mb": peak_mb(state.device)}
+        cost |= {f"{kind}_passes": count / len(batch) for kind, count in artist.passes.items()}
+        for (prompt, seed), image in zip(batch, images, strict=True):
+            record = {"prompt": prompt.text, "category": prompt.category, "seed": seed}
+            names = numbered(folder / "samples", f"{prompt.number:05d}_{seed:06d}_{{}}.png")
+            path = save_new(Image.fromarray(image), names, record | {"seed": str(seed)})
+            append_metadata(folder, {"file": str(path.relative_to(folder)), "number": prompt.number} | record | cost)
+    state.wait_for_everyone()
+    return {"pictures": len(jobs), "new": len(missing)}
+
+
+def _claim(folder: Path, settings: dict, state: PartialState) -> None:
+    """Makes the folder this arm's. Raises ValueError where it is another's."""
+    path = folder / "arm.json"
+    if state.is_main_process and not path.exists():
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(settings, indent=1) + "\n")
+        temporary.replace(path)
+    state.wait_for_everyone()
+    found = json.loads(path.read_text())
+    differing = [f"{key} {found.get(key)} (now {value})" for key, value in settings.items() if found.get(key) != value]
+    if differing:
+        raise ValueError(f"{folder} holds pictures of other settings: {', '.join(differing)}; choose another --outdir")

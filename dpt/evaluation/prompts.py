@@ -1,0 +1,98 @@
+"""Prompt sets, in the files that users have.
+
+shapes:val  shapes:test          the embedded world's, by category
+nss1k:FOLDER                     COCO-NSS1K: every JSON part in the folder, a category each
+compbench:FOLDER                 T2I-CompBench: every <category>_val.txt in the folder
+cc500:FILE  abc6k:FILE  FILE     one prompt a line
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpt.data.coco import read_json
+from dpt.shapes.world import PROMPT_CATEGORIES, load_prompts
+
+NUM_CONJUNCTIONS = 446  # lines at the head of CC-500 that join two coloured objects
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, its number in the set, and its category."""
+
+    number: int
+    category: str
+    text: str
+
+
+def load_prompt_set(name: str, *, per_category: int | None = None) -> list[Prompt]:
+    """All prompts of a set, in the files' order.
+
+    Args:
+        per_category: only the first so many of each category.
+
+    Raises:
+        ValueError: no such set, or a file that does not hold what it should; it is named.
+    """
+    kind, _, where = name.partition(":")
+    groups = READERS[kind](where) if kind in READERS else _lines("prompts", Path(name))
+    pairs = [(category, text) for category, texts in groups.items() for text in texts[:per_category]]
+    if not pairs:
+        raise ValueError(f"prompts {name}: nothing there")
+    return [Prompt(number, *pair) for number, pair in enumerate(pairs)]
+
+
+def _shapes(split: str) -> dict[str, tuple[str, ...]]:
+    if split not in ("val", "test"):
+        raise ValueError(f"prompts shapes:{split}: the sets are shapes:val and shapes:test")
+    return {category: load_prompts(split, category) for category in PROMPT_CATEGORIES}
+
+
+def _lines(category: str, path: Path) -> dict[str, list[str]]:
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompts {path} cannot be read as UTF-8 text: {error}") from error
+    return {category: [line.strip() for line in lines if line.strip()]}
+
+
+def _cc500(where: str) -> dict[str, list[str]]:
+    (texts,) = _lines("", Path(where)).values()
+    return {"conjunction": texts[:NUM_CONJUNCTIONS], "other": texts[NUM_CONJUNCTIONS:]}
+
+
+def _nss1k(where: str) -> dict[str, list[str]]:
+    groups = {}
+    for path in _files(where, "*.json"):
+        try:
+            entries = read_json(path)
+            groups[path.stem] = [entry["captions"] if "captions" in entry else entry["caption"] for entry in entries]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no part of COCO-NSS1K: {error!r} is missing") from error
+        if not all(isinstance(text, str) for text in groups[path.stem]):
+            raise ValueError(f"{path} is no part of COCO-NSS1K: captions must be strings")
+    return groups
+
+
+def _compbench(where: str) -> dict[str, list[str]]:
+    return {
+        path.name.removesuffix("_val.txt"): texts
+        for path in _files(where, "*_val.txt")
+        for texts in _lines("", path).values()
+    }
+
+
+def _files(where: str, pattern: str) -> list[Path]:
+    path = Path(where)
+    found = [path] if path.is_file() else sorted(path.glob(pattern))
+    if not found:
+        raise ValueError(f"prompts: {path} holds no {pattern}")
+    return found
+
+
+READERS = {
+    "shapes": _shapes,
+    "nss1k": _nss1k,
+    "compbench": _compbench,
+    "cc500": _cc500,
+    "abc6k": lambda where: _lines("abc6k", Path(where)),
+}

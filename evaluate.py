@@ -1,0 +1,37 @@
+#!/usr/bin/env python
+"""Every number from one command: pictures of arms, their scores, tables.
+
+python evaluate.py generate --arms configs/shapes/arms/base.yaml --prompts shapes:val --outdir outputs/evaluation
+python evaluate.py align outputs/evaluation/base --metrics oracle
+python evaluate.py table outputs/evaluation/base --output outputs/evaluation/tables
+"""
+
+import argparse
+import json
+import sys
+
+from dpt.evaluation import align, generate, table
+
+COMMANDS = {"generate": generate, "align": align, "table": table}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    commands = parser.add_subparsers(required=True, dest="command")
+    for name, module in COMMANDS.items():
+        module.add_arguments(commands.add_parser(name, description=module.__doc__, formatter_class=formatter))
+    args = parser.parse_args(argv)
+    try:
+        result = COMMANDS[args.command].run(args)
+        if args.command != "table":
+            print(json.dumps(result, indent=1))
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+from dpt.evaluation.prompts import load_prompt_set
+from dpt.images import read_lines, read_metadata
+from dpt.metrics import bootstrap_interval, crossed_bootstrap
+
+FEW = ["--per_category", "1", "--seeds", "0", "1", "--batch_size", "5", "--set", "num_inference_steps=2"]
+
+
+@pytest.fixture(autouse=True)
+def _from_repository_root(monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+
+
+def write_arms(folder, **arms):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, settings in arms.items():
+        (folder / f"{name}.yaml").write_text(json.dumps({"num_inference_steps": 2} | settings))
+    return [str(folder / f"{name}.yaml") for name in arms]
+
+
+def generate(arms, outdir, *more):
+    return evaluate.main(["generate", "--arms", *arms, "--prompts", "shapes:val", "--outdir", str(outdir), *FEW, *more])
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory, shapes_dpt, request):
+    """Two arms, the second of two training seeds, drawn and judged."""
+    root = tmp_path_factory.mktemp("evaluation")
+    for seed in (0, 1):
+        shutil.copytree(shapes_dpt, root / f"weights/{seed}")
+    dpt = str(root / "weights/{seed}")
+    arms = write_arms(root / "arms", base={}, own={"dpt": dpt, "train_seeds": [0, 1], "correction_norm": 0.01})
+    assert generate(arms, root / "out") == 0
+    folders = [str(root / "out" / name) for name in ("base", "own/0", "own/1")]
+    assert evaluate.main(["align", *folders, "--metrics", "oracle", "shapes-clip"]) == 0
+    return root, arms, folders
+
+
+def test_pictures_carry_what_they_are_and_cost(drawn):
+    root, _, _ = drawn
+    records = read_metadata(root / "out/base")
+    assert len(records) == 7 * 2
+    assert {record["category"] for record in records} >= {"single", "unseen"}
+    assert {record["seed"] for record in records} == {0, 1}
+    assert all(record["whole_passes"] == 4 and record["truncated_passes"] == 0 for record in records)
+    corrected = read_metadata(root / "out/own/0")
+    assert all(record["whole_passes"] == 4 and record["truncated_passes"] == 2 for record in corrected)
+    image = Image.open(root / "out/base" / records[0]["file"])
+    assert (image.text["prompt"], image.text["seed"]) == (records[0]["prompt"], str(records[0]["seed"]))
+    settings = json.loads((root / "out/own/1/arm.json").read_text())
+    assert settings["correction_norm"] == 0.01
+    assert len(settings["weights"]) == 16
+
+
+def test_nothing_is_drawn_twice_and_settings_are_not_mixed(drawn, capsys):
+    root, arms, _ = drawn
+    record = read_metadata(root / "out/base")[3]
+    lost = root / "out/base" / record["file"]
+    before = lost.read_bytes()
+    lost.unlink()
+    capsys.readouterr()
+    assert generate(arms[:1], root / "out") == 0
+    assert json.loads(capsys.readouterr().out)["base"] == {"pictures": 14, "new": 1}
+    pixels = [np.array(Image.open(root / "out/base" / r["file"])) for r in read_metadata(root / "out/base")]
+    lost.write_bytes(before)
+    assert np.abs(pixels[-1].astype(int) - np.array(Image.open(lost))).max() <= 2
+    assert generate(arms[:1], root / "out", "guidance_scale=2") == 2
+    assert "guidance_scale 7.5 (now 2.0)" in capsys.readouterr().err
+
+
+def test_scores_are_kept_by_file_and_hash(drawn, capsys):
+    root, _, folders = drawn
+    assert {"label", "reason", "sha256"} <= read_lines(root / "out/base/oracle.jsonl")[0].keys()
+    assert evaluate.main(["align", folders[0], "--metrics", "oracle"]) == 0
+    path = root / "out/base" / read_metadata(root / "out/base")[0]["file"]
+    content = path.read_bytes()
+    Image.new("RGB", (128, 128), "white").save(path)
+    capsys.readouterr()
+    assert evaluate.main(["align", folders[0], "--metrics", "oracle"]) == 0
+    assert json.loads(capsys.readouterr().out)[folders[0]] == {"oracle": 1}
+    path.write_bytes(content[:200])
+    assert evaluate.main(["align", folders[0], "--metrics", "oracle"]) == 2
+    assert f"{path} cannot be read as an image" in capsys.readouterr().err
+    path.write_bytes(content)
+
+
+def test_a_table_of_arms(drawn, tmp_path, capsys):
+    _, _, folders = drawn
+    command = ["table", *folders, "--against", "base", "--output", str(tmp_path)]
+    assert evaluate.main(command) == 0
+    rows = json.loads((tmp_path / "table.json").read_text())
+    assert set(rows) == {"base", "own"}
+    assert rows["own"]["training_seeds"] == 2
+    assert rows["own"]["truncated_passes"] == 2
+    for row in rows.values():
+        assert sum(row[label][0] for label in ("correct", "misaligned", "malformed")) == pytest.approx(1)
+    difference = rows["own"]["cosine"][0] - rows["base"]["cosine"][0]
+    assert rows["own"]["cosine_difference"][0] == pytest.approx(difference)
+    assert (tmp_path / "table.md").read_text().count("\n") == 4
+    assert evaluate.main([*command[:-1], str(tmp_path / "all"), "--categories", "unseen"]) == 0
+    assert evaluate.main([*command, "--against", "nobody"]) == 2
+    assert "the arms are base, own" in capsys.readouterr().err
+
+
+def test_controls_and_best_of_change_the_pictures(tmp_path, shapes_dpt):
+    own = {"dpt": str(shapes_dpt), "correction_norm": 0.1}
+    arms = {
+        "gradient": own,
+        "random": own | {"correction_direction": "random"},
+        "another": own | {"correct_for_another": True},
+        "untrained": own | {"untrained_adapter": True},
+        "best": {"dpt": str(shapes_dpt), "best_of": 2},
+        "plain": {"dpt": str(shapes_dpt)},
+        "external": {"lora": str(shapes_dpt / "lora")},
+        "bf16": {"dpt": str(shapes_dpt), "dtype": "bfloat16"},
+    }
+    few = ["--prompts", "shapes:val", "--per_category", "1", "--seeds", "3", "--outdir", str(tmp_path / "out")]
+    assert evaluate.main(["generate", "--arms", *write_arms(tmp_path, **arms), *few]) == 0
+    pictures = {}
+    for name in arms:
+        records = sorted(read_metadata(tmp_path / "out" / name), key=lambda r: r["number"])
+        pictures[name] = np.stack([Image.open(tmp_path / "out" / name / r["file"]) for r in records]).astype(int)
+    assert (pictures["external"] == pictures["plain"]).all()  # the same LoRA, read as another method's
+    del pictures["external"]
+    names = list(pictures)
+    for k, a in enumerate(names):
+        assert all((pictures[a] != pictures[b]).any() for b in names[:k]), a
+    assert read_metadata(tmp_path / "out/best")[0]["whole_passes"] == 8
+
+
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        ({"a": {"name": "x"}, "b": {"name": "x"}}, "two arms are named 'x'"),
+        ({"a": {"guidance": 3}}, "did you mean guidance_scale?"),
+        ({"a": {"best_of": 0}}, "best_of is 0"),
+        ({"a": {"best_of": 2}}, "dpt is missing"),
+        ({"a": {"correction_norm": 0.1}}, "dpt is missing"),
+        ({"a": {"correction_direction": "up"}}, "correction_direction is 'up'"),
+        ({"a": {"dpt": "nowhere"}}, "nowhere is not there"),
+        ({"a": {"lora": "nowhere"}}, "lora nowhere is not there"),
+        ({"a": {"dpt": "x", "lora": "y"}}, "exclude each other"),
+    ],
+)
+def test_bad_arms_are_one_line(tmp_path, capsys, arms, message):
+    assert generate(write_arms(tmp_path, **arms), tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_bad_folders_are_one_line(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert evaluate.main(["align", str(tmp_path / "empty"), "--metrics", "oracle"]) == 2
+    assert "holds no pictures" in capsys.readouterr().err
+    assert evaluate.main(["table", str(tmp_path / "empty"), "--output", str(tmp_path)]) == 2
+    assert "holds no scores" in capsys.readouterr().err
+
+
+def test_prompt_sets(tmp_path):
+    assert len(load_prompt_set("shapes:test")) == 620
+    (tmp_path / "five_category.json").write_text(json.dumps([{"captions": "a dog", "img_id": 1}]))
+    (tmp_path / "only_numeral.json").write_text(json.dumps([{"caption": "two dogs"}]))
+    found = [(p.category, p.text) for p in load_prompt_set(f"nss1k:{tmp_path}")]
+    assert found == [("five_category", "a dog"), ("only_numeral", "two dogs")]
+    (tmp_path / "color_val.txt").write_text("a red dog\n\na blue cat\n")
+    (tmp_path / "shape_val.txt").write_text("a round box\n")
+    found = [(p.number, p.category, p.text) for p in load_prompt_set(f"compbench:{tmp_path}")]
+    assert found == [(0, "color", "a red dog"), (1, "color", "a blue cat"), (2, "shape", "a round box")]
+    (tmp_path / "cc500.txt").write_text("a red dog and a blue cat\n" * 500)
+    categories = [p.category for p in load_prompt_set(f"cc500:{tmp_path / 'cc500.txt'}")]
+    assert (categories.count("conjunction"), categories.count("other")) == (446, 54)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "bad.json").write_text('[{"text": 3}]')
+    for name, message in (
+        (f"abc6k:{tmp_path / 'latin.txt'}", "as UTF-8 text"),
+        (f"nss1k:{tmp_path / 'bad.json'}", "is no part of COCO-NSS1K"),
+        ("shapes:train", "shapes:val and shapes:test"),
+        (f"compbench:{tmp_path / 'none'}", "holds no"),
+        (str(tmp_path / "none.txt"), "none.txt cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_prompt_set(name)
+
+
+def test_a_crossed_bootstrap_is_as_wide_as_what_varies():
+    rng = np.random.default_rng(0)
+    prompts = np.repeat(np.arange(50), 4)
+    values = rng.normal(size=(1, 50)).repeat(4, 1)
+    mean, low, high = crossed_bootstrap(values, prompts)
+    plain = bootstrap_interval(values[0], prompts)
+    assert mean == pytest.approx(plain[0])
+    assert (high - low) == pytest.approx(plain[2] - plain[1], rel=0.1)
+    seeds = values + 5 * rng.normal(size=(6, 1))  # training seeds that differ widen it
+    assert np.diff(crossed_bootstrap(seeds, prompts)[1:]) > 3 * (high - low)
+    mean, low, high = crossed_bootstrap(values + 0.3, prompts, values)  # the same prompts cancel
+    assert (mean, low, high) == pytest.approx((0.3, 0.3, 0.3))
+    with pytest.raises(ValueError, match="one column a prompt"):
+        crossed_bootstrap(values, prompts[:-1])
