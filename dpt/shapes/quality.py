@@ -27,6 +27,7 @@ from dpt.shapes.scenes import IMAGE_SIZE, render
 from dpt.shapes.world import PROMPT_CATEGORIES, ShapesWorld, load_prompts
 from dpt.stable_diffusion import CKPT_FOLDER, StableDiffusion, load_stable_diffusion
 
+SEEDS_APART = 1000
 LABELS = ("correct", "misaligned", "malformed")
 LABELLED_FOLDER = Path(__file__).parent / "labelled"
 
@@ -46,14 +47,18 @@ def judge_prompts(
 ) -> list[dict]:
     """Draws every prompt of every category once a seed and lets the oracle judge the pictures.
 
+    Every prompt has noise of its own: with one noise for all, whether it is a lucky one decides the figures.
+
     Args:
         prompts: category -> prompts.
+        seeds: seed s of the k-th prompt stands for the noise of seed `SEEDS_APART` * k + s.
         folder: where the pictures and `verdicts.jsonl` are kept, if anywhere.
 
     Returns:
         One record a picture: category, prompt, seed, label, reason.
     """
-    jobs = [(c, text, seed) for c, texts in prompts.items() for text in texts for seed in seeds]
+    pairs = [(category, text) for category, texts in prompts.items() for text in texts]
+    jobs = [(*pair, SEEDS_APART * k + seed) for k, pair in enumerate(pairs) for seed in seeds]
     records, rows = [], {}
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -179,12 +184,16 @@ def base_section(args: argparse.Namespace) -> str:
     few = {c: load_prompts("val", c)[: args.prompts_for_guidance] for c in PROMPT_CATEGORIES}
     tried = {g: shares(judge_prompts(sd, few, guidance_scale=g, seeds=(100,))) for g in args.guidance}
     best = max(tried, key=lambda g: tried[g]["correct"][0])
-    lines = [f"Guidance on the first {args.prompts_for_guidance} val prompts a category, image seed 100:", ""]
+    lines = [f"Guidance on the first {args.prompts_for_guidance} val prompts a category, one picture each:", ""]
     lines += ["| guidance scale | correct % | misaligned % | malformed % |", "|---|---|---|---|"]
     lines += [f"| {g:g} | " + " | ".join(map(_percent, tried[g].values())) + " |" for g in tried]
     prompts = {c: load_prompts("val", c) for c in PROMPT_CATEGORIES}
     records = judge_prompts(sd, prompts, seeds=tuple(range(args.seeds)), guidance_scale=best)
-    lines += ["", f"All val prompts, guidance {best:g}, 20 DDIM steps, image seeds 0 to {args.seeds - 1}:", ""]
+    lines += [
+        "",
+        f"All val prompts, guidance {best:g}, 20 DDIM steps, {args.seeds} picture(s) each, all of other noise:",
+        "",
+    ]
     lines += ["| category | pictures | correct % | misaligned % | malformed % |", "|---|---|---|---|---|"]
     # the six categories make up the total; `unseen` pairs stand apart
     groups = {c: [r for r in records if r["category"] == c] for c in PROMPT_CATEGORIES}

@@ -23,7 +23,7 @@ def test_pictures_and_their_verdicts_are_kept(drawn):
     folder, records = drawn
     kept = [json.loads(line) for line in (folder / "verdicts.jsonl").read_text().splitlines()]
     assert kept == records
-    assert [(r["category"], r["prompt"], r["seed"]) for r in records][2] == ("numeracy", "two green stars", 0)
+    assert [(r["category"], r["prompt"], r["seed"]) for r in records][2] == ("numeracy", "two green stars", 2000)
     assert Image.open(folder / "0002.png").size == (IMAGE_SIZE, IMAGE_SIZE)
     assert sum(share[0] for share in shares(records).values()) == pytest.approx(1)
 
