@@ -80,7 +80,7 @@ class Unet:
     prompts_per_category: int = 10
     """val prompts drawn at each evaluation"""
     train: Optimization = field(
-        default_factory=lambda: Optimization(steps=4500, ema=0.998, save_every=100, evaluate_every=500, warmup=100)
+        default_factory=lambda: Optimization(steps=10_000, ema=0.998, save_every=100, evaluate_every=500, warmup=100)
     )
 
 
