@@ -10,7 +10,7 @@ import io
 import json
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -283,8 +283,6 @@ def run(args: argparse.Namespace) -> int:
     _, h, w = sd.latent_shape(args.H, args.W)
     checkpoint = load_checkpoint(weights) if weights else None
     scorer = checkpoint.attach(sd) if checkpoint else None
-    if scorer and args.parity:
-        scorer = replace(scorer, itm_layer=0)  # the decoder layer that the reference reads
     settings = {
         "model": args.model,
         "weights": weights_fingerprint(sd.text_encoder, sd.vae, sd.unet),
@@ -300,7 +298,7 @@ def run(args: argparse.Namespace) -> int:
         "dtype": dtype,
     }
     for job in jobs:
-        job |= {"settings": settings, "dpt": checkpoint.source if checkpoint else None}
+        job |= {"settings": settings, "dpt_source": checkpoint.source if checkpoint else None}
     announce_limits(sd, prompts, args.negative_prompt)
     if args.negative_prompt and args.scale <= 1:
         print("note: --negative_prompt has no effect at a --scale of 1 or less")
@@ -349,7 +347,9 @@ def draw_jobs(
             ]
             traces += image_traces(batch, arm_traces)
             for job, image in zip(batch, images, strict=True):
-                record = {name: job[name] for name in ("prompt", "seed", "settings", "dpt")} | {"versions": versions}
+                record = {name: job[name] for name in ("prompt", "seed", "settings", "dpt_source")} | {
+                    "versions": versions
+                }
                 pattern = "{:05d}.png"
                 if args.compbench:
                     name = " ".join(job["prompt"].replace("/", " ").split())
@@ -357,7 +357,7 @@ def draw_jobs(
                     pattern = name.replace("{", "{{").replace("}", "}}") + "_{:06d}.png"
                 candidates = numbered(args.outdir / "samples", pattern, job["number"])
                 chunks = record | {name: job["settings"][name] for name in ("model", "weights")}
-                chunks |= {"seed": str(job["seed"]), "dpt": job["dpt"] or "none"}
+                chunks |= {"seed": str(job["seed"]), "dpt_source": job["dpt_source"] or "none"}
                 path = save_new(Image.fromarray(image), candidates, chunks)
                 append_metadata(args.outdir, {"file": str(path.relative_to(args.outdir))} | record)
                 row = rows.setdefault(job["row"], []) if job["row"] < GRID_ROWS else []

@@ -41,6 +41,8 @@ def make_model(
         text_dim=sd.text_encoder.config.hidden_size,
         rec_text_dim=rec_text.width,
     )
+    if start and start.config.control != config.control:
+        raise ValueError(f"{start.source} is of control {start.config.control}; control is {config.control}")
     if start and start.config.feature != config.model.feature:
         raise ValueError(f"{start.source} reads {start.config.feature}; model.feature is {config.model.feature}")
     adapter = DiscriminativeAdapter(wanted)
@@ -82,14 +84,10 @@ def _add_lora(config: TrainConfig, sd: StableDiffusion, start: DPTCheckpoint | N
                 f"{start.source} holds LoRA of rank and alpha {found}; lora.rank and lora.alpha are "
                 f"{(lora.rank, alpha)}"
             )
-        load_lora(sd.unet, start.lora, alpha=start.config.lora_alpha, trainable=True)
-        reached = {name.rsplit(".lora_", 1)[0] for name in lora_state(sd.unet)}
         add_lora(sd.unet, rank=lora.rank, alpha=alpha, blocks=tuple(lora.blocks))
-        wanted = {name.rsplit(".lora_", 1)[0] for name in lora_state(sd.unet)}
-        if reached != wanted:
-            raise ValueError(
-                f"{start.source} holds LoRA on {len(reached)} projections; lora.blocks means {len(wanted)}"
-            )
+        reached, wanted = (len({name.rsplit(".lora_", 1)[0] for name in x}) for x in (start.lora, lora_state(sd.unet)))
+        if start.lora.keys() != lora_state(sd.unet).keys():
+            raise ValueError(f"{start.source} holds LoRA on {reached} projections; lora.blocks means {wanted}")
         load_lora(sd.unet, start.lora, alpha=start.config.lora_alpha, trainable=True)
     else:
         add_lora(sd.unet, rank=lora.rank, alpha=alpha, blocks=tuple(lora.blocks))

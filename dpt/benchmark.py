@@ -244,22 +244,22 @@ def time_training(name: str, batch_size: int, repeats: int, kinds: tuple[str, ..
     return result | {"loss_batched": losses["batched"], "loss_sequential": losses["sequential"]}
 
 
-def training_peaks(name: str) -> dict:
-    """Peak memory of steps at `TUNE_BATCH_SIZES`, each kind in a process of its own."""
+PEAK_KINDS = ("batched", "tune", "tune_checkpointed")
+
+
+def training_peaks(name: str, kinds: tuple[str, ...] = PEAK_KINDS) -> dict:
+    """Peak memory of steps at `TUNE_BATCH_SIZES`, each kind in a process of its own, and the dry run's estimates."""
     batch_size = TUNE_BATCH_SIZES[name]
-    peaks = {
-        f"{kind}_peak_mb": _peak_mb("training", name, batch_size, kind)
-        for kind in ("batched", "tune", "tune_checkpointed")
-    }
+    peaks = {f"{kind}_peak_mb": _peak_mb("training", name, batch_size, kind) for kind in kinds}
     share = peaks["tune_checkpointed_peak_mb"] / peaks["tune_peak_mb"]
     return {"peaks_batch_size": batch_size, "checkpointed_share": share} | peaks | _estimates_mb(name, batch_size)
 
 
 def _estimates_mb(name: str, batch_size: int) -> dict[str, float]:
-    """What a dry run would say of the same steps: weights, what training keeps of them, a step's activations."""
+    """What a dry run says of the same steps of the U-Net and the adapter: weights, what training keeps, activations."""
     unet, _, config, num_tokens = make_unet(name)
-    options = {"batched": {"early_passes": 6, "full_pass": False}}
-    options["tune"] = {"early_passes": 5, "full_pass": True, "lora_rank": 4}
+    options = {"batched": {"early_passes": 6, "full_passes": 0}}
+    options["tune"] = {"early_passes": 5, "full_passes": 1, "lora_rank": 4}
     options["tune_checkpointed"] = options["tune"] | {"gradient_checkpointing": True}
     estimates = {}
     for kind, option in options.items():
@@ -267,7 +267,7 @@ def _estimates_mb(name: str, batch_size: int) -> dict[str, float]:
             unet.config, config, (FEATURE,), batch_size=batch_size, dtype=unet.dtype, text_length=num_tokens, **option
         )
         trained = step["adapter_parameters"] + step["lora_parameters"]
-        total = step["unet_parameters"] * unet.dtype.itemsize + trained * 4 * 4 + step["step_bytes"]
+        total = step["unet_parameters"] * unet.dtype.itemsize + trained * 4 * 5 + step["step_bytes"]
         estimates[f"{kind}_estimate_mb"] = total / 2**20
     return estimates
 

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from dpt.adapter import DiscriminativeAdapter, Scorer
 from dpt.config import AdapterConfig, DPTConfig, load_config, save_config
 from dpt.lora import load_lora, lora_key, lora_metadata, remove_lora
-from dpt.stable_diffusion import MODELS, StableDiffusion
+from dpt.stable_diffusion import MODELS, StableDiffusion, known_name
 from dpt.unet_features import block_channels, parse_feature
 
 ADAPTER_FILE, CONFIG_FILE, LORA_FILE = "adapter.safetensors", "config.yaml", "pytorch_lora_weights.safetensors"
@@ -93,7 +93,9 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
             raise ValueError(
                 f"{self.source}: the adapter compares with texts of width {config.text_dim}; {sd.name} has {width}"
             )
-        if self.config.base_model != sd.name and {self.config.base_model, sd.name} <= MODELS.keys():
+        if self.config.control != "none":
+            raise ValueError(f"{self.source} is a control ({self.config.control}), which is for measuring alone")
+        if None not in (names := [known_name(self.config.base_model), known_name(sd.name)]) and names[0] != names[1]:
             raise ValueError(f"{self.source} was made for {self.config.base_model}; the model here is {sd.name}")
         if self.lora and self.released:
             reached = {key.rsplit(".to_", 1)[0] for key in self.lora}
@@ -119,18 +121,6 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
             f"{self.config.feature}. Load with `dpt.SelfCorrectionPipeline.load_dpt`, the LoRA alone with "
             f"`pipe.load_lora_weights`.\n{metrics}\nLicence: Apache-2.0.\n"
         )
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
-        """Writes our folder, each file at once or not at all; the arguments are `ModelHubMixin`'s."""
-        folder = Path(save_directory)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-            super().save_pretrained(temporary, **kwargs)
-            for file in Path(temporary).rglob("*"):
-                if file.is_file():
-                    target = folder / file.relative_to(temporary)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    file.replace(target)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_file(self.adapter.state_dict(), save_directory / ADAPTER_FILE)
@@ -302,7 +292,7 @@ def _check_lora(lora: dict[str, torch.Tensor]) -> int:
         other = next(k for k, v in lora.items() if v.shape[0 if ".lora_A." in k else 1] != rank)
         raise ValueError(f"LoRA tensor {other} is {tuple(lora[other].shape)}; the others are of rank {rank}")
     parts = [f"{name}.lora_{half}.weight" for name in ("to_q", "to_k", "to_v", "to_out.0") for half in "AB"]
-    for attention in {key.rsplit(".to_", 1)[0] for key in lora}:
+    for attention in dict.fromkeys(key.rsplit(".to_", 1)[0] for key in lora):
         missing = [part for part in parts if f"{attention}.{part}" not in lora]
         if missing:
             raise ValueError(f"incomplete LoRA: {attention}.{missing[0]} is missing")

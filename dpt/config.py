@@ -98,7 +98,7 @@ def check_stage(config: "TrainConfig", stage: str, num_train_timesteps: int, *, 
     """
     if stage == "tune" and config.init_from is None and not goes_on:
         raise ValueError(
-            "init_from is missing: tune starts from a probe, init_from=outputs/PROBE/checkpoints/step_N; init_from=new "
+            "init_from is missing: tune starts from a probe, init_from=outputs/PROBE; init_from=new "
             "starts with an untrained adapter"
         )
     if config.lora.only and (stage == "probe" or (config.init_from in (None, "new") and not goes_on)):
@@ -149,7 +149,7 @@ CONTROLS = {
     "random_unet": "the U-Net's training: its weights are random",
     "empty_prompt": "the prompt: features are of the empty one, the text is compared with as ever",
     "constant_text": "the text that is compared with: one vector for all; features are of the prompt as ever",
-    "shuffled_labels": "the labels: chance says which pair is true, and boxes are another sample's",
+    "shuffled_labels": "the labels: chance, once for each sample, says which pair is true and where boxes are",
     "text_blind": "all text: features are of the empty prompt, and one vector is compared with",
     "image_blind": "the image: what is noised is nothing",
 }
@@ -526,6 +526,8 @@ class TrainConfig:
             raise ValueError(
                 "loss.weights are all 0 but denoise's; nothing would train the adapter (lora.only trains LoRA alone)"
             )
+        if self.loss.denoise_negatives and not weights.denoise:
+            raise ValueError("loss.denoise_negatives is true and loss.weights.denoise is 0; nothing would be denoised")
         if self.loss.denoise_negatives and self.data.kind != "shapes":
             raise ValueError("loss.denoise_negatives is true; negatives of coco come without captions of their own")
         last = self.noise.last_timestep

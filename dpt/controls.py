@@ -44,11 +44,11 @@ def control_inputs(control: str, inputs: dict, batch: Batch, sd: StableDiffusion
     if control in ("constant_text", "text_blind"):
         inputs["caption_pooled"] = torch.ones_like(inputs["caption_pooled"])
     if control == "shuffled_labels" and training:
-        pairs = zip(batch.ids, batch.epochs, strict=True)
-        labels = [np.random.default_rng((9, *pair)).integers(3, size=2) for pair in pairs]
-        inputs["itm_labels"] = torch.tensor(np.array(labels)).to(sd.device)  # (B, 2)
-        boxes = [target["boxes"] for target in inputs["targets"]]
-        for target, others in zip(inputs["targets"], boxes[1:] + boxes[:1], strict=True):
-            if len(others) == len(target["boxes"]):
-                target["boxes"] = others
+        rngs = [np.random.default_rng((9, sample_id)) for sample_id in batch.ids]  # the same in every epoch
+        inputs["itm_labels"] = torch.tensor(np.stack([rng.integers(3, size=2) for rng in rngs])).to(sd.device)  # (B, 2)
+        for target, rng in zip(inputs["targets"], rngs, strict=True):
+            boxes = target["boxes"].clone()
+            sizes = boxes[:, 2:]
+            boxes[:, :2] = sizes / 2 + torch.tensor(rng.random(sizes.shape)).to(boxes) * (1 - sizes)
+            target["boxes"] = boxes  # as large, anywhere
     return inputs

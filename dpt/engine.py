@@ -79,7 +79,7 @@ class Trainer:
                     f"{self.folder} is a {newest[2]['stage']}; resume it with train_{newest[2]['stage']}.py"
                 )
             check_resumption(config, load_config(TrainConfig, self.folder / "config.yaml"))
-            before = newest[2]["samples_per_step"]
+            before = newest[2].get("samples_per_step", self._samples_per_step)
             if before != self._samples_per_step:
                 raise ValueError(
                     f"{self.folder} trains on {before} samples a step, here it would on {self._samples_per_step}: "
@@ -368,6 +368,12 @@ class Trainer:
         settings, rows = self.config.samples, []
         if settings.every < 0:
             return
+        try:
+            self._draw_grid(settings, rows)
+        except FloatingPointError as error:
+            self._say(f"no pictures at step {self.step}: {error}")
+
+    def _draw_grid(self, settings, rows) -> None:
         self.model.eval()
         scorer = Scorer(self.model.adapter, self.model.blocks, self.model.itm_layer)
         for prompt in settings.prompts:

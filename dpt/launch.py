@@ -3,6 +3,7 @@
 import argparse
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import yaml
@@ -14,6 +15,7 @@ from dpt.data.sources import describe
 from dpt.engine import Trainer
 from dpt.memory import estimate_step
 from dpt.model import EARLY_PASSES
+from dpt.runs import checkpoints
 from dpt.stable_diffusion import architecture
 from dpt.unet_features import parse_feature
 
@@ -29,7 +31,8 @@ def report(config: TrainConfig, stage: str) -> str:
     Raises:
         ValueError: a setting that the model cannot meet.
     """
-    check_stage(config, stage, NUM_TRAIN_TIMESTEPS)
+    goes_on = config.resume and bool(checkpoints(Path(config.output_folder) / config.run_name))
+    check_stage(config, stage, NUM_TRAIN_TIMESTEPS, goes_on=goes_on)
     start = "untrained"
     if config.init_from not in (None, "new"):
         start = load_checkpoint(config.init_from).source
@@ -52,7 +55,7 @@ def report(config: TrainConfig, stage: str) -> str:
         batch_size=optim.batch_size,
         dtype=dtype,
         early_passes=passes + bool(weights.itm and not full),
-        full_pass=full,
+        full_passes=full * (3 if config.loss.denoise_negatives else 1),
         lora_rank=config.lora.rank if tune else 0,
         lora_blocks=tuple(config.lora.blocks),
         gradient_checkpointing=tune and config.model.gradient_checkpointing,

@@ -102,7 +102,7 @@ def estimate_step(
     batch_size: int,
     dtype: torch.dtype,
     early_passes: int,
-    full_pass: bool,
+    full_passes: int,
     lora_rank: int = 0,
     lora_blocks: tuple[str, ...] = (),
     gradient_checkpointing: bool = False,
@@ -113,7 +113,7 @@ def estimate_step(
     Args:
         unet_config: a diffusers U-Net's.
         early_passes: passes a sample that stop at the probed block.
-        full_pass: whether one more goes to the end.
+        full_passes: how many more go to the end, of which the adapter reads one.
         lora_rank: above 0 the U-Net is trained, at 0 only the adapter.
     """
     default = torch.get_default_dtype()
@@ -143,9 +143,12 @@ def estimate_step(
             with torch.set_grad_enabled(bool(lora_rank)):
                 if early_passes:
                     maps.append(features(early_passes * batch_size)[0])
-                if full_pass:
+                if full_passes:
                     early, noise_pred = features(batch_size, with_noise_pred=True)
                     maps.append(early)
+                    losses.append(noise_pred.float().sum())
+                if full_passes > 1:
+                    _, noise_pred = features((full_passes - 1) * batch_size, with_noise_pred=True)
                     losses.append(noise_pred.float().sum())
             joined = [torch.cat(parts).float() for parts in zip(*maps, strict=True)]
             with _FusedAdapterAttention():

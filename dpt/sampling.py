@@ -146,6 +146,8 @@ class SelfCorrection:
     encoder_hidden_states: torch.Tensor
     pooled_prompt_embeds: torch.Tensor
     settings: CorrectionSettings = CorrectionSettings()
+    seeds: list[int] | None = None
+    """of the images, for a random direction"""
     observe: bool = False
     """record the score of uncorrected steps too"""
     trace: list[dict] = field(default_factory=list)
@@ -175,7 +177,7 @@ class SelfCorrection:
         gradient = torch.where(finite[:, None, None, None], gradient, 0.0)
         latent_norm, gradient_norm = (x.flatten(1).norm(dim=1) for x in (noisy_latents.float(), gradient))
         if settings.direction == "random":
-            gradient = _random_direction(gradient_norm, noisy_latents)
+            gradient = self._random_direction(gradient_norm, noisy_latents, step)
         factor = torch.full_like(score, settings.factor if corrects else 0.0)  # (B,)
         if settings.norm is not None and corrects:
             factor = settings.norm * latent_norm / gradient_norm.clamp(min=1e-30)
@@ -187,12 +189,12 @@ class SelfCorrection:
         unscale = 1 / self.scheduler.scale_model_input(torch.ones_like(latents[:1, :1, :1, :1]), timestep)
         return latents + factor[:, None, None, None] * gradient * unscale
 
-
-def _random_direction(lengths: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """A vector of the given length (B,) for each image, drawn by the image's own latent."""
-    seeds = [int(abs(x).sum().double().item() * 1e6) for x in latents.float().cpu()]
-    noise = initial_noise(seeds, tuple(latents.shape[1:])).to(latents.device)
-    return noise * (lengths / noise.flatten(1).norm(dim=1))[:, None, None, None]
+    def _random_direction(self, lengths, latents, step) -> torch.Tensor:
+        """A vector of the given length (B,) for each image, by its seed and the step."""
+        seeds = self.seeds or list(range(len(latents)))
+        states = [np.random.SeedSequence((seed, step, 1)).generate_state(1, np.uint32)[0] for seed in seeds]
+        noise = initial_noise([int(state) for state in states], tuple(latents.shape[1:])).to(latents.device)
+        return noise * (lengths / noise.flatten(1).norm(dim=1))[:, None, None, None]
 
 
 def guided_steps(
@@ -322,6 +324,8 @@ def draw(
     denoise, correct = guided_steps(
         sd.unet, sd.scheduler, context, negative_context, pooled, guidance_scale, scorer, settings, trace
     )
+    if correct is not None:
+        correct.seeds = seeds
     if correct is not None and correction_prompts is not None:
         correct.encoder_hidden_states, correct.pooled_prompt_embeds = sd.encode_prompts(correction_prompts)
     latents = sample(

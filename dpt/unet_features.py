@@ -35,7 +35,8 @@ def parse_feature(feature: str, config) -> tuple[str, ...]:
     for block in blocks:
         if block not in known:
             raise ValueError(
-                f"feature is {feature!r}; its blocks must be among {', '.join(known)}, joined by '+', or all"
+                f"feature is {feature!r}; its blocks must be among {', '.join(known)}, joined by '+'; or it is all, "
+                "or latents"
             )
     if len(set(blocks)) < len(blocks):
         raise ValueError(f"feature is {feature!r}; it names a block twice")

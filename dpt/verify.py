@@ -52,7 +52,12 @@ class Verification:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self.device = torch.device(name)
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ValueError(f"--device {name!r} is not usable here: {str(error).splitlines()[0]}") from error
         self.half = torch.float16 if self.device.type == "cuda" else torch.bfloat16
         self.checkpoint = load_checkpoint(args.dpt)
         self.sd, self.scorer = self.load(torch.float32)
@@ -136,7 +141,7 @@ class Verification:
         context, pooled = self.sd.encode_prompts((self.prompts * 4)[:8])
         texts = {"encoder_hidden_states": context, "pooled_prompt_embeds": pooled}
         before, gradient = score_gradient(self.sd.unet, self.scorer, z, timestep, **texts)
-        step = 0.01 * z.flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1)
+        step = 0.001 * z.flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1)
         move = step[:, None, None, None] * gradient
         rises = [
             (score_gradient(self.sd.unet, self.scorer, z + sign * move, timestep, **texts)[0] - before).tolist()
@@ -286,8 +291,8 @@ def main(argv: list[str] | None = None) -> int:
             report["checks"][name] = {"passed": passed} | figures
             print(f"{ {True: 'passed', False: 'FAILED', None: 'left out'}[passed]:9}{name}: {json.dumps(figures)}")
             (args.outdir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    except (ValueError, OSError, RuntimeError) as error:  # such as a device that is not there
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"report: {args.outdir / 'report.json'}, {args.outdir / 'pictures.png'}")
     return 1 if any(check["passed"] is False for check in report["checks"].values()) else 0

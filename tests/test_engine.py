@@ -15,6 +15,7 @@ from dpt.config import CONTROLS, TrainConfig, load_config
 from dpt.data.loader import step_indices
 from dpt.engine import learning_rate_factor
 from dpt.model import DPT
+from dpt.stable_diffusion import load_stable_diffusion
 
 TINY = {
     "probe": "configs/shapes/probe.yaml",
@@ -344,6 +345,7 @@ def test_twenty_kills_change_nothing(tmp_path, cache):
         (["seed=-1"], "seed is -1"),
         (["seed=${nope}"], "nope"),
         (["control=luck"], "control is 'luck'"),
+        (["loss.denoise_negatives=true", "loss.weights.denoise=0"], "nothing would be denoised"),
         (["data.num_samples=1"], "random negatives need at least 2"),
     ],
 )
@@ -376,7 +378,9 @@ def test_a_bad_config_file_is_named(tmp_path, capsys, content, message):
     assert message in error
 
 
-@pytest.mark.parametrize("setting", ["lora.rank=2", "lora.blocks=[up1]", "loss.snr_gamma=5", "lora.alpha=8"])
+@pytest.mark.parametrize(
+    "setting", ["lora.rank=2", "lora.blocks=[up1]", "loss.snr_gamma=5", "loss.denoise_negatives=true"]
+)
 def test_settings_of_tune_are_refused_in_probe(tmp_path, cache, capsys, setting):
     assert run("probe", tmp_path, cache, setting) == 2
     assert "it is for tune" in capsys.readouterr().err
@@ -574,7 +578,7 @@ def test_lora_trained_on_denoising_alone(tmp_path, cache):
 
 
 @pytest.mark.parametrize("control", [name for name in CONTROLS if name != "none"])
-def test_controls_take_something_away(tmp_path, cache, control):
+def test_controls_take_something_away(tmp_path, cache, capsys, control):
     assert run("probe", tmp_path, cache, "optim.steps=2", f"control={control}", "validation.every=2") == 0
     assert load_checkpoint(tmp_path / "run").config.control == control
     (figures,) = [record for record in metrics(tmp_path) if "itm_text" in record]
@@ -582,6 +586,10 @@ def test_controls_take_something_away(tmp_path, cache, control):
         assert figures["itm_text"] == 0.5
     if control == "image_blind":
         assert figures["itm_image"] == 0.5
+    with pytest.raises(ValueError, match="is for measuring alone"):
+        load_checkpoint(tmp_path / "run").attach(load_stable_diffusion("shapes"))
+    assert run("tune", tmp_path / "tune", cache, f"init_from={tmp_path / 'run'}") == 2
+    assert f"is of control {control}; control is none" in capsys.readouterr().err
 
 
 def test_the_noisy_latents_as_a_feature(tmp_path, cache):

@@ -212,7 +212,7 @@ def test_float16_gradients_do_not_underflow(golden, monkeypatch):
     scaled = half_cosines(golden, torch.float16, 1e-4).median()
     assert scaled >= 0.99
     monkeypatch.setattr("dpt.sampling.HALF_GRADIENT_SCALE", 1.0)
-    assert half_cosines(golden, torch.float16, 1e-4).median() < scaled
+    assert half_cosines(golden, torch.float16, 1e-4).median() < scaled - 0.01
 
 
 def test_non_finite_scores_stop_or_are_skipped(golden):

@@ -98,7 +98,7 @@ def test_epochs_stand_for_steps(coco_tree, tmp_path):
         (["data.val_itm=itm/other.tsv"], "data.val_itm: "),
         (["data.latents=none"], "data.latents: "),
         (["data.latents=x", "data.flip=true"], "cached latents cannot be mirrored"),
-        (["data.expressions=itm/val.tsv"], "is no whole JSON file"),
+        (["data.expressions=itm/val.tsv"], "is no valid JSON"),
         (["data.expressions=annotations/captions_val2014.json"], "is no REC annotation file"),
         (["data.num_samples=0"], "holds no expressions"),
         (["data.negatives=mined"], "the setting is for shapes"),
@@ -114,7 +114,7 @@ def test_bad_data_is_one_line_and_exit_code_2(coco_tree, tmp_path, capsys, overr
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("<!doctype html><title>404</title>", "is a web page"), ('{"images": [{"id": 1', "is no whole JSON file")],
+    [("<!doctype html><title>404</title>", "is a web page"), ('{"images": [{"id": 1', "is no valid JSON")],
 )
 def test_an_annotation_file_that_is_none(coco_tree, tmp_path, capsys, content, message):
     broken = tmp_path / "finetune_broken.json"

@@ -68,7 +68,10 @@ def test_golden_released_file_is_drawn_with(tmp_path, golden):
     base = ["--model", str(golden / "sd21"), "--ddim_steps", "2", "--n_samples", "1", "--prompt", "a red cube"]
     for name, flags in (("parity", ["--parity"]), ("own", []), ("none", ["--correction_factor", "0"])):
         assert txt2img.main([*base, "--outdir", str(tmp_path / name), "--dpt", str(tmp_path), *flags]) == 0
-        assert picture(tmp_path / name).shape[-1] == 3
+    drawn = [picture(tmp_path / name) for name in ("parity", "own", "none")]
+    assert (drawn[0] != drawn[1]).any()
+    (record,) = read_metadata(tmp_path / "own")
+    assert record["dpt_source"] == str(tmp_path / "pytorch_model.bin")
 
 
 def test_every_flag_changes_the_picture_and_is_recorded(tmp_path, weights):
@@ -95,9 +98,9 @@ def test_every_flag_changes_the_picture_and_is_recorded(tmp_path, weights):
     correction = record["settings"]["correction"]
     assert (correction["norm"], correction["target"]) == (0.1, "latent")
     assert len(record["settings"]["dpt"]) == 16
-    assert record["dpt"] == weights[1]
+    assert record["dpt_source"] == weights[1]
     chunks = Image.open(tmp_path / "target" / record["file"]).text
-    assert (chunks["dpt"], chunks["model"]) == (weights[1], "shapes")
+    assert (chunks["dpt_source"], chunks["model"]) == (weights[1], "shapes")
     assert chunks["weights"] == record["settings"]["weights"]
     (record,) = read_metadata(tmp_path / "lora")
     assert record["settings"]["correction"] is None

@@ -27,7 +27,7 @@ def read_json(path: Path):
     except json.JSONDecodeError as error:
         if path.read_text("utf-8").lstrip().startswith("<"):
             raise ValueError(f"{path} is a web page, not JSON: download the file itself") from error
-        raise ValueError(f"{path} is no whole JSON file, it breaks off in line {error.lineno}: get it again") from error
+        raise ValueError(f"{path} is no valid JSON (line {error.lineno}: {error.msg}): get the file again") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
 

@@ -38,21 +38,23 @@ def load_expressions(annotations: Path, images: Path) -> list[ReferredImage]:
                 boxes.setdefault(annotation["image_id"], []).append(annotation)
         ids = [entry["id"] for entry in content["images"]]
         if len(set(ids)) < len(ids):
-            raise ValueError(f"{annotations}: {len(ids) - len(set(ids))} ids of expressions occur twice")
+            raise ValueError(f"{len(ids) - len(set(ids))} ids of expressions occur twice")
         return [_referred(entry, boxes.get(entry["id"], []), images) for entry in content["images"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{annotations} is no REC annotation file: {error!r}") from error
+    except ValueError as error:
+        raise ValueError(f"{annotations}: {error}") from error
 
 
 def _referred(entry: dict, annotations: list[dict], images: Path) -> ReferredImage:
-    """Raises TypeError for an entry whose boxes or spans are not of the format."""
+    """Raises ValueError for an entry whose boxes or spans are not of the format."""
     for annotation in annotations:
         box, spans = annotation["bbox"], annotation["tokens_positive"]
         numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(x, int | float) for x in box)
         if not numbers or not all(len(span) == 2 and 0 <= span[0] <= span[1] for span in spans):
-            raise TypeError(f"expression {entry['id']} has bbox {box} and tokens_positive {spans}")
+            raise ValueError(f"expression {entry['id']} has bbox {box} and tokens_positive {spans}")
     if entry["width"] <= 0 or entry["height"] <= 0:
-        raise TypeError(f"expression {entry['id']} is of an image of {entry['width']} x {entry['height']} pixels")
+        raise ValueError(f"expression {entry['id']} is of an image of {entry['width']} x {entry['height']} pixels")
     scale = np.array([entry["width"], entry["height"]] * 2, float)
     xywh = np.array([a["bbox"] for a in annotations], float).reshape(-1, 4)
     corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1) / scale

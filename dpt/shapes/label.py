@@ -33,6 +33,8 @@ def collect(folders: list[Path], count: int, output: Path) -> None:
     """
     if (output / "labels.jsonl").exists():
         raise ValueError(f"{output / 'labels.jsonl'} exists already; remove it to begin anew")
+    if count % len(folders):
+        raise ValueError(f"--count is {count}; it must be a multiple of the {len(folders)} folders")
     rng, chosen = np.random.default_rng(0), []
     for folder in folders:
         records = [json.loads(line) for line in (folder / "verdicts.jsonl").read_text().splitlines()]

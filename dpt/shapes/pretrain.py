@@ -293,7 +293,7 @@ def _loop(train: Optimization) -> dict:
 def check_settings(config: PretrainConfig, stage: str, folder: Path) -> None:
     """Raises ValueError where the folder's stage was begun with other settings; what differs is named."""
     path = folder / f"{stage}.yaml"
-    if not path.exists():
+    if not path.exists() or not ((folder / f"{stage}.pt").exists() or (folder / stage).exists()):
         return
     now, before = (flatten(c) for c in (config, load_config(PretrainConfig, path)))
     differing = [
@@ -310,9 +310,12 @@ def check_settings(config: PretrainConfig, stage: str, folder: Path) -> None:
 SETTINGS = {
     "clip": ("clip.", "init_from"),
     "vae": ("vae.channels", "vae.crop", "vae.kl_weight", "vae.train.", "init_from"),
-    "latents": ("unet.num_latents",),
-    "unet": ("unet.", "init_from"),
-    "decoder": ("vae.decoder",),
+    "latents": (),
+    "unet": (
+        *("unet.channels", "unet.heads", "unet.num_latents", "unet.caption_dropout", "unet.web_noise.", "unet.train."),
+        "init_from",
+    ),
+    "decoder": ("vae.decoder", "vae.kl_weight"),
     "export": (),
 }
 """of each stage: the keys, or beginnings of keys, of what it depends on"""

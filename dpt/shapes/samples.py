@@ -130,7 +130,7 @@ def mine_scenes(world: ShapesWorld, num_samples: int, folder: Path) -> tuple[np.
         Indices (num_samples, K) twice, most similar first.
     """
     weights = (CKPT_FOLDER / "shapes/clip/model.safetensors").read_bytes()
-    digest = hashlib.sha256(f"{world.key()} {num_samples}".encode() + weights).hexdigest()[:12]
+    digest = hashlib.sha256(f"{world.key()} {num_samples} {CANDIDATES}".encode() + weights).hexdigest()[:12]
     path = folder / f"mined_{digest}.npy"
     if path.exists():
         return tuple(np.load(path))

