@@ -12,6 +12,7 @@ from PIL import Image
 
 import txt2img
 from dpt.images import read_metadata
+from dpt.shapes.oracle import judge
 
 SHAPES = ["--model", "shapes", "--ddim_steps", "3", "--n_samples", "1"]
 
@@ -282,3 +283,12 @@ def test_the_demo_stays_below_2_gb(tmp_path, request):
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.splitlines()[-1]) < 2048
+
+
+@pytest.mark.slow
+def test_the_demo_s_pictures_show_its_prompt(tmp_path):
+    """With the Makefile's prompt, scale and seeds; another processor's rounding may cost one of the three."""
+    prompt = "a blue square and an orange circle"
+    assert txt2img.main(["--model", "shapes", "--scale", "3", "--prompt", prompt, "--outdir", str(tmp_path)]) == 0
+    images = [np.array(Image.open(tmp_path / record["file"])) for record in read_metadata(tmp_path)]
+    assert sum(judge(image, prompt).label == "correct" for image in images) >= 2
