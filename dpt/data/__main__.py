@@ -38,8 +38,7 @@ def run_check(args: argparse.Namespace) -> int:
         print("not there under the names that training expects (docs/data.md; data.* settings name others):")
         print("\n".join(f"    {line.split(maxsplit=1)[1]}" for line in lines if line.startswith("MISSING")))
     for training, evaluation, both, of in leakage(lists):
-        if both:
-            print(f"leakage: {both} of the {of} images of {evaluation} are in {training}")
+        print(f"leakage: {both or 'none'} of the {of} images of {evaluation} are in {training}")
     if args.leak_free:
         training = find(root, args.leak_free_of)
         if len(training) != 1:

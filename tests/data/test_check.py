@@ -108,7 +108,8 @@ def test_a_leak_free_list(tree, capsys):
     names = {image["file_name"] for image in json.loads(target.read_text())["images"]}
     assert "COCO_train2014_000000000008.jpg" not in names
     assert main(["check", str(tree)]) == 0
-    assert "are in finetune_leakfree_train.json" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "leakage: none of the 1 images of finetune_refcoco_val.json are in finetune_leakfree_train.json" in out
 
 
 def test_damaged_latents_are_found(tree, capsys):
