@@ -29,16 +29,17 @@ from dpt.shapes.captions import parse
 from dpt.stable_diffusion import (
     CKPT_FOLDER,
     DEFAULT_MODEL,
+    DTYPES,
     MODELS,
     StableDiffusion,
     architecture,
     check_size,
     known_name,
     load_stable_diffusion,
+    usable_device,
     weights_fingerprint,
 )
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 VAE_SCALE_FACTOR = 8  # of all models by name
 GRID_ROWS, GRID_COLUMNS = 12, 8
 DPT_WEIGHTS = {"shapes": CKPT_FOLDER / "shapes-dpt", "sd21-base": CKPT_FOLDER / "dpt-v2.1"}
@@ -151,12 +152,7 @@ def choose_device(args: argparse.Namespace) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(args.device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {args.device!r} is not usable here: {str(error).splitlines()[0]}") from error
-    return device
+    return usable_device(args.device)
 
 
 def choose_correction(args: argparse.Namespace) -> tuple[Path | None, CorrectionSettings]:

@@ -215,6 +215,11 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return dict(state)
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The run's checkpoint folders, newest first."""
+    return sorted((folder / "checkpoints").glob("step_*"), reverse=True)
+
+
 def load_checkpoint(path: str | Path, **released_settings) -> DPTCheckpoint:
     """Reads our folder, a run's (its newest checkpoint), the released file or its folder, or a training folder of the
     reference.
@@ -228,10 +233,10 @@ def load_checkpoint(path: str | Path, **released_settings) -> DPTCheckpoint:
     """
     path = Path(path)
     if (path / "checkpoints").is_dir():
-        steps = sorted((path / "checkpoints").glob("step_*"))
+        steps = checkpoints(path)
         if not steps:
             raise ValueError(f"run {path} has no checkpoint yet")
-        path = steps[-1]
+        path = steps[0]
     if (path / CONFIG_FILE).exists():
         return _load_own(path)
     if not path.exists():

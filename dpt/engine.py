@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dpt.adapter import Scorer
 from dpt.assembly import DTYPES, make_model, trained_weights
-from dpt.checkpoint import load_checkpoint
+from dpt.checkpoint import checkpoints, load_checkpoint
 from dpt.config import TrainConfig, check_resumption, check_stage, flatten, load_config, save_config
 from dpt.controls import control_batch, control_inputs, control_unet
 from dpt.data.collate import Batch, encode_batch
@@ -30,7 +30,6 @@ from dpt.rec_text import load_rec_text_encoder
 from dpt.runs import (
     RunLog,
     check_run,
-    checkpoints,
     load_newest,
     restore_optimizer,
     save_step,

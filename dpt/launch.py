@@ -9,13 +9,12 @@ import torch
 import yaml
 
 from dpt.assembly import DTYPES, adapter_config
-from dpt.checkpoint import load_checkpoint
+from dpt.checkpoint import checkpoints, load_checkpoint
 from dpt.config import TrainConfig, check_stage, load_config
-from dpt.data.sources import describe
+from dpt.data.sources import needed_files
 from dpt.engine import Trainer
 from dpt.memory import estimate_step
 from dpt.model import EARLY_PASSES
-from dpt.runs import checkpoints
 from dpt.stable_diffusion import architecture
 from dpt.unet_features import parse_feature
 
@@ -99,8 +98,10 @@ def run_stage(stage: str, argv: list[str] | None, description: str) -> int:
         if args.dry_run:
             print(yaml.safe_dump(asdict(config), sort_keys=False))
             print(report(config, stage))
-            lines, missing = describe(config.data)
-            print("\n".join(lines))
+            paths = needed_files(config.data)
+            lines = [f"{'found  ' if path.exists() else 'MISSING'}  {path}" for path in paths]
+            print("\n".join(lines or ["data: the shapes world, made on the fly"]))
+            missing = sum(not path.exists() for path in paths)
             if missing:
                 raise ValueError(f"{missing} of these are missing; docs/data.md says where they come from")
         else:

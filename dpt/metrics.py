@@ -21,12 +21,7 @@ def bootstrap_interval(
     if not len(values):
         raise ValueError("values is empty; an interval needs at least one")
     clusters = np.arange(len(values)) if clusters is None else np.asarray(clusters)
-    _, index = np.unique(clusters, return_inverse=True)
-    sums, counts = np.bincount(index, values), np.bincount(index)
-    draws = np.random.default_rng(seed).integers(len(sums), size=(num_resamples, len(sums)))
-    means = sums[draws].sum(1) / counts[draws].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
+    return crossed_bootstrap(values[None], clusters, num_resamples=num_resamples, seed=seed)
 
 
 def crossed_bootstrap(

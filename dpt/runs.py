@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from dpt.checkpoint import DPTCheckpoint, load_checkpoint, read_tensors, save_checkpoint
+from dpt.checkpoint import DPTCheckpoint, checkpoints, load_checkpoint, read_tensors, save_checkpoint
 from dpt.curves import drop_metrics_after, plot_curves
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
@@ -145,8 +145,3 @@ def versions() -> str:
     ).stdout.strip()
     libraries = " ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
     return f"dpt {described or 'without git'}, python {platform.python_version()}, {libraries}"
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The run's checkpoint folders, newest first."""
-    return sorted((folder / "checkpoints").glob("step_*"), reverse=True)

@@ -63,6 +63,21 @@ def classifier_free_guidance(
     return denoise
 
 
+def matching_score(
+    unet: UNet2DConditionModel,
+    scorer: Scorer,
+    noisy_latents: torch.Tensor,
+    timestep: torch.Tensor,
+    *,
+    encoder_hidden_states: torch.Tensor,
+    pooled_prompt_embeds: torch.Tensor,
+) -> torch.Tensor:
+    """The matching score s(z_t, y) of each image, (B,) float32; the arguments are `score_gradient`'s."""
+    features, _ = unet_features(unet, scorer.blocks, noisy_latents.to(unet.dtype), timestep, encoder_hidden_states)
+    hs = scorer.adapter([feature.float() for feature in features], timestep)
+    return itm_score(scorer.adapter.itm_embeddings(hs, scorer.itm_layer), pooled_prompt_embeds.float())
+
+
 def score_gradient(
     unet: UNet2DConditionModel,
     scorer: Scorer,
@@ -83,10 +98,14 @@ def score_gradient(
     scale = HALF_GRADIENT_SCALE if unet.dtype == torch.float16 else 1.0
     with torch.enable_grad():
         noisy_latents = noisy_latents.detach().float().requires_grad_()
-        inputs = noisy_latents.to(unet.dtype)
-        features, _ = unet_features(unet, scorer.blocks, inputs, timestep, encoder_hidden_states)
-        hs = scorer.adapter([feature.float() for feature in features], timestep)
-        score = itm_score(scorer.adapter.itm_embeddings(hs, scorer.itm_layer), pooled_prompt_embeds.float())
+        score = matching_score(
+            unet,
+            scorer,
+            noisy_latents,
+            timestep,
+            encoder_hidden_states=encoder_hidden_states,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+        )
         (gradient,) = torch.autograd.grad(score.sum() * scale, noisy_latents)
     return score.detach(), gradient / scale
 

@@ -51,6 +51,7 @@ ARCHITECTURES = {
 OTHER_PARAMETERS = {"sd21-base": 424_000_000, "sd21": 424_000_000, "sd14": 207_000_000}
 """about: text encoder and autoencoder"""
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 VAE_SLICING_ABOVE = 4  # images encoded or decoded at once
 
 
@@ -259,6 +260,16 @@ def weights_fingerprint(*modules: torch.nn.Module) -> str:
             values = tensor.flatten()[:16].float().cpu().numpy().tobytes()
             digest.update(f"{name} {tuple(tensor.shape)}".encode() + values)
     return digest.hexdigest()[:16]
+
+
+def usable_device(name: str) -> torch.device:
+    """The device that --device names. Raises ValueError where this machine has none of that name."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name!r} is not usable here: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def known_name(model: str) -> str | None:

@@ -37,7 +37,7 @@ from dpt.sampling import (
 )
 from dpt.shapes.scenes import render
 from dpt.shapes.world import ShapesWorld
-from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion
+from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion, usable_device
 from dpt.unet_features import unet_features
 
 TIMESTEP = 500
@@ -52,12 +52,7 @@ class Verification:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            self.device = torch.device(name)
-            torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise ValueError(f"--device {name!r} is not usable here: {str(error).splitlines()[0]}") from error
+        self.device = usable_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.half = torch.float16 if self.device.type == "cuda" else torch.bfloat16
         self.checkpoint = load_checkpoint(args.dpt)
         self.sd, self.scorer = self.load(torch.float32)

@@ -19,8 +19,8 @@ from dpt.data.itm import write_items, write_tsv
 from dpt.data.latents import cache_folder
 from dpt.data.mining import mine
 from dpt.data.open_clip_embedder import load_embedders
-from dpt.data.sources import describe
-from dpt.stable_diffusion import load_stable_diffusion
+from dpt.data.sources import needed_files
+from dpt.stable_diffusion import DTYPES, load_stable_diffusion
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -33,10 +33,10 @@ def run_check(args: argparse.Namespace) -> int:
         for kind, places in findings.errors.items():
             more = f" and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
             print(f"    {kind}: {len(places)}: {'; '.join(places[:SHOWN])}{more}")
-    lines, missing = describe(DataSettings(kind="coco", root=str(root)))
+    missing = [path for path in needed_files(DataSettings(kind="coco", root=str(root))) if not path.exists()]
     if missing:
         print("not there under the names that training expects (docs/data.md; data.* settings name others):")
-        print("\n".join(f"    {line.split(maxsplit=1)[1]}" for line in lines if line.startswith("MISSING")))
+        print("\n".join(f"    {path}" for path in missing))
     for training, evaluation, both, of in leakage(lists):
         print(f"leakage: {both or 'none'} of the {of} images of {evaluation} are in {training}")
     if args.leak_free:
@@ -59,8 +59,9 @@ def run_cache_latents(args: argparse.Namespace) -> int:
             raise ValueError
     except ValueError:
         raise ValueError(f"--shard is {args.shard!r}; it must be K/N with 0 <= K < N, such as 0/4") from None
-    dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[args.dtype]
-    sd = load_stable_diffusion(args.model, local_files_only=args.local_files_only, dtype=dtype, device=_device(args))
+    sd = load_stable_diffusion(
+        args.model, local_files_only=args.local_files_only, dtype=DTYPES[args.dtype], device=_device(args)
+    )
     size = args.size or sd.default_size
     count = cache_folder(sd, Path(args.images), Path(args.output), size=size, batch_size=args.batch_size, shard=(k, n))
     print(f"{args.output}: {count} new latents")
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     cache.add_argument("--local_files_only", "--local-files-only", action="store_true")
     cache.add_argument("--size", type=int, help="height and width in pixels; default: the model's")
     cache.add_argument("--shard", default="0/1", metavar="K/N", help="one of several processes' share")
-    cache.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    cache.add_argument("--dtype", choices=DTYPES, default="float32")
     cache.set_defaults(run=run_cache_latents)
 
     mining = commands.add_parser("mine-negatives", help="find similar captions and images")

@@ -79,12 +79,10 @@ def existing(root: Path, key: str, relative: str) -> Path:
     return path
 
 
-def describe(data: DataSettings) -> tuple[list[str], int]:
-    """A line for each file and folder that the config names, there or missing, and how many are missing."""
+def needed_files(data: DataSettings) -> list[Path]:
+    """Every file and folder that the config names; none for the shapes world, which is made on the fly."""
     if data.kind == "shapes":
-        return ["data: the shapes world, made on the fly"], 0
+        return []
     names = [data.images, data.expressions, data.itm, data.val_images, data.val_itm, *data.val_expressions]
     names += [data.latents] if data.latents else []
-    paths = [Path(data.root) / name for name in names]
-    lines = [f"{'found  ' if path.exists() else 'MISSING'}  {path}" for path in paths]
-    return lines, sum(not path.exists() for path in paths)
+    return [Path(data.root) / name for name in names]

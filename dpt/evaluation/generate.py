@@ -19,18 +19,16 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from dpt.adapter import DiscriminativeAdapter, itm_score
+from dpt.adapter import DiscriminativeAdapter
 from dpt.checkpoint import load_checkpoint
 from dpt.evaluation.arms import Arm, load_arms
 from dpt.evaluation.prompts import Prompt, load_prompt_set
 from dpt.images import append_metadata, numbered, read_metadata, save_new, to_pixels
 from dpt.lora import load_external_lora
 from dpt.memory import peak_mb
-from dpt.sampling import draw, initial_noise
-from dpt.stable_diffusion import load_stable_diffusion, weights_fingerprint
-from dpt.unet_features import unet_features
+from dpt.sampling import draw, initial_noise, matching_score
+from dpt.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SEEDS_APART = 100_000  # best-of-n draws picture k of seed s from the noise of seed s + k * SEEDS_APART
 CHOICE_TIMESTEP = 200  # at which best-of-n reads the score of finished pictures
 
@@ -120,11 +118,10 @@ class Artist:
         sd, timestep = self.sd, torch.tensor(CHOICE_TIMESTEP, device=self.sd.device)
         latents = sd.encode_images(to_pixels(list(images)))
         noise = initial_noise([0] * len(latents), tuple(latents.shape[1:])).to(latents.device)
-        noisy = sd.scheduler.add_noise(latents, noise, timestep[None]).to(sd.dtype)
+        noisy = sd.scheduler.add_noise(latents, noise, timestep[None])
         context, pooled = sd.encode_prompts(prompts)
-        features, _ = unet_features(sd.unet, self.scorer.blocks, noisy, timestep, context)
-        hs = self.scorer.adapter([feature.float() for feature in features], timestep)
-        return itm_score(self.scorer.adapter.itm_embeddings(hs, self.scorer.itm_layer), pooled.float()).cpu()
+        texts = {"encoder_hidden_states": context, "pooled_prompt_embeds": pooled}
+        return matching_score(sd.unet, self.scorer, noisy, timestep, **texts).cpu()
 
 
 def generate(arm: Arm, prompts: list[Prompt], seeds: list[int], folder: Path, *, batch_size: int) -> dict:
