@@ -4,15 +4,26 @@
 python evaluate.py generate --arms configs/shapes/arms/base.yaml --prompts shapes:val --outdir outputs/evaluation
 python evaluate.py align outputs/evaluation/base --metrics oracle
 python evaluate.py table outputs/evaluation/base --output outputs/evaluation/tables
+python evaluate.py experiment configs/shapes/experiment.yaml --prompts shapes:val
+python evaluate.py itm outputs/shapes-probe --config configs/shapes/probe.yaml --output outputs/evaluation/itm
+python evaluate.py rec outputs/shapes-probe --config configs/shapes/probe.yaml --output outputs/evaluation/rec
 """
 
 import argparse
 import json
 import sys
 
-from dpt.evaluation import align, generate, table
+from dpt.evaluation import align, experiment, generate, itm, quality, rec, table
 
-COMMANDS = {"generate": generate, "align": align, "table": table}
+COMMANDS = {
+    "generate": generate,
+    "align": align,
+    "quality": quality,
+    "table": table,
+    "itm": itm,
+    "rec": rec,
+    "experiment": experiment,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         result = COMMANDS[args.command].run(args)
-        if args.command != "table":
+        if args.command in ("generate", "align", "quality"):
             print(json.dumps(result, indent=1))
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)

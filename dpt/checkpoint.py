@@ -74,8 +74,11 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
         self.config, self.adapter, self.lora, self.source = config, adapter, lora, source
         self.released = released
 
-    def attach(self, sd: StableDiffusion) -> Scorer:
+    def attach(self, sd: StableDiffusion, *, measuring: bool = False) -> Scorer:
         """Puts the LoRA on the model's U-Net and the adapter on its device, both frozen.
+
+        Args:
+            measuring: take weights of a control too, which are good for nothing else.
 
         Raises:
             ValueError: made for another model, text width or block layout, or a released LoRA that leaves out some of
@@ -93,7 +96,7 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
             raise ValueError(
                 f"{self.source}: the adapter compares with texts of width {config.text_dim}; {sd.name} has {width}"
             )
-        if self.config.control != "none":
+        if self.config.control != "none" and not measuring:
             raise ValueError(f"{self.source} is a control ({self.config.control}), which is for measuring alone")
         if None not in (names := [known_name(self.config.base_model), known_name(sd.name)]) and names[0] != names[1]:
             raise ValueError(f"{self.source} was made for {self.config.base_model}; the model here is {sd.name}")

@@ -231,6 +231,8 @@ class DPTConfig:
 
 # Training
 
+NEGATIVE_KINDS = ("attribute", "count", "relation", "size")
+
 
 @dataclass
 class LossWeights:
@@ -326,6 +328,8 @@ class DataSettings:
     """the first so many; by default 10,000 of shapes, all of coco"""
     negatives: str = "edited"
     """shapes: edited (a minimal edit of the sample) or mined (other scenes that are alike, as in the paper)"""
+    leave_out: list[str] = field(default_factory=list)
+    """shapes, edited: kinds of negative not to train on: attribute, count, relation, size"""
     cache_folder: str = "outputs/cache"
     """shapes: for latents"""
     root: str | None = None
@@ -359,6 +363,11 @@ class DataSettings:
             raise ValueError(
                 f"data.negatives is {self.negatives!r}; coco's are those of data.itm, the setting is for shapes"
             )
+        unknown = [kind for kind in self.leave_out if kind not in NEGATIVE_KINDS]
+        if unknown or len(set(self.leave_out)) == len(NEGATIVE_KINDS):
+            raise ValueError(f"data.leave_out is {self.leave_out}; it may name some of {', '.join(NEGATIVE_KINDS)}")
+        if self.leave_out and (self.kind != "shapes" or self.negatives != "edited"):
+            raise ValueError(f"data.leave_out is {self.leave_out}; only edited negatives of shapes have a kind")
         if self.num_workers < 0:
             raise ValueError(f"data.num_workers is {self.num_workers}; it must be at least 0")
         if self.kind == "coco" and self.root is None:

@@ -42,6 +42,15 @@ def crossed_bootstrap(
     Raises:
         ValueError: no values, or another number of columns.
     """
+    mean, means = resampled_means(values, prompts, other, num_resamples=num_resamples, seed=seed)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return mean, float(low), float(high)
+
+
+def resampled_means(
+    values: np.ndarray, prompts: np.ndarray, other: np.ndarray | None, *, num_resamples: int, seed: int
+) -> tuple[float, np.ndarray]:
+    """The mean, or mean difference, that `crossed_bootstrap` describes, and those of its resamples."""
     arms = [np.asarray(values, float)] + ([] if other is None else [np.asarray(other, float)])
     if any(arm.ndim != 2 or arm.shape[1] != len(prompts) or not arm.size for arm in arms):
         raise ValueError(f"values are {[arm.shape for arm in arms]}; they need one column a prompt: {len(prompts)}")
@@ -56,8 +65,23 @@ def crossed_bootstrap(
         seeds = rng.integers(len(arm), size=(num_resamples, len(arm)))
         drawn = np.stack([sums[rows].mean(0)[columns].sum() for rows, columns in zip(seeds, chosen, strict=True)])
         means += sign * drawn / totals
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(arms[0].mean() - (arms[1].mean() if len(arms) > 1 else 0)), float(low), float(high)
+    return float(arms[0].mean() - (arms[1].mean() if len(arms) > 1 else 0)), means
+
+
+def bootstrap_p(values: np.ndarray, prompts: np.ndarray, other: np.ndarray, *, num_resamples: int = 10_000) -> float:
+    """Two-sided p of no difference between arms, by `crossed_bootstrap`'s resamples: twice the smaller tail."""
+    _, means = resampled_means(values, prompts, other, num_resamples=num_resamples, seed=0)
+    tail = min(np.mean(means <= 0), np.mean(means >= 0))
+    return float(min(1.0, 2 * max(tail, 1 / num_resamples)))
+
+
+def holm(p_values: dict[str, float]) -> dict[str, float]:
+    """p values adjusted for there being several (Holm 1979): below 0.05 then all hold together at 5 %."""
+    adjusted, largest = {}, 0.0
+    for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p))
+        adjusted[name] = largest
+    return {name: adjusted[name] for name in p_values}
 
 
 def objectness(pred_logits: torch.Tensor) -> torch.Tensor:

@@ -10,13 +10,14 @@ import torch
 
 from dpt.controls import control_batch, control_inputs
 from dpt.data.collate import Sample, as_latents, collate, encode_batch
-from dpt.metrics import bootstrap_interval, rec_hits
+from dpt.metrics import bootstrap_interval, objectness, rec_hits
 from dpt.model import DPT
 from dpt.rec_text import RecTextEncoder
 from dpt.stable_diffusion import StableDiffusion
 
 PAPER_TIMESTEP = 500
 KS = (1, 5, 10)
+FIGURES = ("text", "image", *(f"{name}_at_{k}" for name in ("precision", "giou_precision") for k in KS))
 
 
 class Samples(Protocol):
@@ -40,10 +41,10 @@ def measure(
     shard: tuple[int, int] = (0, 1),
     control: str = "none",
 ) -> list[dict]:
-    """One record a sample and timestep, with the sample's id.
+    """One record a sample and timestep, with the sample's id and its index in the set.
 
-    For `itm` it says whether the positive beats the hard-negative text, and image; for `rec` whether one of the k
-    surest boxes hits, by IoU and by generalised IoU.
+    For `itm` it says whether the positive beats the hard-negative text, and image, and the negative's kind; for `rec`
+    whether one of the k surest boxes hits, by IoU and by generalised IoU, and the surest: its objectness and cxcywh.
 
     Args:
         task: itm or rec.
@@ -55,11 +56,12 @@ def measure(
     chosen = np.linspace(0, len(samples) - 1, min(num_samples, len(samples))).round().astype(int)[shard[0] :: shard[1]]
     records = []
     for start in range(0, len(chosen), batch_size):
-        batch = [samples.get(int(i), 0) for i in chosen[start : start + batch_size]]
+        pairs = [(int(index), samples.get(int(index), 0)) for index in chosen[start : start + batch_size]]
         if task == "rec":
-            batch = [sample for sample in batch if len(sample.boxes)]
-        if not batch:
+            pairs = [(index, sample) for index, sample in pairs if len(sample.boxes)]
+        if not pairs:
             continue
+        indices, batch = zip(*pairs, strict=True)
         joined = collate(batch)
         needed = joined.images[:, : 2 if task == "itm" else 1]  # random images are compared with nothing
         joined.images = as_latents(needed, sd)  # once for all timesteps
@@ -68,25 +70,43 @@ def measure(
             inputs = encode_batch(joined, sd, rec_text, seed=0, timesteps=(timestep, timestep))
             inputs = control_inputs(control, inputs, joined, sd, training=False)
             scores, outputs = model.evaluate(inputs, itm=task == "itm", rec=task == "rec")
-            found = _itm_records(scores) if task == "itm" else _rec_records(outputs, batch)
-            records += [{"id": s.id, "timestep": timestep} | r for s, r in zip(batch, found, strict=True)]
+            found = _itm_records(scores, batch) if task == "itm" else _rec_records(outputs, batch)
+            records += [
+                {"id": sample.id, "timestep": timestep, "index": index} | record
+                for index, sample, record in zip(indices, batch, found, strict=True)
+            ]
     return records
 
 
-def _itm_records(scores: torch.Tensor) -> list[dict]:
-    ahead = scores[:, :1] - scores[:, 1:]
-    won = (ahead > 0) + 0.5 * (ahead == 0)  # who can't tell is right half of the time
-    return [{"text": text, "image": image} for text, image in won.tolist()]
+def _itm_records(scores: torch.Tensor, batch: tuple[Sample, ...]) -> list[dict]:
+    won = wins(scores[:, :1] - scores[:, 1:])
+    return [
+        {"text": text, "image": image, "kind": sample.negative_kind}
+        for (text, image), sample in zip(won.tolist(), batch, strict=True)
+    ]
 
 
-def _rec_records(outputs: dict, batch: list[Sample]) -> list[dict]:
+def wins(ahead: torch.Tensor) -> torch.Tensor:
+    """1 where the truth is ahead, 0 where it is behind; who can't tell is right half of the time."""
+    return (ahead > 0) + 0.5 * (ahead == 0)
+
+
+def _rec_records(outputs: dict, batch: tuple[Sample, ...]) -> list[dict]:
     logits, boxes = outputs["pred_logits"].float().cpu(), outputs["pred_boxes"].float().cpu()
     truth = torch.stack([sample.boxes[0] for sample in batch])
     records = [{} for _ in batch]
     for name, generalized in (("precision", False), ("giou_precision", True)):
         for record, row in zip(records, rec_hits(logits, boxes, truth, ks=KS, generalized=generalized), strict=True):
             record |= {f"{name}_at_{k}": hit for k, hit in zip(KS, row.tolist(), strict=True)}
+    for record, sureness, found in zip(records, objectness(logits), boxes, strict=True):
+        best = sureness.argmax()
+        record["surest"] = [round(value, 3) for value in (sureness[best].item(), *found[best].tolist())]
     return records
+
+
+def figures_of(records: list[dict]) -> list[str]:
+    """The names of what records of `measure` say in numbers."""
+    return [name for name in (records[0] if records else ()) if name in FIGURES]
 
 
 def summarize(records: dict[str, list[dict]], *, mean_over: list[int]) -> dict[str, float]:
@@ -98,7 +118,7 @@ def summarize(records: dict[str, list[dict]], *, mean_over: list[int]) -> dict[s
     figures = {}
     for name, part in records.items():
         rows = {(r["id"], r["timestep"]): r for r in part}
-        for column in list(part[0])[2:] if part else ():
+        for column in figures_of(part):
             for suffix, timesteps in (("", [PAPER_TIMESTEP]), ("_mean", mean_over)):
                 chosen = [(key[0], row[column]) for key, row in rows.items() if key[1] in timesteps]
                 ids, values = zip(*chosen, strict=True)

@@ -30,6 +30,8 @@ class Sample:
     """for each box the [begin, end) character spans of its phrase in `expression`"""
     negative_image_caption: str = ""
     """a caption that is true of the hard-negative image"""
+    negative_kind: str = ""
+    """what the hard-negative caption gets wrong, where that is known"""
 
 
 @dataclass

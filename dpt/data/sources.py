@@ -26,7 +26,13 @@ def training_samples(data: DataSettings, sd: StableDiffusion, *, seed: int, noti
     if data.kind == "shapes":
         count = NUM_SHAPES if data.num_samples is None else data.num_samples
         return ShapesSamples(
-            sd, Path(data.cache_folder), num_samples=count, negatives=data.negatives, split="train", draw_seed=seed
+            sd,
+            Path(data.cache_folder),
+            num_samples=count,
+            negatives=data.negatives,
+            leave_out=tuple(data.leave_out),
+            split="train",
+            draw_seed=seed,
         )
     root = Path(data.root)
     images = existing(root, "images", data.images)
@@ -51,11 +57,17 @@ def training_samples(data: DataSettings, sd: StableDiffusion, *, seed: int, noti
     return samples
 
 
-def validation_samples(data: DataSettings, sd: StableDiffusion, *, num_samples: int) -> dict[str, object]:
-    """The val sets by task: `itm`, and `rec_<name>` for each list of expressions."""
+def validation_samples(
+    data: DataSettings, sd: StableDiffusion, *, num_samples: int, split: str = "val"
+) -> dict[str, object]:
+    """The val sets by task: `itm`, and `rec_<name>` for each list of expressions.
+
+    Args:
+        split: of the shapes world, val or test; coco's lists are those that the config names.
+    """
     if data.kind == "shapes":
         samples = ShapesSamples(
-            sd, Path(data.cache_folder), num_samples=num_samples, negatives=data.negatives, split="val"
+            sd, Path(data.cache_folder), num_samples=num_samples, negatives=data.negatives, split=split
         )
         return {"itm": samples, "rec_shapes": samples}
     root, size = Path(data.root), sd.default_size

@@ -57,7 +57,7 @@ def score(folder: Path, name: str, metric: Metric, batch_size: int) -> int:
     missing = [r for r in records if (r["file"], hashes[r["file"]]) not in known]
     for start in tqdm(range(0, len(missing), batch_size), desc=f"{folder.name} {name}", mininterval=2):
         batch = missing[start : start + batch_size]
-        images = [_read(folder / record["file"]) for record in batch]
+        images = [read_image(folder / record["file"]) for record in batch]
         for record, result in zip(batch, metric(images, [record["prompt"] for record in batch]), strict=True):
             bad = [key for key, value in result.items() if isinstance(value, float) and not np.isfinite(value)]
             if bad:
@@ -66,7 +66,8 @@ def score(folder: Path, name: str, metric: Metric, batch_size: int) -> int:
     return len(missing)
 
 
-def _read(path: Path) -> np.ndarray:
+def read_image(path: Path) -> np.ndarray:
+    """A picture (H, W, 3) uint8. Raises ValueError where it is missing or damaged."""
     try:
         return np.array(Image.open(path).convert("RGB"))
     except (OSError, UnidentifiedImageError) as error:

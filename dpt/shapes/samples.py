@@ -27,6 +27,7 @@ class ShapesSamples:
     Args:
         seed: of the world.
         draw_seed: of what is drawn of a sample in an epoch: wording, expression, negatives.
+        leave_out: kinds of edited negatives; the next sample whose kind is another takes their place.
         negatives: "edited", a minimal edit of the sample's own scene, or "mined", the other scenes of the set whose
             captions and pictures are most alike by the small CLIP (as in the paper, where CLIP mines them).
     """
@@ -40,6 +41,7 @@ class ShapesSamples:
         split: str = "train",
         seed: int = 0,
         negatives: str = "edited",
+        leave_out: tuple[str, ...] = (),
         draw_seed: int = 0,
     ):
         if negatives not in NEGATIVES:
@@ -47,7 +49,7 @@ class ShapesSamples:
         if num_samples < 2:
             raise ValueError(f"data.num_samples is {num_samples}; random negatives need at least 2")
         self.world, self.num_samples = ShapesWorld(split, seed=seed), num_samples
-        self.draw_seed = draw_seed
+        self.leave_out, self.draw_seed = leave_out, draw_seed
         self.scaling_factor = sd.vae.config.scaling_factor
         self.scenes = cache_latents(
             sd.vae,
@@ -73,7 +75,8 @@ class ShapesSamples:
 
     def get(self, index: int, epoch: int) -> Sample:
         """The sample of an index in an epoch; its random negative, wording and expression differ between epochs."""
-        example = self.world[index]
+        while (example := self.world[index]).negative.kind in self.leave_out:
+            index = (index + 1) % self.num_samples
         generator = sample_generator(self.draw_seed, index, epoch, "draw")
         rng = np.random.default_rng(torch.randint(2**62, (1,), generator=generator).item())
         (other,) = self._false_of(index, rng.permutation(self.num_samples), 1)
@@ -102,6 +105,7 @@ class ShapesSamples:
             boxes=torch.tensor(example.scene.boxes()[[expression.index]], dtype=torch.float32),
             tokens_positive=[[expression.span]],
             negative_image_caption=caption_text(shown, rng),
+            negative_kind="" if self.edited is None else example.negative.kind,
         )
 
     def _false_of(self, index: int, candidates, count: int) -> list[int]:

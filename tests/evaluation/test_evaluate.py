@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,8 +8,10 @@ from PIL import Image
 
 import evaluate
 from dpt.evaluation.prompts import load_prompt_set
+from dpt.evaluation.quality import frechet_distance, render_prompt, spread
 from dpt.images import read_lines, read_metadata
-from dpt.metrics import bootstrap_interval, crossed_bootstrap
+from dpt.metrics import bootstrap_interval, bootstrap_p, crossed_bootstrap, holm
+from dpt.shapes.oracle import judge
 
 FEW = ["--per_category", "1", "--seeds", "0", "1", "--batch_size", "5", "--set", "num_inference_steps=2"]
 
@@ -95,7 +98,7 @@ def test_a_table_of_arms(drawn, tmp_path, capsys):
     _, _, folders = drawn
     command = ["table", *folders, "--against", "base", "--output", str(tmp_path)]
     assert evaluate.main(command) == 0
-    rows = json.loads((tmp_path / "table.json").read_text())
+    rows = json.loads((tmp_path / "table.json").read_text())["arms"]
     assert set(rows) == {"base", "own"}
     assert rows["own"]["training_seeds"] == 2
     assert rows["own"]["truncated_passes"] == 2
@@ -104,9 +107,59 @@ def test_a_table_of_arms(drawn, tmp_path, capsys):
     difference = rows["own"]["cosine"][0] - rows["base"]["cosine"][0]
     assert rows["own"]["cosine_difference"][0] == pytest.approx(difference)
     assert (tmp_path / "table.md").read_text().count("\n") == 4
+    assert r"training\_seeds" in (tmp_path / "table.tex").read_text()
     assert evaluate.main([*command[:-1], str(tmp_path / "all"), "--categories", "unseen"]) == 0
     assert evaluate.main([*command, "--against", "nobody"]) == 2
     assert "the arms are base, own" in capsys.readouterr().err
+
+
+def test_figures_by_category_with_holms_correction(drawn, tmp_path, capsys):
+    _, _, folders = drawn
+    command = ["table", *folders, "--against", "base", "--output", str(tmp_path), "--by", "cosine"]
+    assert evaluate.main(command) == 0
+    rows = json.loads((tmp_path / "table.json").read_text())["cosine by category"]
+    assert len(rows["base"]) == 7
+    assert "difference" not in rows["base"]["single"]
+    difference = rows["own"]["single"]["mean"][0] - rows["base"]["single"]["mean"][0]
+    assert rows["own"]["single"]["difference"][0] == pytest.approx(difference)
+    assert all(0 < row["p_holm"] <= 1 for row in rows["own"].values())
+    assert "p = " in (tmp_path / "table.md").read_text()
+    assert evaluate.main([*command, "--by", "beauty"]) == 2
+    assert "--by names 'beauty'" in capsys.readouterr().err
+    assert evaluate.main([*command[:-2], "--categories", "sizes"]) == 2
+    assert "--categories names 'sizes'" in capsys.readouterr().err
+
+
+def test_holms_correction_and_bootstrap_p():
+    assert holm({"a": 0.04, "b": 0.01, "c": 0.03}) == pytest.approx({"a": 0.06, "b": 0.03, "c": 0.06})
+    assert holm({}) == {}
+    rng = np.random.default_rng(0)
+    values, prompts = rng.random((1, 40)), np.arange(40)
+    assert bootstrap_p(values, prompts, values + 0.5) < 0.001
+    assert bootstrap_p(values, prompts, values[:, ::-1]) > 0.5
+
+
+def test_the_quality_guard_tells_renders_from_worse(drawn, tmp_path):
+    _, _, folders = drawn
+    assert evaluate.main(["quality", folders[0]]) == 0
+    assert json.loads((Path(folders[0]) / "quality.json").read_text())["frechet"] > 0
+    assert evaluate.main(["table", folders[0], "--output", str(tmp_path)]) == 0
+    assert "frechet" in (tmp_path / "table.md").read_text()
+
+
+def test_frechet_distance_and_spread():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(4000, 3)), rng.normal(size=(4000, 3))
+    assert frechet_distance(a, b) < 0.02
+    scaled = b * [1, 2, 1] + [0, 0, 3]
+    assert frechet_distance(a, scaled) == pytest.approx(9 + (2 - 1) ** 2, rel=0.1)  # of independent Gaussians
+    rows, prompts = np.array([[0.0], [2.0], [5.0], [5.0]]), ("a", "a", "b", "b")
+    assert spread(rows, prompts) == 1
+    with pytest.raises(ValueError, match="at least two"):
+        frechet_distance(a[:1], b)
+    truth = [render_prompt("a red circle", k) for k in range(3)]
+    assert all(judge(picture, "a red circle").label == "correct" for picture in truth)
+    assert (truth[0] != truth[1]).any()
 
 
 def test_controls_and_best_of_change_the_pictures(tmp_path, shapes_dpt):

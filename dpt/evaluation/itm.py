@@ -1,0 +1,108 @@
+"""`evaluate.py itm`: does a checkpoint tell a picture's caption from a hard negative, and a caption's picture from one?
+
+    python evaluate.py itm outputs/shapes-probe --config configs/shapes/probe.yaml --negatives mined edited \\
+        --zero_shot --output outputs/evaluation/itm
+
+Accuracy (chance 50 %) on the text side and the image side, at t = 500 and in the mean over --timesteps, the pairs that
+are compared sharing noise. Checkpoints of controls may be named along: then the others' selectivity over the best of
+them is shown too. --zero_shot adds matching by the same model's denoising error, which needs no adapter (DiffusionITM,
+Krojer et al. 2023). Writes itm.json, itm.md and the records, from which what is measured is not measured again.
+"""
+
+import argparse
+
+import numpy as np
+import torch
+
+from dpt.config import TrainConfig, load_config
+from dpt.data.collate import as_latents, collate, sample_generator
+from dpt.data.sources import validation_samples
+from dpt.evaluation import probes
+from dpt.evaluation.probes import Measured
+from dpt.stable_diffusion import StableDiffusion
+from dpt.validation import PAPER_TIMESTEP, Samples, wins
+
+ZERO_SHOT = "denoising error"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The subcommand's flags."""
+    probes.add_arguments(parser)
+    parser.add_argument(
+        "--negatives", nargs="+", choices=("mined", "edited"), default=[], help="shapes: each a set of its own"
+    )
+    parser.add_argument("--zero_shot", action="store_true", help="also by denoising error, without an adapter")
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Measures and writes; returns the summary of `probes.summary`."""
+    variants = {name: [f"data.negatives={name}"] for name in args.negatives} or {"": []}
+    measured = probes.measure_all(args, "itm", variants)
+    if args.zero_shot:
+        measured.append(_zero_shot(args, variants))
+    measured = probes.split_by(measured, "kind")
+    result = probes.summary(measured, ["text", "image"], args.timesteps)
+    return probes.write(args, "itm", result, measured)
+
+
+def _zero_shot(args: argparse.Namespace, variants: dict[str, list[str]]) -> Measured:
+    records = {}
+    for label, overrides in variants.items():
+        config = load_config(TrainConfig, args.config, [*args.set, *overrides])
+        sd = probes.load_base(config)
+        sets = validation_samples(config.data, sd, num_samples=args.num_samples, split=args.split)
+        with probes.autocast(config):
+            records[label] = denoising_matches(
+                sd, sets["itm"], args.timesteps, num_samples=args.num_samples, batch_size=config.optim.batch_size
+            )
+    return Measured(ZERO_SHOT, "none", records)
+
+
+@torch.no_grad()
+def denoising_matches(
+    sd: StableDiffusion, samples: Samples, timesteps: list[int], *, num_samples: int, batch_size: int
+) -> list[dict]:
+    """Records like those of `dpt.validation.measure`, of matching by denoising error.
+
+    A caption's error is that of the noise predicted under it, and lower is truer; between images the error without a
+    prompt is subtracted (Krojer et al. 2023). At t = 500 the errors of that noise level decide; at each of `timesteps`
+    stands what the errors of all of them together decide.
+    """
+    chosen = np.linspace(0, len(samples) - 1, min(num_samples, len(samples))).round().astype(int)
+    records = []
+    for start in range(0, len(chosen), batch_size):
+        batch = [samples.get(int(index), 0) for index in chosen[start : start + batch_size]]
+        joined = collate(batch)
+        latents = as_latents(joined.images[:, :2], sd).to(sd.device).float()  # (B, 2, C, h, w)
+        texts = [text for captions in joined.captions for text in captions[:2]]
+        context, _ = sd.encode_prompts([*texts, ""])
+        captions, empty = context[:-1].unflatten(0, (-1, 2)), context[-1:].expand(len(batch), -1, -1)
+        pairs = ((0, captions[:, 0]), (0, captions[:, 1]), (1, captions[:, 0]), (0, empty), (1, empty))
+        errors = {t: _errors(sd, latents, pairs, joined.ids, t) for t in {*timesteps, PAPER_TIMESTEP}}
+        together = wins(_ahead(sum(errors[t] for t in timesteps)))
+        decided = {t: together for t in timesteps} | {PAPER_TIMESTEP: wins(_ahead(errors[PAPER_TIMESTEP]))}
+        for timestep, won in decided.items():
+            for sample, (text, image) in zip(batch, won.tolist(), strict=True):
+                kind = sample.negative_kind
+                records.append({"id": sample.id, "timestep": timestep, "text": text, "image": image, "kind": kind})
+    return records
+
+
+def _errors(sd, latents, pairs, ids, timestep) -> torch.Tensor:
+    """Mean squared errors of the predicted noise, (B, pairs)."""
+    shape, scheduler = latents.shape[2:], sd.scheduler
+    noise = [torch.randn(shape, generator=sample_generator(timestep, sample_id, 0, "noise")) for sample_id in ids]
+    noise, timesteps = torch.stack(noise).to(sd.device), torch.full((len(ids),), timestep, device=sd.device)
+    errors = []
+    for image, context in pairs:
+        noisy = scheduler.add_noise(latents[:, image], noise, timesteps)
+        predicted = sd.unet(noisy.to(sd.dtype), timesteps, encoder_hidden_states=context).sample.float()
+        target = sd.noise_target(latents[:, image], noise, timesteps)
+        errors.append((predicted - target).square().mean((1, 2, 3)))
+    return torch.stack(errors, dim=1)
+
+
+def _ahead(errors: torch.Tensor) -> torch.Tensor:
+    """How much less error the truth has, (B, 2): among captions, among images."""
+    own, other_caption, other_image, own_empty, other_empty = errors.unbind(1)
+    return torch.stack([other_caption - own, (other_image - other_empty) - (own - own_empty)], dim=1)

@@ -1,0 +1,236 @@
+"""What `evaluate.py itm` and `evaluate.py rec` share: checkpoints measured on one set of samples, beside each other.
+
+A probe's *selectivity* is its figure minus that of the best control measured with it (Hewitt & Liang 2019). Controls
+are checkpoints trained with `control=...` or `model.feature=latents`.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from dpt.assembly import DTYPES
+from dpt.checkpoint import DPTCheckpoint, load_checkpoint
+from dpt.config import TrainConfig, load_config
+from dpt.controls import control_unet
+from dpt.data.sources import validation_samples
+from dpt.metrics import crossed_bootstrap
+from dpt.model import DPT
+from dpt.rec_text import load_rec_text_encoder
+from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion, weights_fingerprint
+from dpt.validation import PAPER_TIMESTEP, measure
+
+EARLY_TIMESTEPS = (50, 100, 200, 300)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of both subcommands."""
+    parser.add_argument("checkpoints", nargs="+", type=Path, help="runs, weights' folders or released files")
+    parser.add_argument("--config", type=Path, required=True, help="a training config: model, data, precision")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes the config")
+    parser.add_argument("--split", choices=("val", "test"), default="val", help="shapes: of the scenes (default: val)")
+    parser.add_argument("--num_samples", type=int, default=500, help="of each set, evenly spread (default: 500)")
+    parser.add_argument(
+        "--timesteps",
+        type=int,
+        nargs="+",
+        default=[*EARLY_TIMESTEPS],
+        help="noise levels of the mean, beside the paper's 500 (default: 50 100 200 300)",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="a folder")
+
+
+@dataclass
+class Measured:
+    """One checkpoint: what it is, and a record a sample and timestep by set."""
+
+    name: str
+    control: str
+    """none for a probe"""
+    records: dict[str, list[dict]]
+
+
+def load_base(config: TrainConfig) -> StableDiffusion:
+    """The config's model, in its precision."""
+    return load_stable_diffusion(
+        config.model.name,
+        revision=config.model.revision,
+        local_files_only=config.model.local_files_only,
+        dtype=DTYPES[config.optim.mixed_precision],
+        device=PartialState().device,
+    )
+
+
+def autocast(config: TrainConfig) -> torch.autocast:
+    """What training runs under, so that measuring does."""
+    dtype = DTYPES[config.optim.mixed_precision]
+    return torch.autocast(PartialState().device.type, dtype, enabled=dtype != torch.float32)
+
+
+def load_probe(checkpoint: DPTCheckpoint, config: TrainConfig) -> tuple[DPT, StableDiffusion]:
+    """A checkpoint on the config's model, deprived of what its control says."""
+    sd = load_base(config)
+    control_unet(checkpoint.config.control, sd)
+    scorer = checkpoint.attach(sd, measuring=True)
+    model = DPT(
+        sd.unet, scorer.adapter, scorer.blocks, sd.scheduler, train_unet=False, itm_layer=checkpoint.config.itm_layer
+    )
+    return model, sd
+
+
+def measure_all(args: argparse.Namespace, task: str, variants: dict[str, list[str]]) -> list[Measured]:
+    """Measures every checkpoint on the val sets of each variant of the config; what is on disk is not measured again.
+
+    Args:
+        variants: label -> overrides of the config.
+
+    Raises:
+        ValueError: a checkpoint or config that cannot be used, or two checkpoints of one name.
+    """
+    configs = {label: load_config(TrainConfig, args.config, [*args.set, *more]) for label, more in variants.items()}
+    found: dict[str, Measured] = {}
+    for path in args.checkpoints:
+        name, checkpoint = _name(path), load_checkpoint(path)
+        if name in found:
+            raise ValueError(f"two checkpoints are named {name!r}; rename a folder")
+        control = checkpoint.config.control
+        if checkpoint.config.feature == "latents" and control == "none":
+            control = "latents"
+        found[name] = Measured(name, control, {})
+        for label, config in configs.items():
+            records = _measure(args, task, name, label, config, checkpoint)
+            found[name].records |= {f"{label} {key}".strip(): rows for key, rows in records.items()}
+    return list(found.values())
+
+
+def _name(path: Path) -> str:
+    return path.parent.parent.name if path.name.startswith("step_") else path.name
+
+
+def _measure(args, task, name, label, config, checkpoint) -> dict[str, list[dict]]:
+    model, sd = load_probe(checkpoint, config)
+    timesteps = sorted({*args.timesteps, PAPER_TIMESTEP})
+    identity = {
+        "weights": weights_fingerprint(sd.unet, model.adapter),
+        "data": repr(config.data),
+        "split": args.split,
+        "num_samples": args.num_samples,
+        "timesteps": timesteps,
+    }
+    path = args.output / "records" / f"{task}_{name}_{label or 'all'}.json"
+    if path.exists():
+        kept = json.loads(path.read_text())
+        if kept["identity"] == identity:
+            return kept["records"]
+    rec_text = load_rec_text_encoder(
+        config.model.rec_text_encoder, sd, with_model=False, local_files_only=config.model.local_files_only
+    )
+    sets = validation_samples(config.data, sd, num_samples=args.num_samples, split=args.split)
+    with autocast(config):
+        records = {
+            key.removeprefix(f"{task}_").removeprefix(task): measure(
+                model,
+                sd,
+                rec_text,
+                samples,
+                task=task,
+                timesteps=timesteps,
+                num_samples=args.num_samples,
+                batch_size=config.optim.batch_size,
+                control=checkpoint.config.control,
+            )
+            for key, samples in sets.items()
+            if key.startswith(task)
+        }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"identity": identity, "records": records}))
+    temporary.replace(path)
+    return records
+
+
+def summary(measured: list[Measured], columns: list[str], timesteps: list[int]) -> dict:
+    """Figures of all checkpoints, and the selectivity of those that are no controls.
+
+    Returns:
+        set -> name -> column -> "t500" or "mean" -> (mean, low, high); probes measured beside controls have
+        `<column> selectivity` as well, with the control's name as its "against".
+    """
+    result: dict = {}
+    for key in measured[0].records:
+        rows = {one.name: (one, _by_id(one.records[key])) for one in measured}
+        result[key] = {name: {} for name in rows}
+        for column in columns:
+            for label, chosen in (("t500", [PAPER_TIMESTEP]), ("mean", timesteps)):
+                values = {name: _values(found, column, chosen) for name, (_, found) in rows.items()}
+                ids = np.arange(len(next(iter(values.values()))))
+                for name, row in values.items():
+                    result[key][name].setdefault(column, {})[label] = crossed_bootstrap(row[None], ids)
+                controls = {name: row for name, row in values.items() if rows[name][0].control != "none"}
+                if controls:
+                    best = max(controls, key=lambda name: controls[name].mean())
+                    for name in values.keys() - controls.keys():
+                        figure = crossed_bootstrap(values[name][None], ids, controls[best][None])
+                        part = result[key][name].setdefault(f"{column} selectivity", {})
+                        part |= {label: figure, f"{label} against": best}
+    return result
+
+
+def _by_id(records: list[dict]) -> dict[int, dict[int, dict]]:
+    found: dict[int, dict[int, dict]] = {}
+    for record in records:
+        found.setdefault(record["id"], {})[record["timestep"]] = record
+    return dict(sorted(found.items()))
+
+
+def _values(found: dict[int, dict[int, dict]], column: str, timesteps: list[int]) -> np.ndarray:
+    return np.array([np.mean([rows[t][column] for t in timesteps]) for rows in found.values()])  # (N,)
+
+
+def markdown(result: dict, measured: list[Measured]) -> str:
+    """The summary as tables, one a set, in percent."""
+    controls, parts = {one.name: one.control for one in measured}, []
+    for key, rows in result.items():
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        header = [f"{column}, {label}" for column in columns for label in ("t = 500", "mean")]
+        lines = [f"**{key}**\n"] if key else []
+        lines += ["| checkpoint | without | " + " | ".join(header) + " |", "|---" * (len(header) + 2) + "|"]
+        for name, row in rows.items():
+            cells = [_cell(row.get(column, {}), label) for column in columns for label in ("t500", "mean")]
+            lines.append(f"| {name} | {controls[name].replace('none', '')} | " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _cell(figures: dict, label: str) -> str:
+    if label not in figures:
+        return ""
+    mean, low, high = (100 * value for value in figures[label])
+    against = f" against {figures[f'{label} against']}" if f"{label} against" in figures else ""
+    return f"{mean:.1f} ({low:.1f} to {high:.1f}){against}"
+
+
+def write(args: argparse.Namespace, task: str, result: dict, measured: list[Measured], also: str = "") -> dict:
+    """Writes `<task>.json` and `<task>.md` into the output folder."""
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / f"{task}.json").write_text(json.dumps(result, indent=1) + "\n")
+    text = markdown(result, measured) + also
+    (args.output / f"{task}.md").write_text(text)
+    print(text)
+    return result
+
+
+def split_by(measured: list[Measured], key: str) -> list[Measured]:
+    """The same with a further set `<set>: <value>` for each value that the records hold under `key`."""
+    parts = []
+    for one in measured:
+        records = dict(one.records)
+        for name, rows in one.records.items():
+            for value in sorted({row[key] for row in rows if row.get(key)}):
+                records[f"{name}: {value}"] = [row for row in rows if row[key] == value]
+        parts.append(replace(one, records=records))
+    return parts

@@ -1,0 +1,145 @@
+import json
+
+import pytest
+import torch
+
+import evaluate
+from dpt.checkpoint import DPTCheckpoint, load_checkpoint, save_checkpoint
+from dpt.evaluation.itm import denoising_matches
+from dpt.evaluation.probes import Measured, summary
+from dpt.shapes.samples import ShapesSamples
+from dpt.stable_diffusion import load_stable_diffusion
+from dpt.validation import wins
+
+
+@pytest.fixture(autouse=True)
+def _from_repository_root(monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, shapes_dpt):
+    """A probe and two controls of it, with random adapters."""
+    root = tmp_path_factory.mktemp("probes")
+    for name, control in (("probe", "none"), ("random", "random_unet"), ("blind", "text_blind")):
+        checkpoint = load_checkpoint(shapes_dpt)
+        checkpoint.config.control, checkpoint.config.lora_rank = control, 0
+        save_checkpoint(DPTCheckpoint(checkpoint.config, checkpoint.adapter, {}), root / name)
+    return [str(root / name) for name in ("probe", "random", "blind")]
+
+
+def command(task, folders, output, *more):
+    common = ["--config", "configs/shapes/probe.yaml", "--num_samples", "6", "--timesteps", "100", "--output"]
+    places = [str(output), "--set", f"data.cache_folder={output}/cache", "optim.mixed_precision=no"]
+    return [task, *folders, *common, *places, *more]
+
+
+def test_itm_with_selectivity_and_the_baseline_without_an_adapter(folders, tmp_path):
+    output = tmp_path / "out"
+    assert evaluate.main(command("itm", folders, output, "--negatives", "mined", "edited", "--zero_shot")) == 0
+    result = json.loads((output / "itm.json").read_text())
+    assert {"mined", "edited"} < set(result)
+    assert any(name.startswith("edited: ") for name in result)
+    rows = result["mined"]
+    assert set(rows) == {"probe", "random", "blind", "denoising error"}
+    best = max(rows[name]["text"]["t500"][0] for name in ("random", "blind"))
+    assert rows["probe"]["text selectivity"]["t500"][0] == pytest.approx(rows["probe"]["text"]["t500"][0] - best)
+    assert "text selectivity" not in rows["random"]
+    assert rows["blind"]["text"]["mean"][0] == 0.5  # it cannot tell, and says so
+    assert "| blind | text_blind |" in (output / "itm.md").read_text()
+
+
+def test_what_is_measured_is_not_measured_again(folders, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    assert evaluate.main(command("itm", folders[:1], output)) == 0
+    before = (output / "itm.json").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr("dpt.evaluation.probes.measure", None)
+        assert evaluate.main(command("itm", folders[:1], output)) == 0
+    assert (output / "itm.json").read_text() == before
+    assert evaluate.main(command("itm", folders[:1], output, "--split", "test")) == 0  # other samples are
+    assert evaluate.main(command("itm", [*folders[:1], *folders[:1]], output)) == 2
+    assert "two checkpoints are named 'probe'" in capsys.readouterr().err
+
+
+def test_rec_with_boxes_drawn(folders, tmp_path):
+    output = tmp_path / "out"
+    assert evaluate.main(command("rec", folders[:2], output)) == 0
+    row = json.loads((output / "rec.json").read_text())["shapes"]["probe"]
+    values = [row[f"precision_at_{k}"]["mean"][0] for k in (1, 5, 10)]
+    assert values == sorted(values)
+    assert "precision_at_1 selectivity" in row
+    assert (output / "rec_probe_shapes.png").exists()
+
+
+def test_selectivity_is_paired_by_sample():
+    def measured(name, control, hits):
+        rows = [{"id": k, "timestep": t, "text": float(hit)} for k, hit in enumerate(hits) for t in (100, 500)]
+        return Measured(name, control, {"s": rows})
+
+    hits = torch.rand(200, generator=torch.Generator().manual_seed(0)) < 0.5
+    better = hits.clone()
+    better[:20] = True
+    found = summary([measured("probe", "none", better), measured("c", "x", hits)], ["text"], [100])["s"]["probe"]
+    gain = (better.float() - hits.float()).mean().item()
+    mean, low, high = found["text selectivity"]["mean"]
+    assert mean == pytest.approx(gain, abs=1e-6)
+    assert high - low < found["text"]["mean"][2] - found["text"]["mean"][1]
+
+
+def test_denoising_tells_captions_of_a_trained_model(tmp_path):
+    sd = load_stable_diffusion("shapes")
+    samples = ShapesSamples(sd, tmp_path, num_samples=40, split="val")
+    records = denoising_matches(sd, samples, [100, 300, 700], num_samples=40, batch_size=20)
+    assert len(records) == 40 * 4
+    together = [r["text"] for r in records if r["timestep"] == 100]
+    assert sum(together) / 40 > 0.65  # chance 0.5
+    assert wins(torch.tensor([1.0, 0.0, -1.0])).tolist() == [1, 0.5, 0]
+
+
+def test_kinds_left_out_are_not_trained_on(tmp_path):
+    sd = load_stable_diffusion("shapes")
+    plain = ShapesSamples(sd, tmp_path, num_samples=30)
+    some = ShapesSamples(sd, tmp_path, num_samples=30, leave_out=("attribute", "count"))
+    kinds = {plain.get(k, 0).negative_kind for k in range(30)}
+    assert "attribute" in kinds
+    assert {some.get(k, 0).negative_kind for k in range(30)} == kinds - {"attribute", "count"}
+
+
+def test_an_experiment_from_training_to_table(tmp_path, capsys):
+    tiny = [
+        "optim.steps=2",
+        "optim.batch_size=2",
+        "data.num_samples=8",
+        "validation.num_samples=2",
+        "validation.timesteps=[500]",
+        "samples.every=-1",
+        "optim.mixed_precision=no",
+        f"data.cache_folder={tmp_path}/cache",
+    ]
+    runs = {
+        "probe": {"stage": "probe", "config": "configs/shapes/probe.yaml", "settings": tiny},
+        "dpt": {"settings": [*tiny, "init_from={folder}/probe-0"], "seeds": [0, 1]},
+    }
+    (tmp_path / "base.yaml").write_text("num_inference_steps: 2\n")
+    arm = {"dpt": f"{tmp_path}/out/dpt-{{seed}}", "train_seeds": [0, 1], "num_inference_steps": 2}
+    (tmp_path / "dpt.yaml").write_text(json.dumps(arm))
+    experiment = {
+        "folder": f"{tmp_path}/out",
+        "runs": runs,
+        "arms": [f"{tmp_path}/{name}.yaml" for name in ("base", "dpt")],
+    }
+    config = tmp_path / "experiment.yaml"
+    config.write_text(json.dumps(experiment))
+    call = ["experiment", str(config), "--per_category", "1", "--seeds", "0", "1"]
+    assert evaluate.main(call) == 0
+    table = json.loads((tmp_path / "out/shapes-val/tables/table.json").read_text())
+    assert table["arms"]["dpt"]["training_seeds"] == 2
+    assert "correct_difference" in table["arms"]["dpt"]
+    weights = load_checkpoint(tmp_path / "out/dpt-1")
+    assert weights.lora
+    log = (tmp_path / "out/dpt-1/log.txt").read_text()
+    assert evaluate.main(call) == 0  # nothing is left to do
+    assert (tmp_path / "out/dpt-1/log.txt").read_text() == log
+    assert evaluate.main([*call, "--only", "nobody"]) == 2
+    assert "there are probe, dpt, base" in capsys.readouterr().err
