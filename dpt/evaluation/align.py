@@ -2,28 +2,25 @@
 
     python evaluate.py align outputs/evaluation/base outputs/evaluation/dpt --metrics oracle
 
-A folder is an arm's, with its `metadata.jsonl`. Scores go to `<metric>.jsonl` in it, a line a picture with the hash of
-its file; what is there for the same file is not computed again. `oracle` says correct, misaligned or malformed (shapes
-prompts only); `shapes-clip` is the cosine by the small CLIP of the shapes world.
+A folder is an arm's, with its `metadata.jsonl`, or holds pictures named as T2I-CompBench names them, <prompt>_<6
+digits>.png, in itself or in samples/. Scores go to `<metric>.jsonl` in it, a line a picture with the hash of its file;
+what is there for the same file is not computed again. `oracle` says correct, misaligned or malformed (shapes prompts
+only); `shapes-clip` is the cosine by the small CLIP of the shapes world; `clip` the CLIP score by OpenCLIP; `blip`
+BLIP's matching and contrastive heads. The latter two read weights that you put into ckpt/.
 """
 
 import argparse
 import hashlib
-from collections.abc import Callable
+import re
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from dpt.images import append_line, read_lines, read_metadata
-from dpt.shapes.clip import embed_images, embed_texts, load_clip
-from dpt.shapes.oracle import judge
-from dpt.stable_diffusion import CKPT_FOLDER
-
-Metric = Callable[[list[np.ndarray], list[str]], list[dict]]
-"""Maps pictures (H, W, 3) uint8 and their prompts to a record each."""
+from dpt.evaluation.scorers import METRICS, Metric
+from dpt.evaluation.scorers import add_arguments as add_scorers
+from dpt.images import METADATA_FILE, append_line, read_lines, read_metadata
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="folders of arms")
     parser.add_argument("--metrics", nargs="+", choices=tuple(METRICS), required=True)
     parser.add_argument("--batch_size", type=int, default=64)
+    add_scorers(parser)
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -39,7 +37,7 @@ def run(args: argparse.Namespace) -> dict:
     Raises:
         ValueError: a folder without pictures, a picture that cannot be read, or a score that is no number.
     """
-    metrics = {name: METRICS[name]() for name in args.metrics}
+    metrics = dict(METRICS[name](args) for name in args.metrics)
     return {
         str(folder): {name: score(folder, name, metric, args.batch_size) for name, metric in metrics.items()}
         for folder in args.folders
@@ -48,9 +46,7 @@ def run(args: argparse.Namespace) -> dict:
 
 def score(folder: Path, name: str, metric: Metric, batch_size: int) -> int:
     """Adds the missing scores of a folder and returns how many they were."""
-    records = read_metadata(folder)
-    if not records:
-        raise ValueError(f"{folder} holds no pictures with a {folder / 'metadata.jsonl'}")
+    records = pictures(folder)
     path = folder / f"{name}.jsonl"
     known = {(r["file"], r["sha256"]) for r in read_lines(path)}
     hashes = {r["file"]: hashlib.sha256((folder / r["file"]).read_bytes()).hexdigest() for r in records}
@@ -66,34 +62,39 @@ def score(folder: Path, name: str, metric: Metric, batch_size: int) -> int:
     return len(missing)
 
 
+def pictures(folder: Path) -> list[dict]:
+    """The folder's pictures by its metadata or, without one, by their names: at least file, prompt, category, seed.
+
+    Raises:
+        ValueError: there are none, or the metadata names pictures that are not there.
+    """
+    if (folder / METADATA_FILE).exists():
+        records, there = read_lines(folder / METADATA_FILE), read_metadata(folder)
+        known = {record["file"] for record in there}
+        missing = sorted({record["file"] for record in records} - known)
+        drawn = {(record["prompt"], record.get("seed")) for record in there}
+        lost = [r["file"] for r in records if r["file"] in missing and (r["prompt"], r.get("seed")) not in drawn]
+        if lost:
+            raise ValueError(f"{folder}: {len(lost)} pictures are missing, such as {lost[0]}; generate them again")
+        if there:
+            return there
+    names = [path for sub in (folder, folder / "samples") for path in sorted(sub.glob("*.png"))]
+    matches = {str(path.relative_to(folder)): re.fullmatch(r"(.+)_(\d{6})", path.stem) for path in names}
+    records = [
+        {"file": name, "prompt": match[1], "category": "all", "seed": int(match[2])}
+        for name, match in matches.items()
+        if match
+    ]
+    if not records:
+        raise ValueError(
+            f"{folder} holds no pictures: neither a {METADATA_FILE} nor files named <prompt>_<6 digits>.png"
+        )
+    return records
+
+
 def read_image(path: Path) -> np.ndarray:
     """A picture (H, W, 3) uint8. Raises ValueError where it is missing or damaged."""
     try:
         return np.array(Image.open(path).convert("RGB"))
     except (OSError, UnidentifiedImageError) as error:
         raise ValueError(f"{path} cannot be read as an image ({error}); remove it and generate again") from error
-
-
-def oracle() -> Metric:
-    """What the shapes world's oracle says: `label` and `reason`."""
-
-    def judged(images, prompts):
-        verdicts = [judge(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
-        return [{"label": verdict.label, "reason": verdict.reason} for verdict in verdicts]
-
-    return judged
-
-
-def shapes_clip() -> Metric:
-    """The cosine of picture and prompt by the small CLIP: `cosine`."""
-    clip, tokenizer = load_clip(CKPT_FOLDER / "shapes/clip")
-
-    @torch.no_grad()
-    def cosines(images, prompts):
-        pictures, texts = embed_images(clip, images), embed_texts(clip, tokenizer, prompts)
-        return [{"cosine": value} for value in (pictures * texts).sum(1).tolist()]
-
-    return cosines
-
-
-METRICS = {"oracle": oracle, "shapes-clip": shapes_clip}

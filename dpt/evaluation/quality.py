@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from scipy.linalg import sqrtm
 
-from dpt.evaluation.align import read_image
-from dpt.images import read_metadata, to_pixels
+from dpt.evaluation.align import pictures, read_image
+from dpt.images import to_pixels
 from dpt.shapes.captions import parse
 from dpt.shapes.scenes import render
 from dpt.shapes.world import compose
@@ -40,10 +40,7 @@ def run(args: argparse.Namespace) -> dict:
     """
     sd, results, renders = load_stable_diffusion("shapes"), {}, {}
     for folder in args.folders:
-        records = read_metadata(folder)
-        if not records:
-            raise ValueError(f"{folder} holds no pictures with a {folder / 'metadata.jsonl'}")
-        records.sort(key=lambda record: (record["prompt"], record["seed"]))
+        records = sorted(pictures(folder), key=lambda record: (record["prompt"], record["seed"]))
         prompts = tuple(record["prompt"] for record in records)
         if prompts not in renders:
             renders[prompts] = embed(sd, [render_prompt(prompt, k) for k, prompt in enumerate(prompts)])

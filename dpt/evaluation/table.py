@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dpt.images import read_lines, read_metadata
+from dpt.evaluation.align import pictures
+from dpt.images import METADATA_FILE, read_lines
 from dpt.metrics import bootstrap_p, crossed_bootstrap, holm
 from dpt.shapes.quality import LABELS
 
@@ -75,10 +76,10 @@ def run(args: argparse.Namespace) -> dict:
 
 def read_arm(folder: Path) -> dict:
     """An arm's figures by (category, prompt, seed), its mean costs, and what `quality` found of it as a whole."""
-    records = {r["file"]: r for r in read_metadata(folder)}
+    records = {r["file"]: r for r in pictures(folder)}
     values: dict[tuple[str, str, int], dict[str, float]] = {}
     for metric in sorted(folder.glob("*.jsonl")):
-        for scored in read_lines(metric) if metric.name != "metadata.jsonl" else ():
+        for scored in read_lines(metric) if metric.name != METADATA_FILE else ():
             record = records.get(scored["file"])
             if record is None:
                 continue
@@ -87,7 +88,8 @@ def read_arm(folder: Path) -> dict:
             values.setdefault((record["category"], record["prompt"], record["seed"]), {}).update(figures)
     if not values:
         raise ValueError(f"{folder} holds no scores: run evaluate.py align first")
-    costs = {cost: float(np.mean([r[cost] for r in records.values()])) for cost in COSTS}
+    known = [cost for cost in COSTS if all(cost in r for r in records.values())]
+    costs = {cost: float(np.mean([r[cost] for r in records.values()])) for cost in known}
     quality = folder / "quality.json"
     return {"values": values, "costs": costs | (json.loads(quality.read_text()) if quality.exists() else {})}
 

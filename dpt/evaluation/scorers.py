@@ -1,0 +1,135 @@
+"""Who scores pictures: the oracle and small CLIP of the shapes world, OpenCLIP, BLIP.
+
+A metric maps pictures (H, W, 3) uint8 and their prompts to a record each. Networks are read from disk alone: whose
+weights are not there says which they are, from where, and into which folder.
+"""
+
+import argparse
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from accelerate import PartialState
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import AutoProcessor, BlipForImageTextRetrieval
+
+from dpt.shapes.clip import embed_images, embed_texts, load_clip
+from dpt.shapes.oracle import judge
+from dpt.stable_diffusion import CKPT_FOLDER
+
+Metric = Callable[[list[np.ndarray], list[str]], list[dict]]
+
+OPEN_CLIP_FOLDER, BLIP_FOLDER = CKPT_FOLDER / "open_clip", CKPT_FOLDER / "blip-itm-base-coco"
+OPEN_CLIP_MODEL = "ViT-H-14"
+OPEN_CLIP_SOURCE = "huggingface.co/laion/CLIP-ViT-H-14-laion2B-s32B-b79K, its open_clip_model.safetensors"
+BLIP_SOURCE = "huggingface.co/Salesforce/blip-itm-base-coco (or a larger one), its whole folder"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which networks score."""
+    parser.add_argument("--clip_model", default=OPEN_CLIP_MODEL, help=f"of OpenCLIP (default: {OPEN_CLIP_MODEL})")
+    parser.add_argument(
+        "--clip_weights", type=Path, help="its weights' file (default: ckpt/open_clip/<model>.safetensors)"
+    )
+    parser.add_argument("--blip", type=Path, default=BLIP_FOLDER, help="a BLIP-ITM folder of transformers")
+
+
+def oracle(args: argparse.Namespace) -> tuple[str, Metric]:
+    """What the shapes world's oracle says: `label` and `reason`."""
+
+    def judged(images, prompts):
+        verdicts = [judge(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        return [{"label": verdict.label, "reason": verdict.reason} for verdict in verdicts]
+
+    return "oracle", judged
+
+
+def shapes_clip(args: argparse.Namespace) -> tuple[str, Metric]:
+    """The cosine of picture and prompt by the small CLIP."""
+    clip, tokenizer = load_clip(CKPT_FOLDER / "shapes/clip")
+
+    @torch.no_grad()
+    def cosines(images, prompts):
+        pictures, texts = embed_images(clip, images), embed_texts(clip, tokenizer, prompts)
+        return [{"cosine": value} for value in (pictures * texts).sum(1).tolist()]
+
+    return "shapes-clip", cosines
+
+
+def clip(args: argparse.Namespace) -> tuple[str, Metric]:
+    """CLIP score by OpenCLIP: 100 times the cosine of picture and prompt, not below 0 (Hessel et al. 2021).
+
+    Raises:
+        ValueError: no such model, or no weights of it.
+    """
+    name, device = args.clip_model, PartialState().device
+    path = args.clip_weights or OPEN_CLIP_FOLDER / f"{name}.safetensors"
+    if name not in open_clip.list_models():
+        raise ValueError(f"--clip_model is {name!r}; OpenCLIP knows {', '.join(open_clip.list_models()[:8])}, ...")
+    if not path.is_file():
+        raise ValueError(f"--metrics clip needs weights of {name}: put {OPEN_CLIP_SOURCE}, into {path}")
+    try:
+        model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=str(path), device=device)
+    except (RuntimeError, OSError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
+        raise ValueError(f"{path} does not hold weights of {name}: {' '.join(str(error).split())[:200]}") from error
+    tokenizer, model = open_clip.get_tokenizer(name), model.eval()
+
+    @torch.no_grad()
+    def scores(images, prompts):
+        pixels = torch.stack([preprocess(Image.fromarray(image)) for image in images]).to(device)
+        pictures = model.encode_image(pixels, normalize=True)
+        texts = model.encode_text(tokenizer(prompts).to(device), normalize=True)
+        cosines = (pictures * texts).sum(1).float().clamp(min=0)
+        return [{f"CLIP score ({name})": 100 * value} for value in cosines.tolist()]
+
+    return f"clip.{name}.{path.stem}", scores
+
+
+def blip(args: argparse.Namespace) -> tuple[str, Metric]:
+    """BLIP's matching head, P(match), and its contrastive cosine.
+
+    Raises:
+        ValueError: no weights there.
+    """
+    folder, device = args.blip, PartialState().device
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--metrics blip needs BLIP's weights: put {BLIP_SOURCE}, into {folder}")
+    try:
+        model = BlipForImageTextRetrieval.from_pretrained(folder, local_files_only=True).to(device).eval()
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} does not hold a BLIP-ITM: {' '.join(str(error).split())[:200]}") from error
+    name = folder.name
+
+    @torch.no_grad()
+    def scores(images, prompts):
+        inputs = processor(
+            images=[Image.fromarray(image) for image in images],
+            text=prompts,
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
+        ).to(device)
+        # both heads from one pass of the vision tower, which the model's forward gives one by one
+        states = model.vision_model(pixel_values=inputs["pixel_values"]).last_hidden_state  # (B, P, D)
+        texts = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        valid = torch.ones(states.shape[:-1], dtype=torch.long, device=device)
+        fused = model.text_encoder(**texts, encoder_hidden_states=states, encoder_attention_mask=valid)
+        matches = model.itm_head(fused.last_hidden_state[:, 0]).float().softmax(-1)[:, 1]
+        own = torch.nn.functional.normalize(model.vision_proj(states[:, 0]), dim=-1)
+        other = model.text_proj(model.text_encoder(**texts).last_hidden_state[:, 0])
+        cosines = (own * torch.nn.functional.normalize(other, dim=-1)).sum(1).float()
+        return [
+            {f"BLIP-ITM ({name})": match, f"BLIP-ITC ({name})": cosine}
+            for match, cosine in zip(matches.tolist(), cosines.tolist(), strict=True)
+        ]
+
+    return f"blip.{name}", scores
+
+
+METRICS = {"oracle": oracle, "shapes-clip": shapes_clip, "clip": clip, "blip": blip}
+"""name -> what makes the metric: from the command line's flags to the name of its file, and itself"""
