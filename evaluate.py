@@ -7,13 +7,14 @@ python evaluate.py table outputs/evaluation/base --output outputs/evaluation/tab
 python evaluate.py experiment configs/shapes/experiment.yaml --prompts shapes:val
 python evaluate.py itm outputs/shapes-probe --config configs/shapes/probe.yaml --output outputs/evaluation/itm
 python evaluate.py rec outputs/shapes-probe --config configs/shapes/probe.yaml --output outputs/evaluation/rec
+python evaluate.py probe-map configs/shapes/probe_map.yaml --output outputs/probe-map
 """
 
 import argparse
 import json
 import sys
 
-from dpt.evaluation import align, experiment, generate, itm, quality, rec, table
+from dpt.evaluation import align, experiment, generate, itm, probe_map, quality, rec, table
 
 COMMANDS = {
     "generate": generate,
@@ -22,6 +23,7 @@ COMMANDS = {
     "table": table,
     "itm": itm,
     "rec": rec,
+    "probe-map": probe_map,
     "experiment": experiment,
 }
 

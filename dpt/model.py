@@ -63,13 +63,24 @@ class DPT(nn.Module):
         Returns:
             Named losses, unweighted, those whose weight is 0 left out.
         """
-        weights, losses = self.weights, {}
-        denoises = self.train_unet and bool(weights.denoise)
+        passes = self.early_passes()
+        denoises = self.train_unet and bool(self.weights.denoise)
+        if self.weights.itm and denoises:
+            passes.remove((0, 0))  # the full pass has it
+        features, noise_pred = self.features(batch, passes, with_full=denoises)
+        return self.losses(features, noise_pred, passes + [(0, 0)] * denoises, batch)
+
+    def early_passes(self) -> list[tuple[int, int | None]]:
+        """The passes that the weighted losses of the adapter need."""
+        weights = self.weights
         passes = [p for p in EARLY_PASSES if (weights.rec if p[1] is None else weights.itm)]
-        if weights.itm and not denoises:  # (image, caption) may stop early too
-            passes.append((0, 0))
-        features, noise_pred = self._features(batch, passes, with_full=denoises)
-        passes += [(0, 0)] if denoises else []
+        return passes + [(0, 0)] * weights.itm
+
+    def losses(
+        self, features: list[torch.Tensor], noise_pred: torch.Tensor | None, passes: list, batch: dict
+    ) -> dict[str, torch.Tensor]:
+        """What `forward` returns, of the features of `passes` put together, and the noise prediction if there is one."""
+        weights, losses = self.weights, {}
         if weights.itm or weights.rec:
             hs = self.adapter(features, batch["timesteps"].repeat(len(passes)))
             hs = dict(zip(passes, hs.chunk(len(passes), dim=1), strict=True))
@@ -77,11 +88,11 @@ class DPT(nn.Module):
             losses |= self._itm(hs, batch)
         if weights.rec:
             losses |= self._rec(hs[0, None], batch)
-        if denoises:
+        if noise_pred is not None:
             losses |= self._denoising(noise_pred, batch)
         return {name: value for name, value in losses.items() if getattr(weights, name.removeprefix("loss_"))}
 
-    def _features(self, batch, passes, *, with_full):
+    def features(self, batch, passes, *, with_full):
         """Feature maps of the early passes as one batch, followed by those of the full pass, if there is one."""
         gradients = contextlib.nullcontext() if self.train_unet else torch.no_grad()
         timesteps, images, captions = batch["timesteps"], batch["noisy_latents"], batch["caption_context"]
@@ -146,11 +157,19 @@ class DPT(nn.Module):
             negative image and the caption. With `rec`, REC outputs of the image under the expression; see `RecHead`.
         """
         passes = [(0, 0), (0, 1), (1, 0)] * itm + [(0, None)] * rec
-        features, _ = self._features(batch, passes, with_full=False)
+        features, _ = self.features(batch, passes, with_full=False)
+        return self.outputs(features, passes, batch)
+
+    @torch.no_grad()
+    def outputs(
+        self, features: list[torch.Tensor], passes: list, batch: dict
+    ) -> tuple[torch.Tensor | None, dict | None]:
+        """What `evaluate` returns, of the features of `passes` put together."""
         chunks = self.adapter(features, batch["timesteps"].repeat(len(passes))).chunk(len(passes), dim=1)
         scores = [
             itm_score(self.adapter.itm_embeddings(hs, self.itm_layer), batch["caption_pooled"][:, text])
             for hs, (_, text) in zip(chunks, passes, strict=True)
             if text is not None
         ]
-        return torch.stack(scores, dim=1) if itm else None, self.adapter.rec_outputs(chunks[-1]) if rec else None
+        rec = self.adapter.rec_outputs(chunks[passes.index((0, None))]) if (0, None) in passes else None
+        return torch.stack(scores, dim=1) if scores else None, rec

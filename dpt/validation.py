@@ -70,7 +70,7 @@ def measure(
             inputs = encode_batch(joined, sd, rec_text, seed=0, timesteps=(timestep, timestep))
             inputs = control_inputs(control, inputs, joined, sd, training=False)
             scores, outputs = model.evaluate(inputs, itm=task == "itm", rec=task == "rec")
-            found = _itm_records(scores, batch) if task == "itm" else _rec_records(outputs, batch)
+            found = itm_records(scores, batch) if task == "itm" else rec_records(outputs, batch)
             records += [
                 {"id": sample.id, "timestep": timestep, "index": index} | record
                 for index, sample, record in zip(indices, batch, found, strict=True)
@@ -78,7 +78,8 @@ def measure(
     return records
 
 
-def _itm_records(scores: torch.Tensor, batch: tuple[Sample, ...]) -> list[dict]:
+def itm_records(scores: torch.Tensor, batch: tuple[Sample, ...]) -> list[dict]:
+    """Of matching scores (B, 3), as `DPT.evaluate` gives them: whether the truth wins, and the negative's kind."""
     won = wins(scores[:, :1] - scores[:, 1:])
     return [
         {"text": text, "image": image, "kind": sample.negative_kind}
@@ -91,7 +92,8 @@ def wins(ahead: torch.Tensor) -> torch.Tensor:
     return (ahead > 0) + 0.5 * (ahead == 0)
 
 
-def _rec_records(outputs: dict, batch: tuple[Sample, ...]) -> list[dict]:
+def rec_records(outputs: dict, batch: tuple[Sample, ...]) -> list[dict]:
+    """Of REC outputs: whether one of the k surest boxes hits, and the surest."""
     logits, boxes = outputs["pred_logits"].float().cpu(), outputs["pred_boxes"].float().cpu()
     truth = torch.stack([sample.boxes[0] for sample in batch])
     records = [{} for _ in batch]

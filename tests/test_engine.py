@@ -484,7 +484,7 @@ def test_sample_settings_do_something(tmp_path, cache):
 @pytest.mark.parametrize("what", ["a loss", "the gradient"])
 def test_what_is_not_finite_stops_or_is_skipped(tmp_path, cache, capsys, monkeypatch, what):
     """The second step's features, or their gradients, are not finite."""
-    forward, calls = DPT._features, []
+    forward, calls = DPT.features, []
 
     def damaged(self, batch, passes, *, with_full):
         maps, noise_pred = forward(self, batch, passes, with_full=with_full)
@@ -495,7 +495,7 @@ def test_what_is_not_finite_stops_or_is_skipped(tmp_path, cache, capsys, monkeyp
             self.adapter.query_embed.weight.register_hook(lambda gradient: gradient * float("inf"))
         return maps, noise_pred
 
-    monkeypatch.setattr(DPT, "_features", damaged)
+    monkeypatch.setattr(DPT, "features", damaged)
     assert run("probe", tmp_path / "a", cache) == 2
     error = capsys.readouterr().err
     assert f"step 1: {what} is not finite" in error

@@ -80,6 +80,7 @@ def train_stage(
     folder.mkdir(parents=True, exist_ok=True)
     state_path, metrics_path = folder / f"{name}.pt", folder / f"{name}.metrics.jsonl"
     parameters = [p for p in model.parameters() if p.requires_grad]
+    device = parameters[0].device.type
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
     average = copy.deepcopy(model).eval()
     start = 0
@@ -108,7 +109,7 @@ def train_stage(
         model.train()
         for group in optimizer.param_groups:
             group["lr"] = lr * schedule(step, steps=steps, warmup=warmup, decay=decay)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             losses = losses_at(step)
         loss = sum(losses.values())
         if not math.isfinite(loss.item()):

@@ -5,7 +5,10 @@ import torch
 
 import evaluate
 from dpt.checkpoint import DPTCheckpoint, load_checkpoint, save_checkpoint
+from dpt.config import TrainConfig, load_config
+from dpt.data.collate import collate, encode_batch
 from dpt.evaluation.itm import denoising_matches
+from dpt.evaluation.probe_map import ProbeMap
 from dpt.evaluation.probes import Measured, summary
 from dpt.shapes.samples import ShapesSamples
 from dpt.stable_diffusion import load_stable_diffusion
@@ -143,3 +146,37 @@ def test_an_experiment_from_training_to_table(tmp_path, capsys):
     assert (tmp_path / "out/dpt-1/log.txt").read_text() == log
     assert evaluate.main([*call, "--only", "nobody"]) == 2
     assert "there are probe, dpt, base" in capsys.readouterr().err
+
+
+def test_the_map_of_blocks_and_timesteps(tmp_path, capsys):
+    tiny = ["optim.steps=2", "optim.batch_size=2", "data.num_samples=8", "checkpoints.every=1", "adapter.hidden_dim=32"]
+    tiny += ["adapter.dim_feedforward=32", f"data.cache_folder={tmp_path}/cache"]
+    output = tmp_path / "map"
+    call = ["probe-map", "configs/shapes/probe_map.yaml", *tiny, "--num_samples", "4", "--timesteps", "100", "500"]
+    assert evaluate.main([*call, "--output", str(output)]) == 0
+    result = json.loads((output / "probe_map.json").read_text())
+    assert list(result) == ["none", "constant_text", "empty_prompt"]
+    assert list(result["none"]) == [*(f"down{i}" for i in range(4)), "mid", *(f"up{i}" for i in range(4))]
+    cell = result["none"]["up1"]["500"]
+    best = max(result[control]["up1"]["500"]["itm"][0] for control in ("constant_text", "empty_prompt"))
+    assert cell["selectivity"] == pytest.approx(cell["itm"][0] - best)
+    assert (output / "probe_map.png").exists()
+    before = torch.load(output / "probe_map.pt", weights_only=True)
+    assert evaluate.main([*call, "--output", str(output)]) == 0  # trained already
+    after = torch.load(output / "probe_map.pt", weights_only=True)
+    assert all(torch.equal(value, after["model"][name]) for name, value in before["model"].items())
+    assert evaluate.main([*call, "--output", str(output), "--controls", "constant_text"]) == 2
+    assert "begun with other settings" in capsys.readouterr().err
+
+
+def test_one_map_s_losses_are_those_of_a_probe_alone(tmp_path):
+    config = load_config(TrainConfig, "configs/shapes/probe_map.yaml", ["optim.mixed_precision=no"])
+    probes = ProbeMap(config, ("constant_text",)).eval()
+    samples = ShapesSamples(probes.sd, tmp_path, num_samples=8, negatives="mined")
+    batch = collate([samples.get(k, 0) for k in range(4)])
+    found = probes.losses(batch)
+    model = probes._reader("none", probes.adapters["none up1"], ("up1",))
+    inputs = encode_batch(batch, probes.sd, probes.rec_text, seed=config.seed)
+    alone = config.loss.weights.total(model(inputs))
+    assert found["loss_none_up1"].item() == pytest.approx(alone.item(), rel=1e-4)
+    assert found["loss_constant_text_up1"].item() != pytest.approx(alone.item(), rel=1e-4)

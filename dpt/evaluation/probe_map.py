@@ -1,0 +1,262 @@
+"""`evaluate.py probe-map`: where, and at which noise, does the U-Net know what is true?
+
+    python evaluate.py probe-map configs/shapes/probe_map.yaml --output outputs/probe-map
+
+Trains an adapter on each of the nine blocks in one run, from one pass of the frozen U-Net a step, and beside each the
+controls of --controls; then measures ITM accuracy (mean of both sides, chance 50 %), its selectivity (minus the best
+control's) and REC precision, block by block and timestep by timestep. Writes probe_map.json, .md and .png; after a
+kill the same command goes on. The config is a training config: model, adapter, data, optim.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from matplotlib.figure import Figure
+from torch import nn
+
+from dpt.adapter import DiscriminativeAdapter
+from dpt.config import AdapterConfig, TrainConfig, load_config, save_config
+from dpt.controls import control_batch, control_inputs, control_unet
+from dpt.data.collate import as_latents, collate, encode_batch
+from dpt.data.loader import micro_batches
+from dpt.data.sources import training_samples, validation_samples
+from dpt.evaluation.probes import load_base
+from dpt.metrics import bootstrap_interval
+from dpt.model import DPT
+from dpt.rec_text import load_rec_text_encoder
+from dpt.shapes.training import train_stage
+from dpt.stable_diffusion import StableDiffusion
+from dpt.unet_features import block_channels, parse_feature
+from dpt.validation import itm_records, rec_records
+
+SAME_FEATURES = ("constant_text", "shuffled_labels")  # controls that read what the probe reads
+CONTROLS = ("constant_text", "empty_prompt")
+TIMESTEPS = (50, 200, 350, 500, 650, 800, 950)
+PANELS = {
+    "itm": "ITM accuracy, %",
+    "selectivity": "ITM selectivity, points",
+    "rec": "REC precision@1, %",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The subcommand's flags."""
+    parser.add_argument("config", type=Path, help="a training config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument(
+        "--controls",
+        nargs="*",
+        default=CONTROLS,
+        choices=("random_unet", "empty_prompt", *SAME_FEATURES),
+        help="(default: constant_text empty_prompt)",
+    )
+    parser.add_argument("--timesteps", type=int, nargs="+", default=TIMESTEPS, help="that are measured")
+    parser.add_argument("--num_samples", type=int, default=500, help="val samples that are measured (default: 500)")
+    parser.add_argument("--output", type=Path, required=True, help="a folder")
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Trains what is left to train, measures, draws; returns control -> block -> timestep -> figures.
+
+    Raises:
+        ValueError: a config that cannot be used, or a folder begun with another.
+    """
+    config = load_config(TrainConfig, args.config, args.overrides)
+    _claim(args, config)
+    probes = ProbeMap(config, tuple(args.controls))
+    samples = training_samples(config.data, probes.sd, seed=config.seed)
+    optim = config.optim
+    train_stage(
+        "probe_map",
+        args.output,
+        probes.adapters,
+        partial(_losses_at, probes, samples),
+        steps=optim.steps,
+        lr=optim.lr,
+        warmup=optim.warmup_steps,
+        decay=1.0,
+        ema=0.0,
+        weight_decay=optim.weight_decay,
+        save_every=config.checkpoints.every,
+    )
+    sets = validation_samples(config.data, probes.sd, num_samples=args.num_samples)
+    rec_name = next(name for name in sets if name.startswith("rec_"))
+    tasks = {"itm": sets["itm"], "rec": sets[rec_name]}
+    result = probes.measure(tasks, list(args.timesteps), num_samples=args.num_samples)
+    (args.output / "probe_map.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.output / "probe_map.md").write_text(markdown(result))
+    draw_maps(result, args.output / "probe_map.png")
+    print(markdown(result))
+    return result
+
+
+def _claim(args: argparse.Namespace, config: TrainConfig) -> None:
+    path = args.output / "config.yaml"
+    config = replace(config, run_name=" ".join(args.controls))
+    if path.exists() and load_config(TrainConfig, path) != config:
+        raise ValueError(f"{args.output} was begun with other settings; choose another --output")
+    args.output.mkdir(parents=True, exist_ok=True)
+    save_config(config, path)
+
+
+class ProbeMap(nn.Module):
+    """An adapter for each control ("none" is the probe itself) and block."""
+
+    def __init__(self, config: TrainConfig, controls: tuple[str, ...]):
+        super().__init__()
+        self.config, self.sd = config, load_base(config)
+        self.blocks = parse_feature("all", self.sd.unet.config)
+        self.rec_text = load_rec_text_encoder(
+            config.model.rec_text_encoder,
+            self.sd,
+            with_model=bool(config.loss.weights.contrastive_align),
+            local_files_only=config.model.local_files_only,
+        )
+        self.adapters = nn.ModuleDict()
+        self.readers: dict[str, DPT] = {}
+        self.bases: dict[str, StableDiffusion] = {}
+        for control in ("none", *controls):
+            self.bases[control] = replace(self.sd)
+            control_unet(control, self.bases[control])
+            for block in self.blocks:
+                torch.manual_seed(config.seed)  # blocks and controls differ in nothing but what they are given
+                self.adapters[f"{control} {block}"] = DiscriminativeAdapter(self._adapter_config(block))
+            self.readers[control] = self._reader(control, self.adapters[f"{control} {self.blocks[0]}"], self.blocks)
+        self.adapters.to(PartialState().device)
+
+    def _adapter_config(self, block: str) -> AdapterConfig:
+        return AdapterConfig(
+            in_channels=[block_channels(block, self.sd.unet.config)],
+            text_dim=self.sd.text_encoder.config.hidden_size,
+            rec_text_dim=self.rec_text.width,
+            **vars(self.config.adapter),
+        )
+
+    def _reader(self, control: str, adapter: DiscriminativeAdapter, blocks: tuple[str, ...]) -> DPT:
+        unet, scheduler = self.bases[control].unet, self.sd.scheduler
+        return DPT(unet, adapter, blocks, scheduler, train_unet=False, weights=self.config.loss.weights)
+
+    def _inputs(self, batch, *, training: bool, timesteps: tuple[int, int] | None = None):
+        """For each control: the inputs of its adapters, and what the maps of its passes are read from."""
+        seed = self.config.seed if training else 0
+        for control, sd in self.bases.items():
+            given = control_batch(control, batch, sd)
+            inputs = encode_batch(given, sd, self.rec_text, seed=seed, timesteps=timesteps)
+            yield control, control_inputs(control, inputs, given, sd, training=training)
+
+    def _each_map(self, batch, passes: list, *, training: bool, timesteps: tuple[int, int] | None = None):
+        """(control, block, a DPT of that adapter, its map of all passes, inputs), from as few U-Net passes as go."""
+        maps = {}
+        for control, inputs in self._inputs(batch, training=training, timesteps=timesteps):
+            source = "none" if control in SAME_FEATURES else control
+            if source not in maps:
+                maps[source] = self.readers[source].features(inputs, passes, with_full=False)[0]
+            for block, feature in zip(self.blocks, maps[source], strict=True):
+                model = self._reader(control, self.adapters[f"{control} {block}"], (block,))
+                yield control, block, model, feature, inputs
+
+    def losses(self, batch) -> dict[str, torch.Tensor]:
+        """The weighted sum of each adapter's losses."""
+        passes, weights = self.readers["none"].early_passes(), self.config.loss.weights
+        return {
+            f"loss_{control}_{block}": weights.total(model.losses([feature], None, passes, inputs))
+            for control, block, model, feature, inputs in self._each_map(batch, passes, training=True)
+        }
+
+    def measure(self, tasks: dict, timesteps: list[int], *, num_samples: int) -> dict:
+        """Figures on val samples, by control, block and timestep: means with 95 % intervals."""
+        self.eval()
+        records: dict[tuple, list[dict]] = {}
+        size = self.config.optim.batch_size
+        for task, samples in tasks.items():
+            passes = [(0, 0), (0, 1), (1, 0)] if task == "itm" else [(0, None)]
+            chosen = np.linspace(0, len(samples) - 1, min(num_samples, len(samples))).round().astype(int)
+            for start in range(0, len(chosen), size):
+                batch = [samples.get(int(index), 0) for index in chosen[start : start + size]]
+                joined = collate(batch)
+                joined.images = as_latents(joined.images[:, :2], self.sd)
+                for timestep in timesteps:
+                    window = (timestep, timestep)
+                    with torch.autocast(self.sd.device.type, torch.bfloat16):
+                        for control, block, model, feature, inputs in self._each_map(
+                            joined, passes, training=False, timesteps=window
+                        ):
+                            scores, outputs = model.outputs([feature], passes, inputs)
+                            found = itm_records(scores, batch) if task == "itm" else rec_records(outputs, batch)
+                            records.setdefault((control, block, timestep, task), []).extend(found)
+        return self._summary(records, timesteps)
+
+    def _summary(self, records: dict, timesteps: list[int]) -> dict:
+        result: dict = {}
+        for control in self.bases:
+            for block in self.blocks:
+                cells = result.setdefault(control, {}).setdefault(block, {})
+                for timestep in timesteps:
+                    itm = [(r["text"] + r["image"]) / 2 for r in records[control, block, timestep, "itm"]]
+                    rec = [r["precision_at_1"] for r in records[control, block, timestep, "rec"]]
+                    cells[str(timestep)] = {
+                        "itm": bootstrap_interval(np.array(itm)),
+                        "rec": bootstrap_interval(np.array(rec, float)),
+                    }
+        controls = [control for control in self.bases if control != "none"]
+        for block, cells in result["none"].items():
+            for timestep, cell in cells.items() if controls else ():
+                best = max(result[control][block][timestep]["itm"][0] for control in controls)
+                cell["selectivity"] = cell["itm"][0] - best
+        return result
+
+
+def _losses_at(probes: ProbeMap, samples, step: int) -> dict[str, torch.Tensor]:
+    optim = probes.config.optim
+    batches = micro_batches(samples, step, batch_size=optim.batch_size, accumulation=1, seed=probes.config.seed)
+    torch.manual_seed(step)  # dropout
+    return probes.losses(next(batches))
+
+
+def grids(result: dict) -> dict[str, np.ndarray]:
+    """Panel -> (timesteps, blocks) in percent, of the probe itself."""
+    blocks = result["none"]
+    timesteps = list(next(iter(blocks.values())))
+    found = {}
+    for panel in PANELS:
+        values = [[cells[t].get(panel) for cells in blocks.values()] for t in timesteps]
+        if values[0][0] is not None:
+            means = [[value[0] if isinstance(value, tuple | list) else value for value in row] for row in values]
+            found[panel] = 100 * np.array(means)
+    return found
+
+
+def markdown(result: dict) -> str:
+    """A table a panel: timesteps down, blocks across."""
+    blocks, parts = list(result["none"]), []
+    timesteps = list(result["none"][blocks[0]])
+    for panel, grid in grids(result).items():
+        lines = [f"| {PANELS[panel]} | " + " | ".join(blocks) + " |", "|---" * (len(blocks) + 1) + "|"]
+        for timestep, row in zip(timesteps, grid, strict=True):
+            lines.append(f"| t = {timestep} | " + " | ".join(f"{value:.1f}" for value in row) + " |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def draw_maps(result: dict, path: Path) -> None:
+    """The panels as heat maps with numbers."""
+    blocks, found = list(result["none"]), grids(result)
+    timesteps = list(result["none"][blocks[0]])
+    figure = Figure(figsize=(5.2 * len(found), 3.6), layout="constrained")
+    for axis, (panel, grid) in zip(np.atleast_1d(figure.subplots(1, len(found))), found.items(), strict=True):
+        image = axis.imshow(grid, cmap="viridis", aspect="auto")
+        axis.set(title=PANELS[panel], xticks=range(len(blocks)), yticks=range(len(timesteps)), ylabel="timestep")
+        axis.set_xticklabels(blocks, rotation=45)
+        axis.set_yticklabels(timesteps)
+        middle = (grid.min() + grid.max()) / 2
+        for (r, c), value in np.ndenumerate(grid):
+            color = "black" if value > middle else "white"
+            axis.text(c, r, f"{value:.0f}", ha="center", va="center", color=color, fontsize=8)
+        figure.colorbar(image, ax=axis)
+    figure.savefig(path, dpi=110)
