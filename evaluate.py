@@ -4,17 +4,18 @@
 python evaluate.py generate --arms configs/shapes/arms/base.yaml --prompts shapes:val --outdir outputs/evaluation
 python evaluate.py align outputs/evaluation/base --metrics oracle
 python evaluate.py table outputs/evaluation/base --output outputs/evaluation/tables
-python evaluate.py experiment configs/shapes/experiment.yaml --prompts shapes:val
+python evaluate.py experiment configs/shapes/experiment.yaml
 python evaluate.py itm outputs/shapes-probe --config configs/shapes/probe.yaml --output outputs/evaluation/itm
 python evaluate.py rec outputs/shapes-probe --config configs/shapes/probe.yaml --output outputs/evaluation/rec
 python evaluate.py probe-map configs/shapes/probe_map.yaml --output outputs/probe-map
+python evaluate.py report outputs/evaluation/base --tables outputs/evaluation/tables/table.json --output report.html
 """
 
 import argparse
 import json
 import sys
 
-from dpt.evaluation import align, experiment, generate, itm, probe_map, quality, rec, table
+from dpt.evaluation import align, experiment, generate, itm, probe_map, quality, rec, report, table
 
 COMMANDS = {
     "generate": generate,
@@ -25,6 +26,7 @@ COMMANDS = {
     "rec": rec,
     "probe-map": probe_map,
     "experiment": experiment,
+    "report": report,
 }
 
 
@@ -38,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         result = COMMANDS[args.command].run(args)
-        if args.command in ("generate", "align", "quality"):
+        if args.command in ("generate", "align", "quality", "report"):
             print(json.dumps(result, indent=1))
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)

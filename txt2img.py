@@ -23,7 +23,7 @@ from tqdm import tqdm
 import dpt
 from dpt.adapter import Scorer
 from dpt.checkpoint import load_checkpoint
-from dpt.images import append_metadata, make_grid, numbered, read_metadata, save_new
+from dpt.images import append_metadata, compbench_stem, make_grid, numbered, read_metadata, save_new
 from dpt.sampling import CORRECTION_TARGETS, CorrectionSettings, draw
 from dpt.shapes.captions import parse
 from dpt.stable_diffusion import (
@@ -348,9 +348,7 @@ def draw_jobs(
                 }
                 pattern = "{:05d}.png"
                 if args.compbench:
-                    name = " ".join(job["prompt"].replace("/", " ").split())
-                    name = name.encode()[:200].decode(errors="ignore")  # file names end at 255 bytes
-                    pattern = name.replace("{", "{{").replace("}", "}}") + "_{:06d}.png"
+                    pattern = compbench_stem(job["prompt"]) + ".png"
                 candidates = numbered(args.outdir / "samples", pattern, job["number"])
                 chunks = record | {name: job["settings"][name] for name in ("model", "weights")}
                 chunks |= {"seed": str(job["seed"]), "dpt_source": job["dpt_source"] or "none"}

@@ -67,6 +67,13 @@ def numbered(folder: Path, pattern: str, start: int = 0) -> Iterator[Path]:
     return (folder / pattern.format(n) for n in itertools.count(start))
 
 
+def compbench_stem(prompt: str) -> str:
+    """The pattern of a file's name, without its ending, as T2I-CompBench expects it: <prompt>_<6 digits>."""
+    name = " ".join(prompt.replace("/", " ").split())
+    name = name.encode()[:200].decode(errors="ignore")  # file names end at 255 bytes
+    return name.replace("{", "{{").replace("}", "}}") + "_{:06d}"
+
+
 def append_metadata(folder: Path, record: dict) -> None:
     """Adds one line to the folder's metadata file."""
     append_line(folder / METADATA_FILE, record)

@@ -79,7 +79,7 @@ class DPT(nn.Module):
     def losses(
         self, features: list[torch.Tensor], noise_pred: torch.Tensor | None, passes: list, batch: dict
     ) -> dict[str, torch.Tensor]:
-        """What `forward` returns, of the features of `passes` put together, and the noise prediction if there is one."""
+        """What `forward` returns, of the features of `passes` put together, and the noise prediction, if any."""
         weights, losses = self.weights, {}
         if weights.itm or weights.rec:
             hs = self.adapter(features, batch["timesteps"].repeat(len(passes)))

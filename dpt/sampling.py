@@ -226,12 +226,13 @@ def guided_steps(
     scorer: Scorer | None,
     settings: CorrectionSettings,
     trace: list[dict] | None = None,
+    observe: bool = True,
 ) -> tuple[Denoiser, Corrector | None]:
     """What `sample` needs to draw prompts: classifier-free guidance, and self-correction where it is asked for.
 
     Args:
         context, negative_context: (B, L, E); pooled: (B, P).
-        trace: a list that is filled with the score of every step, corrected or not.
+        trace: a list that is filled with the score of every step, corrected or, with `observe`, not.
     """
     denoise = classifier_free_guidance(
         unet,
@@ -240,9 +241,10 @@ def guided_steps(
         negative_encoder_hidden_states=negative_context,
         guidance_scale=guidance_scale,
     )
-    if scorer is None or not (settings.active or trace is not None):
+    observe = observe and trace is not None
+    if scorer is None or not (settings.active or observe):
         return denoise, None
-    observed = {} if trace is None else {"observe": True, "trace": trace}
+    observed = {} if trace is None else {"observe": observe, "trace": trace}
     return denoise, SelfCorrection(unet, scorer, scheduler, context, pooled, settings, **observed)
 
 
@@ -323,6 +325,8 @@ def draw(
     correction_prompts: list[str] | None = None,
     parity: bool = False,
     trace: list[dict] | None = None,
+    observe: bool = True,
+    corrector: Callable[[list[str], torch.Tensor], Corrector] | None = None,
     on_step: Callable[[int, torch.Tensor], None] | None = None,
 ) -> np.ndarray:
     """One batch of pictures, (B, H, W, 3) uint8: picture b shows prompt b, from the noise of seed b.
@@ -332,6 +336,9 @@ def draw(
         correction: none by default.
         correction_prompts: as a control, prompts whose score the correction follows instead of the pictures' own.
         trace: a list that is filled with the score of every step; see `SelfCorrection`.
+        observe: without it, of corrected steps alone, which costs nothing.
+        corrector: makes another corrector of the prompts and their states (B, L, E), which takes self-correction's
+            place and whose latents sampling goes on from.
 
     Raises:
         ValueError: a size the model cannot draw.
@@ -341,12 +348,14 @@ def draw(
     negative_context, _ = sd.encode_prompts(negative_prompts or [""] * len(prompts))
     settings = correction or CorrectionSettings(factor=0.0)
     denoise, correct = guided_steps(
-        sd.unet, sd.scheduler, context, negative_context, pooled, guidance_scale, scorer, settings, trace
+        sd.unet, sd.scheduler, context, negative_context, pooled, guidance_scale, scorer, settings, trace, observe
     )
     if correct is not None:
         correct.seeds = seeds
     if correct is not None and correction_prompts is not None:
         correct.encoder_hidden_states, correct.pooled_prompt_embeds = sd.encode_prompts(correction_prompts)
+    if corrector is not None:
+        correct, settings = corrector(prompts, context), CorrectionSettings(target="latent")
     latents = sample(
         denoise,
         sd.scheduler,

@@ -41,6 +41,10 @@ class Arm:
     """as a control: an adapter of random weights"""
     best_of: int = 1
     """draw so many pictures from different noise and keep the one of highest matching score"""
+    attend_and_excite: bool = False
+    """instead of self-correction; see `dpt.evaluation.rivals`"""
+    attention_resolution: int | None = None
+    """side of the attention maps that it reads; by default a quarter of the latent's"""
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -54,6 +58,8 @@ class Arm:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
         if self.dpt and self.lora:
             raise ValueError("dpt and lora exclude each other: an arm has one set of weights")
+        if self.attend_and_excite and self.correction.active:
+            raise ValueError("attend_and_excite and self-correction exclude each other")
         if self.best_of < 1:
             raise ValueError(f"best_of is {self.best_of}; it must be at least 1")
         if not self.dpt and (self.best_of > 1 or self.correction.active):

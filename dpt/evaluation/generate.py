@@ -23,7 +23,8 @@ from dpt.adapter import DiscriminativeAdapter
 from dpt.checkpoint import load_checkpoint
 from dpt.evaluation.arms import Arm, load_arms
 from dpt.evaluation.prompts import Prompt, load_prompt_set
-from dpt.images import append_metadata, numbered, read_metadata, save_new, to_pixels
+from dpt.evaluation.rivals import AttendAndExcite, subject_tokens
+from dpt.images import append_metadata, compbench_stem, numbered, read_metadata, save_new, to_pixels
 from dpt.lora import load_external_lora
 from dpt.memory import peak_mb
 from dpt.sampling import draw, initial_noise, matching_score
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="of the noise (default: 0 1 2 3)")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--outdir", type=Path, required=True)
+    parser.add_argument("--compbench", action="store_true", help="name files as T2I-CompBench does")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes every arm")
 
 
@@ -50,10 +52,33 @@ def run(args: argparse.Namespace) -> dict:
     Raises:
         ValueError: arms, prompts or a folder that cannot be used; it is named.
     """
-    prompts = load_prompt_set(args.prompts, per_category=args.per_category)
-    arms = [one for arm in load_arms(args.arms, args.set) for one in arm.each_seed()]
+    return draw_arms(
+        load_arms(args.arms, args.set),
+        args.prompts,
+        args.seeds,
+        args.outdir,
+        per_category=args.per_category,
+        batch_size=args.batch_size,
+        compbench=args.compbench,
+    )
+
+
+def draw_arms(
+    arms: list[Arm],
+    prompt_set: str,
+    seeds: list[int],
+    outdir: Path,
+    *,
+    per_category: int | None = None,
+    batch_size: int = 32,
+    compbench: bool = False,
+) -> dict:
+    """`run`, of arms that are loaded already."""
+    prompts = load_prompt_set(prompt_set, per_category=per_category)
+    each = [one for arm in arms for one in arm.each_seed()]
     return {
-        arm.name: generate(arm, prompts, args.seeds, args.outdir / arm.name, batch_size=args.batch_size) for arm in arms
+        arm.name: generate(arm, prompts, seeds, outdir / arm.name, batch_size=batch_size, compbench=compbench)
+        for arm in each
     }
 
 
@@ -91,17 +116,18 @@ class Artist:
         if kind == "whole":
             self.passes["truncated"] -= samples  # conv_in has counted it too
 
-    def draw(self, prompts: list[str], seeds: list[int]) -> np.ndarray:
-        """(B, H, W, 3) uint8, one picture a prompt and seed."""
-        candidates = [self._draw_once(prompts, [s + k * SEEDS_APART for s in seeds]) for k in range(self.arm.best_of)]
-        if len(candidates) == 1:
-            return candidates[0]
-        best = torch.stack([self._score(images, prompts) for images in candidates]).argmax(0)  # (B,)
-        return np.stack([candidates[k][b] for b, k in enumerate(best.tolist())])
+    def draw(self, prompts: list[str], seeds: list[int]) -> tuple[np.ndarray, list[dict]]:
+        """(B, H, W, 3) uint8, a picture a prompt and seed, and of each, where it corrects itself, the score by step."""
+        drawn = [self._draw_once(prompts, [s + k * SEEDS_APART for s in seeds]) for k in range(self.arm.best_of)]
+        if len(drawn) == 1:
+            return drawn[0]
+        best = torch.stack([self._score(images, prompts) for images, _ in drawn]).argmax(0).tolist()  # (B,)
+        images = np.stack([drawn[k][0][b] for b, k in enumerate(best)])
+        return images, [drawn[k][1][b] for b, k in enumerate(best)]
 
     def _draw_once(self, prompts, seeds):
-        arm = self.arm
-        return draw(
+        arm, trace = self.arm, []
+        images = draw(
             self.sd,
             prompts,
             seeds,
@@ -110,7 +136,17 @@ class Artist:
             scorer=self.scorer,
             correction=arm.correction,
             correction_prompts=[self.another[prompt] for prompt in prompts] if arm.correct_for_another else None,
+            trace=trace,
+            observe=False,
+            corrector=self._attend_and_excite if arm.attend_and_excite else None,
         )
+        scores = [[round(step["score"][b], 4) for step in trace] for b in range(len(prompts))]
+        return images, [{"scores": row} if row else {} for row in scores]
+
+    def _attend_and_excite(self, prompts: list[str], context: torch.Tensor) -> AttendAndExcite:
+        side = self.sd.latent_shape()[-1]
+        tokens = [subject_tokens(self.sd, prompt) for prompt in prompts]
+        return AttendAndExcite(self.sd.unet, context, tokens, self.arm.attention_resolution or side // 4)
 
     @torch.no_grad()
     def _score(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
@@ -124,7 +160,9 @@ class Artist:
         return matching_score(sd.unet, self.scorer, noisy, timestep, **texts).cpu()
 
 
-def generate(arm: Arm, prompts: list[Prompt], seeds: list[int], folder: Path, *, batch_size: int) -> dict:
+def generate(
+    arm: Arm, prompts: list[Prompt], seeds: list[int], folder: Path, *, batch_size: int, compbench: bool = False
+) -> dict:
     """Draws what of an arm's pictures is missing in its folder.
 
     Raises:
@@ -140,14 +178,17 @@ def generate(arm: Arm, prompts: list[Prompt], seeds: list[int], folder: Path, *,
     for start in tqdm(range(0, len(own), batch_size), desc=arm.name, mininterval=2):
         batch, began = own[start : start + batch_size], time.perf_counter()
         artist.passes = dict.fromkeys(artist.passes, 0)
-        images = artist.draw([prompt.text for prompt, _ in batch], [seed for _, seed in batch])
+        images, traces = artist.draw([prompt.text for prompt, _ in batch], [seed for _, seed in batch])
         cost = {"seconds": (time.perf_counter() - began) / len(batch), "peak_mb": peak_mb(state.device)}
         cost |= {f"{kind}_passes": count / len(batch) for kind, count in artist.passes.items()}
-        for (prompt, seed), image in zip(batch, images, strict=True):
+        for k, ((prompt, seed), image) in enumerate(zip(batch, images, strict=True)):
             record = {"prompt": prompt.text, "category": prompt.category, "seed": seed}
-            names = numbered(folder / "samples", f"{prompt.number:05d}_{seed:06d}_{{}}.png")
+            stem = compbench_stem(prompt.text) if compbench else f"{prompt.number:05d}_{seed:06d}_{{}}"
+            names = numbered(folder / "samples", f"{stem}.png", seeds.index(seed) if compbench else 0)
             path = save_new(Image.fromarray(image), names, record | {"seed": str(seed)})
-            append_metadata(folder, {"file": str(path.relative_to(folder)), "number": prompt.number} | record | cost)
+            append_metadata(
+                folder, {"file": str(path.relative_to(folder)), "number": prompt.number} | record | cost | traces[k]
+            )
     state.wait_for_everyone()
     return {"pictures": len(jobs), "new": len(missing)}
 

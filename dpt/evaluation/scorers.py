@@ -39,11 +39,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def oracle(args: argparse.Namespace) -> tuple[str, Metric]:
-    """What the shapes world's oracle says: `label` and `reason`."""
+    """What the shapes world's oracle says: `label`, `reason`, and `objects`, name and cxcywh box of each it found."""
 
     def judged(images, prompts):
         verdicts = [judge(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
-        return [{"label": verdict.label, "reason": verdict.reason} for verdict in verdicts]
+        return [
+            {
+                "label": verdict.label,
+                "reason": verdict.reason,
+                "objects": [
+                    [f"{found.size} {found.color} {found.shape}", *(round(float(x), 3) for x in found.box)]
+                    for found in verdict.objects
+                ],
+            }
+            for verdict in verdicts
+        ]
 
     return "oracle", judged
 

@@ -1,18 +1,26 @@
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import evaluate
 from dpt.checkpoint import DPTCheckpoint, load_checkpoint, save_checkpoint
 from dpt.config import TrainConfig, load_config
 from dpt.data.collate import collate, encode_batch
+from dpt.evaluation.arms import load_arms
+from dpt.evaluation.experiment import Experiment, published_table, run_settings
 from dpt.evaluation.itm import denoising_matches
 from dpt.evaluation.probe_map import ProbeMap
 from dpt.evaluation.probes import Measured, summary
+from dpt.evaluation.scorers import METRICS
 from dpt.shapes.samples import ShapesSamples
 from dpt.stable_diffusion import load_stable_diffusion
 from dpt.validation import wins
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @pytest.fixture(autouse=True)
@@ -126,26 +134,57 @@ def test_an_experiment_from_training_to_table(tmp_path, capsys):
     }
     (tmp_path / "base.yaml").write_text("num_inference_steps: 2\n")
     arm = {"dpt": f"{tmp_path}/out/dpt-{{seed}}", "train_seeds": [0, 1], "num_inference_steps": 2}
-    (tmp_path / "dpt.yaml").write_text(json.dumps(arm))
     experiment = {
         "folder": f"{tmp_path}/out",
         "runs": runs,
-        "arms": [f"{tmp_path}/{name}.yaml" for name in ("base", "dpt")],
+        "arms": [f"{tmp_path}/base.yaml"],
+        "more_arms": {"dpt": arm},
+        "measure": {"checkpoints": ["{folder}/probe-0"], "num_samples": 2, "zero_shot": False, "settings": tiny},
+        "protocol": {"2 steps": "our choice"},
+        "published": "compbench",
     }
     config = tmp_path / "experiment.yaml"
     config.write_text(json.dumps(experiment))
-    call = ["experiment", str(config), "--per_category", "1", "--seeds", "0", "1"]
+    call = ["experiment", str(config), "image_seeds=[0, 1]", "--per_category", "1"]
     assert evaluate.main(call) == 0
     table = json.loads((tmp_path / "out/shapes-val/tables/table.json").read_text())
     assert table["arms"]["dpt"]["training_seeds"] == 2
     assert "correct_difference" in table["arms"]["dpt"]
-    weights = load_checkpoint(tmp_path / "out/dpt-1")
-    assert weights.lora
+    text = (tmp_path / "out/shapes-val/tables/table.md").read_text()
+    assert "| 2 steps | our choice |" in text
+    assert "| GORS on it | 0.6603 |" in text
+    assert "left empty: DPT (its paper)" in text
+    assert (tmp_path / "out/itm/itm.json").exists()
+    assert (tmp_path / "out/rec/rec.json").exists()
+    assert load_checkpoint(tmp_path / "out/dpt-1").lora
     log = (tmp_path / "out/dpt-1/log.txt").read_text()
     assert evaluate.main(call) == 0  # nothing is left to do
     assert (tmp_path / "out/dpt-1/log.txt").read_text() == log
     assert evaluate.main([*call, "--only", "nobody"]) == 2
     assert "there are probe, dpt, base" in capsys.readouterr().err
+    capsys.readouterr()
+    assert evaluate.main([*call, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("train_tune.py" in line for line in lines) == 2
+    assert lines[-1].startswith("accelerate launch evaluate.py experiment")
+
+
+@pytest.mark.parametrize("path", [*CONFIGS.glob("tables/*.yaml"), CONFIGS / "shapes/experiment.yaml"])
+def test_every_table_s_config_can_be_read(path):
+    if path.name == "published.yaml":
+        for entry in yaml.safe_load(path.read_text()):
+            assert "|" in published_table(entry)
+        return
+    experiment = load_config(Experiment, path)
+    arms = {arm.name for arm in load_arms(experiment.arms)} | experiment.more_arms.keys()
+    assert experiment.against in arms or not arms
+    assert all(metric in METRICS for metric in experiment.metrics)
+    for name, one in experiment.runs.items():
+        for seed in one.seeds:
+            load_config(TrainConfig, one.config, run_settings(name, one, experiment.folder, seed))
+    twins = re.findall(r"configs/tables/shapes_\w+\.yaml", path.read_text())
+    assert path.name.startswith(("shapes_", "experiment")) or twins
+    assert all(Path(twin).exists() for twin in twins)
 
 
 def test_the_map_of_blocks_and_timesteps(tmp_path, capsys):

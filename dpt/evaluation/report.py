@@ -1,0 +1,136 @@
+"""`evaluate.py report`: one page to look at, without a network.
+
+    python evaluate.py report outputs/experiment/shapes-val/{base,denoise/0,dpt/0} \\
+        --tables outputs/experiment/shapes-val/tables/table.json --figures outputs/experiment/*/curves.png \\
+        --output outputs/report.html
+
+Tables, figures, and a gallery: the same prompt and seed across arms side by side, to be filtered by category, verdict
+and by the arm that alone is correct; a click enlarges, with the oracle's boxes and the matching score by step. The page
+is built from report.html beside this module; everything it shows is data to it, never markup.
+"""
+
+import argparse
+import base64
+import io
+import json
+from pathlib import Path
+
+from PIL import Image
+
+from dpt.evaluation.align import pictures, read_image
+from dpt.evaluation.table import arms_table, category_table
+from dpt.images import read_lines
+from dpt.runs import versions
+from dpt.shapes.quality import LABELS
+
+TEMPLATE = Path(__file__).with_name("report.html")
+PLACEHOLDER = "__DATA__"
+THUMBNAIL, QUALITY = 128, 80
+MOST_BYTES = 25_000_000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The subcommand's flags."""
+    parser.add_argument("folders", nargs="+", type=Path, help="folders of arms, or of an arm's training seeds")
+    parser.add_argument("--tables", nargs="*", type=Path, default=[], help="table.json files of `table`")
+    parser.add_argument("--figures", nargs="*", type=Path, default=[], help="PNG files: heat maps, curves")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the noise (default: 0)")
+    parser.add_argument("--title", default="dpt report")
+    parser.add_argument("--output", type=Path, required=True, help="the page")
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Writes the page; returns what it holds, in numbers.
+
+    Raises:
+        ValueError: folders without pictures, an unreadable file, or a page larger than 25 MB.
+    """
+    arms = [folder.parent.name + "/" + folder.name if folder.name.isdigit() else folder.name for folder in args.folders]
+    if len(set(arms)) < len(arms):
+        raise ValueError(f"two folders are of one arm: {', '.join(arms)}")
+    rows: dict[tuple, dict] = {}
+    for k, folder in enumerate(args.folders):
+        for key, category, cell in cells(folder, args.seeds):
+            row = {"prompt": key[0], "seed": key[1], "category": category, "cells": [None] * len(arms)}
+            rows.setdefault(key, row)["cells"][k] = cell
+    if not rows:
+        raise ValueError(f"no pictures of the seeds {args.seeds} in these folders")
+    data = {
+        "title": args.title,
+        "about": f"{len(rows)} prompts and seeds, {len(arms)} arms; {versions()}",
+        "tables": [table for path in args.tables for table in tables(path)],
+        "figures": [{"title": f"{path.parent.name}: {path.stem}", "source": embedded(path)} for path in args.figures],
+        "arms": arms,
+        "categories": sorted({row["category"] for row in rows.values()}),
+        "verdicts": list(LABELS),
+        "rows": list(rows.values()),
+    }
+    text = page(data)
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"the page would have {len(text) / 1e6:.0f} MB, above 25: name fewer folders or --seeds")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(text, "utf-8")
+    count = sum(cell is not None for row in rows.values() for cell in row["cells"])
+    return {"page": str(args.output), "pictures": count, "megabytes": round(len(text) / 1e6, 2)}
+
+
+def page(data: dict) -> str:
+    """The template with its data: JSON in which nothing can end the script element."""
+    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+    return TEMPLATE.read_text("utf-8").replace(PLACEHOLDER, text)
+
+
+def cells(folder: Path, seeds: list[int]) -> list[tuple]:
+    """((prompt, seed), category, what the gallery shows) of an arm's pictures."""
+    verdicts = {record["file"]: record for record in read_lines(folder / "oracle.jsonl")}
+    found = []
+    for record in pictures(folder):
+        if record["seed"] not in seeds:
+            continue
+        verdict = verdicts.get(record["file"], {})
+        image = Image.fromarray(read_image(folder / record["file"]))
+        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        image.save(buffer, "WEBP", quality=QUALITY)
+        cell = {
+            "source": "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode(),
+            "label": verdict.get("label", ""),
+            "reason": verdict.get("reason", ""),
+            "boxes": verdict.get("objects", []),
+            "scores": record.get("scores", []),
+        }
+        found.append(((record["prompt"], record["seed"]), record["category"], cell))
+    return found
+
+
+def tables(path: Path) -> list[dict]:
+    """The tables of a file that `table` wrote."""
+    try:
+        result = json.loads(path.read_text())
+        parts = [("arms", *arms_table(as_tuples(result["arms"])))]
+        for key, rows in result.items():
+            if key.endswith(" by category"):
+                parts.append((key, *category_table(key.removesuffix(" by category"), as_tuples(rows))))
+    except (OSError, json.JSONDecodeError, KeyError, AttributeError) as error:
+        raise ValueError(f"--tables {path} is no table.json of evaluate.py table: {error!r}") from error
+    return [
+        {"title": f"{path.parent.parent.name}: {title}", "header": header, "rows": rows}
+        for title, header, rows in parts
+    ]
+
+
+def as_tuples(value):
+    """JSON's lists of numbers as the tuples that they were."""
+    if isinstance(value, dict):
+        return {key: as_tuples(entry) for key, entry in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def embedded(path: Path) -> str:
+    """A PNG as a data URI. Raises ValueError where it is none."""
+    try:
+        content = path.read_bytes()
+        Image.open(io.BytesIO(content)).verify()
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"--figures {path} is no picture: {error}") from error
+    return "data:image/png;base64," + base64.b64encode(content).decode()

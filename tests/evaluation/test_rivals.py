@@ -1,0 +1,104 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionAttendAndExcitePipeline
+
+from dpt.controls import control_unet
+from dpt.evaluation.rivals import AttendAndExcite, stored_attention, subject_tokens
+from dpt.sampling import CorrectionSettings, draw, guided_steps, initial_noise, sample
+from dpt.stable_diffusion import load_stable_diffusion
+
+PROMPTS = ["a red circle and a blue square", "two green stars"]
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return load_stable_diffusion("shapes")
+
+
+def test_subjects_are_shapes_or_else_content_words(sd):
+    tokens = sd.tokenizer.convert_ids_to_tokens(sd.tokenizer(PROMPTS[0]).input_ids)
+    found = subject_tokens(sd, PROMPTS[0])
+    assert [tokens[k].removesuffix("</w>") for k in found] == ["circle", "square"]
+    assert len(subject_tokens(sd, PROMPTS[1])) == 1
+    assert len(subject_tokens(sd, "a dog and two cats on the sofa")) == 3
+
+
+def test_attention_maps_are_the_plain_processor_s(sd):
+    noise = initial_noise([0, 1], sd.latent_shape())
+    context, _ = sd.encode_prompts(PROMPTS)
+    plain = sd.unet(noise, 500, encoder_hidden_states=context).sample
+    before = sd.unet.attn_processors
+    with torch.no_grad(), stored_attention(sd.unet, 4) as maps:
+        stored = sd.unet(noise, 500, encoder_hidden_states=context).sample
+    assert sd.unet.attn_processors == before
+    torch.testing.assert_close(stored, plain, atol=1e-4, rtol=1e-4)
+    assert all(m.shape[0] == 2 and m.shape[2:] == (16, context.shape[1]) for m in maps)
+    with pytest.raises(ValueError, match="attention_resolution is 5"), stored_attention(sd.unet, 5):
+        sd.unet(noise, 500, encoder_hidden_states=context)
+
+
+def test_latents_are_those_of_diffusers_own_class(sd):
+    """The deprecated pipeline, image by image: same gradient steps and refinements.
+
+    On a U-Net of random weights: a trained one's sharp maps amplify what float32 leaves open.
+    """
+    sd = replace(sd)
+    control_unet("random_unet", sd)
+    scheduler = DDIMScheduler.from_config(sd.scheduler.config)
+    pipe = StableDiffusionAttendAndExcitePipeline(
+        sd.vae, sd.text_encoder, sd.tokenizer, sd.unet, scheduler, None, None, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    noise = initial_noise([3, 4], sd.latent_shape())
+    thresholds = {0: 0.05, 2: 0.5, 4: 0.8}
+    expected = [
+        pipe(
+            prompt,
+            token_indices=subject_tokens(sd, prompt),
+            latents=noise[k : k + 1].clone(),
+            guidance_scale=5.0,
+            num_inference_steps=STEPS,
+            max_iter_to_alter=STEPS // 2,
+            thresholds=thresholds,
+            scale_factor=20,
+            attn_res=(4, 4),
+            output_type="latent",
+        ).images
+        for k, prompt in enumerate(PROMPTS)
+    ]
+    context, pooled = sd.encode_prompts(PROMPTS)
+    negative, _ = sd.encode_prompts(["", ""])
+    denoise, _ = guided_steps(
+        sd.unet, sd.scheduler, context, negative, pooled, 5.0, None, CorrectionSettings(factor=0.0)
+    )
+    tokens = [subject_tokens(sd, prompt) for prompt in PROMPTS]
+    shares = {step / STEPS: threshold for step, threshold in thresholds.items()}
+    correct = AttendAndExcite(sd.unet, context, tokens, 4, thresholds=shares)
+    latents = sample(
+        denoise, sd.scheduler, noise, num_inference_steps=STEPS, correct=correct, correction_target="latent"
+    )
+    plain = sample(denoise, sd.scheduler, noise, num_inference_steps=STEPS)
+    assert (latents - plain).abs().max() > 0.02
+    torch.testing.assert_close(latents, torch.cat(expected), atol=2e-3, rtol=1e-3)
+
+
+def test_what_is_neglected_is_attended_to(sd):
+    noise, (context, _) = initial_noise([5, 6], sd.latent_shape()), sd.encode_prompts(PROMPTS)
+    tokens = [subject_tokens(sd, prompt) for prompt in PROMPTS]
+    rival = AttendAndExcite(sd.unet, context, tokens, 4, max_refinements=3)
+    before, gradient = rival.loss_gradient(noise, 900)
+    after, _ = rival.loss_gradient(noise - 1e-3 * gradient, 900)
+    expected = 1e-3 * gradient.flatten(1).square().sum(1)
+    torch.testing.assert_close(before - after, expected, atol=2e-6, rtol=0.1)
+    assert expected[1] > 2e-5
+    alone = AttendAndExcite(sd.unet, context[:1], tokens[:1], 4)
+    torch.testing.assert_close(alone.loss_gradient(noise[:1], 900)[1], gradient[:1], atol=1e-5, rtol=1e-3)
+    without, _ = AttendAndExcite(sd.unet, context, [[], []], 4).loss_gradient(noise, 900)
+    assert (without == 0).all()
+    images = draw(sd, PROMPTS, [0, 1], num_inference_steps=2, corrector=lambda prompts, states: rival)
+    assert (images != draw(sd, PROMPTS, [0, 1], num_inference_steps=2)).any()
+    assert images.dtype == np.uint8
