@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import dpt
 from dpt.adapter import Scorer
-from dpt.checkpoint import load_checkpoint
+from dpt.checkpoint import DPT_WEIGHTS, load_checkpoint
 from dpt.images import append_metadata, compbench_stem, make_grid, numbered, read_metadata, save_new
 from dpt.sampling import CORRECTION_TARGETS, CorrectionSettings, draw
 from dpt.shapes.captions import parse
@@ -42,8 +42,6 @@ from dpt.stable_diffusion import (
 
 VAE_SCALE_FACTOR = 8  # of all models by name
 GRID_ROWS, GRID_COLUMNS = 12, 8
-DPT_WEIGHTS = {"shapes": CKPT_FOLDER / "shapes-dpt", "sd21-base": CKPT_FOLDER / "dpt-v2.1"}
-"""Adapter and LoRA that belong to a base model, used where they are there."""
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -28,11 +28,13 @@ from safetensors.torch import load_file, save_file
 from dpt.adapter import DiscriminativeAdapter, Scorer
 from dpt.config import AdapterConfig, DPTConfig, load_config, save_config
 from dpt.lora import load_lora, lora_key, lora_metadata, remove_lora
-from dpt.stable_diffusion import MODELS, StableDiffusion, known_name
+from dpt.stable_diffusion import CKPT_FOLDER, MODELS, StableDiffusion, known_name
 from dpt.unet_features import block_channels, parse_feature
 
 ADAPTER_FILE, CONFIG_FILE, LORA_FILE = "adapter.safetensors", "config.yaml", "pytorch_lora_weights.safetensors"
 RELEASED_FILE = "pytorch_model.bin"
+DPT_WEIGHTS = {"shapes": CKPT_FOLDER / "shapes-dpt", "sd21-base": CKPT_FOLDER / "dpt-v2.1"}
+"""Adapter and LoRA that belong to a base model, used where they are there."""
 
 ADAPTER_KEYS = (
     (r"query_embed\.", "query_embed."),

@@ -1,5 +1,4 @@
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +7,7 @@ from PIL import Image
 import evaluate
 from dpt.evaluation.report import page
 from dpt.images import append_line
+from tests.browser import open_browser
 
 HOSTILE = '</script><img src=x onerror=alert(1)> & "quotes"'
 
@@ -75,25 +75,7 @@ def test_bad_files_are_one_line(folders, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Headless Chromium; skips where there is none."""
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("no chromium and chromedriver on this machine")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-    ):
-        options.add_argument(flag)
-    options.add_argument("--window-size=1200,900")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
-    driver = webdriver.Chrome(options=options, service=service)
+    driver = open_browser()
     yield driver
     driver.quit()
 

@@ -1,0 +1,116 @@
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from dpt import demo
+from dpt.checkpoint import load_checkpoint
+from dpt.demo import Stopped, Studio, find_phrase, in_steps, with_boxes
+from dpt.stable_diffusion import load_stable_diffusion
+from tests.browser import open_browser
+
+
+@pytest.fixture(scope="module")
+def studio(shapes_dpt):
+    sd = load_stable_diffusion("shapes")
+    return Studio(sd, load_checkpoint(shapes_dpt).attach(sd), guidance_scale=3.0, num_inference_steps=4)
+
+
+def test_both_pictures_with_the_score_after_every_step(studio):
+    seen = list(studio.draw("a red circle", 3, 0.05, "latent", "the circle"))
+    assert len(seen) == 4 + 1 + 4 + 1 + 1
+    assert [len(points) for _, _, points, _ in seen] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 8]
+    assert seen[3][0] is None
+    assert seen[4][0].shape == (128, 128, 3)
+    plain, corrected, points, say = seen[-2]
+    assert (plain != corrected).any()
+    assert {arm for _, _, arm in points} == {"plain", "corrected"}
+    assert "done" in say
+    assert (seen[-1][0] != plain).any()  # boxes on it
+    with pytest.raises(ValueError, match="prompt is empty"):
+        next(studio.draw("  ", 0, 0.0, "latent", ""))
+
+
+def test_boxes_are_sorted_and_drawn(studio):
+    image = np.full((128, 128, 3), 240, np.uint8)
+    boxes = find_phrase(studio.sd, studio.scorer, image, "the red circle")
+    assert [score for score, _ in boxes] == sorted((score for score, _ in boxes), reverse=True)
+    drawn = with_boxes(image, [(0.9, [0.5, 0.5, 0.5, 0.5])])
+    assert (drawn[64, 32] == [0, 255, 0]).all()
+
+
+def test_whoever_leaves_stops_their_drawing():
+    reached, stopped = [], threading.Event()
+
+    def work(report):
+        try:
+            for k in range(10_000):
+                time.sleep(0.001)
+                report(k)
+                reached.append(k)
+        except Stopped:
+            stopped.set()
+            raise
+
+    steps = in_steps(work)
+    assert next(steps) == 0
+    steps.close()
+    assert stopped.wait(5)
+    assert len(reached) < 1000
+    assert list(in_steps(lambda report: (report(1), 2)[1])) == [1, 2]
+    with pytest.raises(ZeroDivisionError):
+        list(in_steps(lambda report: 1 / 0))
+
+
+def test_missing_weights_are_one_line(tmp_path, capsys):
+    assert demo.main(["--dpt", str(tmp_path / "none")]) == 2
+    error = capsys.readouterr().err
+    assert "pass --dpt PATH" in error
+    assert error.count("\n") == 1
+
+
+@pytest.fixture
+def url(studio):
+    pytest.importorskip("gradio")
+    page = demo.make_page(studio)
+    _, url, _ = page.launch(server_name=demo.LOOPBACK, server_port=None, prevent_thread_lock=True, quiet=True)
+    torch.set_num_threads(1)
+    yield url
+    page.close()
+
+
+def test_the_page_in_a_browser(url, studio, monkeypatch):
+    driver = open_browser()
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def status():
+        return driver.find_element(By.CSS_SELECTOR, "#status textarea, #status input").get_attribute("value")
+
+    try:
+        driver.get(url)
+        wait = WebDriverWait(driver, 60)
+        wait.until(lambda d: d.find_element(By.ID, "draw")).click()
+        wait.until(lambda d: d.find_elements(By.CSS_SELECTOR, "#corrected img"))
+        wait.until(lambda d: status() == "corrected: done")
+        assert driver.find_elements(By.CSS_SELECTOR, "#plain img")
+        assert driver.find_elements(By.CSS_SELECTOR, "#trace svg, #trace canvas")
+        monkeypatch.setattr(studio, "num_inference_steps", 500)
+        driver.find_element(By.ID, "draw").click()
+        wait.until(lambda d: "of 500" in status())
+        driver.get("about:blank")  # whoever leaves stops their drawing
+        wait.until(lambda d: all(thread.name != demo.THREAD for thread in threading.enumerate()))
+    finally:
+        driver.quit()
+
+
+def test_two_users_are_served_one_after_the_other(url):
+    client = pytest.importorskip("gradio_client")
+    jobs = [
+        client.Client(url, verbose=False).submit("a red circle", seed, 0.0, "latent", "", api_name="/run")
+        for seed in (0, 1)
+    ]
+    for job in jobs:
+        assert job.result(timeout=60)[-1] == "corrected: done"
