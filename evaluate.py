@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 
-from dpt.evaluation import align, experiment, generate, itm, probe_map, quality, rec, report, table
+from dpt.evaluation import align, experiment, generate, itm, pareto, probe_map, quality, rec, report, table
 
 COMMANDS = {
     "generate": generate,
@@ -27,6 +27,7 @@ COMMANDS = {
     "probe-map": probe_map,
     "experiment": experiment,
     "report": report,
+    "pareto": pareto,
 }
 
 
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         result = COMMANDS[args.command].run(args)
-        if args.command in ("generate", "align", "quality", "report"):
+        if args.command in ("generate", "align", "quality", "report", "pareto"):
             print(json.dumps(result, indent=1))
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)

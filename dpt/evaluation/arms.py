@@ -112,3 +112,8 @@ def load_arms(paths: list[Path], overrides: list[str] = ()) -> list[Arm]:
             raise ValueError(f"two arms are named {arm.name!r}: {seen[arm.name]} and {path}")
         seen[arm.name] = path
     return arms
+
+
+def folder_name(folder: Path) -> str:
+    """What an arm's folder is called: its own name, after its arm's where it is of one training seed."""
+    return f"{folder.parent.name}/{folder.name}" if folder.name.isdigit() else folder.name

@@ -18,6 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from dpt.evaluation.align import pictures, read_image
+from dpt.evaluation.arms import folder_name
 from dpt.evaluation.table import arms_table, category_table
 from dpt.images import read_lines
 from dpt.runs import versions
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> dict:
     Raises:
         ValueError: folders without pictures, an unreadable file, or a page larger than 25 MB.
     """
-    arms = [folder.parent.name + "/" + folder.name if folder.name.isdigit() else folder.name for folder in args.folders]
+    arms = [folder_name(folder) for folder in args.folders]
     if len(set(arms)) < len(arms):
         raise ValueError(f"two folders are of one arm: {', '.join(arms)}")
     rows: dict[tuple, dict] = {}

@@ -130,6 +130,19 @@ def test_figures_by_category_with_holms_correction(drawn, tmp_path, capsys):
     assert "--categories names 'sizes'" in capsys.readouterr().err
 
 
+def test_correctness_against_passes(drawn, tmp_path):
+    root, _, folders = drawn
+    output = tmp_path / "pareto.png"
+    assert evaluate.main(["pareto", folders[1], "--ceiling", str(root / "out/base"), "--output", str(output)]) == 0
+    points = json.loads(output.with_suffix(".json").read_text())
+    assert list(points) == ["own/0", "best of 1 by the oracle", "best of 2 by the oracle"]
+    assert points["own/0"]["passes"] == 6  # two steps of two halves, two truncated passes
+    alone, best = (points[f"best of {n} by the oracle"] for n in (1, 2))
+    assert (alone["passes"], best["passes"]) == (4, 8)
+    assert alone["correct"][0] <= best["correct"][0]
+    assert output.exists()
+
+
 def test_holms_correction_and_bootstrap_p():
     assert holm({"a": 0.04, "b": 0.01, "c": 0.03}) == pytest.approx({"a": 0.06, "b": 0.03, "c": 0.06})
     assert holm({}) == {}

@@ -1,0 +1,91 @@
+"""`evaluate.py pareto`: correctness against network passes, as one figure.
+
+    python evaluate.py pareto outputs/tables/shapes-test/steps* --ceiling outputs/tables/shapes-test/steps20 \\
+        --output docs/pareto.png
+
+A point an arm: the share of correct pictures with its 95 % interval against the U-Net passes that a picture takes,
+whole and truncated ones counted alike. --ceiling names an arm drawn from several noise seeds: the line of best-of-N if the
+oracle itself chose, N from 1 to the number of seeds. Writes the figure and its numbers beside it.
+"""
+
+import argparse
+import json
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dpt.evaluation.arms import folder_name
+from dpt.evaluation.table import APART, read_arm
+from dpt.metrics import crossed_bootstrap
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The subcommand's flags."""
+    parser.add_argument("folders", nargs="+", type=Path, help="folders of arms")
+    parser.add_argument("--ceiling", type=Path, help="an arm of several noise seeds, from which the oracle chooses")
+    parser.add_argument("--output", type=Path, required=True, help="a PNG")
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Draws the figure; returns its numbers: name -> passes and (mean, low, high).
+
+    Raises:
+        ValueError: folders without the oracle's verdicts or without their passes.
+    """
+    points = {folder_name(folder): point(folder) for folder in args.folders}
+    if args.ceiling:
+        points |= ceiling(args.ceiling)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.with_suffix(".json").write_text(json.dumps(points, indent=1) + "\n")
+    draw_points(points, args.output)
+    return points
+
+
+def _correct(folder: Path) -> tuple[dict[tuple, float], float]:
+    arm = read_arm(folder)
+    values = {key: row.get("correct") for key, row in arm["values"].items() if key[0] != APART}
+    if None in values.values() or "whole_passes" not in arm["costs"]:
+        raise ValueError(f"{folder} lacks the oracle's verdicts, or the passes that generate records")
+    return values, arm["costs"]["whole_passes"] + arm["costs"]["truncated_passes"]
+
+
+def point(folder: Path) -> dict:
+    """An arm's passes a picture and share of correct pictures."""
+    values, passes = _correct(folder)
+    prompts = np.array([prompt for _, prompt, _ in values])
+    return {"passes": passes, "correct": crossed_bootstrap(np.array(list(values.values()))[None], prompts)}
+
+
+def ceiling(folder: Path) -> dict:
+    """Best-of-N if the oracle chose: N times the passes, the share of prompts of which one of N pictures is correct."""
+    values, passes = _correct(folder)
+    groups: dict[str, list[float]] = {}
+    for (_, prompt, _), value in values.items():
+        groups.setdefault(prompt, []).append(value)
+    found = {}
+    for count in range(1, min(map(len, groups.values())) + 1):
+        any_of = [np.mean([max(chosen) for chosen in combinations(group, count)]) for group in groups.values()]
+        mean = crossed_bootstrap(np.array(any_of)[None], np.array(list(groups)))
+        found[f"best of {count} by the oracle"] = {"passes": count * passes, "correct": mean}
+    return found
+
+
+def draw_points(points: dict[str, dict], path: Path) -> None:
+    """The figure: points with their names, the oracle's choice as a line."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    line = [p for name, p in points.items() if name.endswith("by the oracle")]
+    if line:
+        ends = [p["passes"] for p in line], [100 * p["correct"][0] for p in line]
+        axis.plot(*ends, "--", color="gray", label="best of N, chosen by the oracle")
+        axis.legend()
+    for name, p in points.items():
+        if not name.endswith("by the oracle"):
+            mean, low, high = (100 * value for value in p["correct"])
+            axis.errorbar(p["passes"], mean, [[mean - low], [high - mean]], fmt="o", capsize=3)
+            axis.annotate(name, (p["passes"], mean), textcoords="offset points", xytext=(6, 4), fontsize=8)
+    axis.set(xlabel="U-Net passes a picture", ylabel="correct pictures, %", xscale="log")
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
