@@ -95,7 +95,8 @@ class Artist:
         parts = [self.sd.text_encoder, self.sd.vae]
         if arm.dpt:
             checkpoint = load_checkpoint(arm.dpt)
-            self.scorer = checkpoint.attach(self.sd)
+            # what was tuned on shuffled labels is an arm too; other controls are of another U-Net or input
+            self.scorer = checkpoint.attach(self.sd, measuring=checkpoint.config.control == "shuffled_labels")
             parts.append(checkpoint.adapter)
         if arm.lora:
             load_external_lora(self.sd.unet, Path(arm.lora))
