@@ -2,7 +2,7 @@
 
     python -m dpt.shapes.label collect outputs/shapes-pretrain/samples/step_* --count 300
     python -m dpt.shapes.label sheets outputs/labelling          # numbered pictures with their prompts, no verdicts
-    (write the labels into dpt/shapes/labelled/labels.jsonl)
+    (write the labels into dpt/shapes/labelled/labels.jsonl; --folder names another set)
     python -m dpt.shapes.quality oracle                          # compares
 
 `collect` draws the same number from each folder that `dpt.shapes.quality.judge_prompts` filled, at random, and takes
@@ -43,7 +43,8 @@ def collect(folders: list[Path], count: int, output: Path) -> None:
             raise ValueError(f"{folder} holds {len(records)} pictures; {share} are wanted of each folder")
         for k in rng.choice(len(records), share, replace=False):
             prompt = {name: records[k][name] for name in ("category", "prompt", "seed")}
-            chosen.append(({"stage": folder.name} | prompt | {"label": None}, folder / f"{k:04d}.png"))
+            stage = f"{folder.parent.parent.name}/{folder.name}"
+            chosen.append(({"stage": stage} | prompt | {"label": None}, folder / f"{k:04d}.png"))
     chosen = [chosen[k] for k in rng.permutation(len(chosen))]
     sheet = Image.new("RGB", (COLUMNS * IMAGE_SIZE, -(-len(chosen) // COLUMNS) * IMAGE_SIZE))
     for k, (_, path) in enumerate(chosen):
@@ -53,9 +54,9 @@ def collect(folders: list[Path], count: int, output: Path) -> None:
     (output / "labels.jsonl").write_text("".join(json.dumps(record) + "\n" for record, _ in chosen))
 
 
-def sheets(output: Path) -> None:
-    """Writes pages of numbered pictures with their prompts, large enough to judge."""
-    records, font = load_labelled(), ImageFont.load_default(12)
+def sheets(output: Path, folder: Path) -> None:
+    """Writes pages of the folder's pictures, numbered, with their prompts, large enough to judge."""
+    records, font = load_labelled(folder), ImageFont.load_default(12)
     output.mkdir(parents=True, exist_ok=True)
     per_page, text_height = SHEET_COLUMNS * SHEET_ROWS, 48
     for first in range(0, len(records), per_page):
@@ -79,12 +80,14 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--count", type=int, default=300)
     command = commands.add_parser("sheets", help="show the chosen pictures")
     command.add_argument("output", type=Path)
+    for command in commands.choices.values():
+        command.add_argument("--folder", type=Path, default=LABELLED_FOLDER, help="where the set lies")
     args = parser.parse_args(argv)
     try:
         if args.command == "collect":
-            collect(args.folders, args.count, LABELLED_FOLDER)
+            collect(args.folders, args.count, args.folder)
         else:
-            sheets(args.output)
+            sheets(args.output, args.folder)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

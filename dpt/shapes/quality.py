@@ -30,6 +30,8 @@ from dpt.stable_diffusion import CKPT_FOLDER, StableDiffusion, load_stable_diffu
 SEEDS_APART = 1000
 LABELS = ("correct", "misaligned", "malformed")
 LABELLED_FOLDER = Path(__file__).parent / "labelled"
+LABELLED = {"early stages": LABELLED_FOLDER, "late stages": LABELLED_FOLDER / "late"}
+"""pictures labelled by eye: the oracle was made on the first half of the first set, the second came after it"""
 
 
 # Pictures of prompts
@@ -100,21 +102,21 @@ def _percent(share):
 # Labelled pictures
 
 
-def load_labelled() -> list[dict]:
-    """The pictures that were labelled by eye: image (128, 128, 3) uint8, prompt, label, step of the model."""
-    sheet = np.array(Image.open(LABELLED_FOLDER / "pictures.png").convert("RGB"))
+def load_labelled(folder: Path) -> list[dict]:
+    """The pictures of a folder that were labelled by eye: image (128, 128, 3) uint8, prompt, label, stage."""
+    sheet = np.array(Image.open(folder / "pictures.png").convert("RGB"))
     columns = sheet.shape[1] // IMAGE_SIZE
-    records = [json.loads(line) for line in (LABELLED_FOLDER / "labels.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / "labels.jsonl").read_text().splitlines()]
     for k, record in enumerate(records):
         y, x = (IMAGE_SIZE * v for v in divmod(k, columns))
         record["image"] = np.ascontiguousarray(sheet[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE])
     return records
 
 
-def agreement() -> tuple[list[dict], dict[tuple[str, str], int]]:
-    """Where the oracle disagrees with the labels, and counts of (label by eye, oracle's label)."""
+def agreement(folder: Path) -> tuple[list[dict], dict[tuple[str, str], int]]:
+    """Where the oracle disagrees with a folder's labels, and counts of (label by eye, oracle's label)."""
     wrong, counts = [], {}
-    for k, record in enumerate(load_labelled()):
+    for k, record in enumerate(load_labelled(folder)):
         verdict = judge(record["image"], record["prompt"])
         counts[record["label"], verdict.label] = counts.get((record["label"], verdict.label), 0) + 1
         if verdict.label != record["label"]:
@@ -151,18 +153,24 @@ def oracle_section(args: argparse.Namespace) -> str:
     lines = ["| | pictures | % | required % |", "|---|---|---|---|"]
     for name, values, least in rows:
         lines.append(f"| {name} | {len(values)} | {_percent(bootstrap_interval(values))} | {least} |")
-    if (LABELLED_FOLDER / "labels.jsonl").exists():
-        wrong, counts = agreement()
-        total = sum(counts.values())
-        other = 200 * sum(w["index"] % 2 for w in wrong) / total
-        agreed = sum(count for (eye, oracle), count in counts.items() if eye == oracle)
-        lines.append(f"| generated pictures judged as labelled by eye | {total} | {100 * agreed / total:.1f} | 95 |")
-        alike = sum(count for (eye, oracle), count in counts.items() if (eye == "correct") == (oracle == "correct"))
-        lines.append(f"| the half on which no threshold was chosen | {total // 2} | {100 - other:.1f} | 95 |")
-        lines.append(f"| all, correct or not as by eye | {total} | {100 * alike / total:.1f} | |")
-        lines += ["", "| by eye \\ oracle | " + " | ".join(LABELS) + " |", "|---|---|---|---|"]
-        lines += [f"| {eye} | " + " | ".join(str(counts.get((eye, o), 0)) for o in LABELS) + " |" for eye in LABELS]
+    found = [_agreement_lines(name, path) for name, path in LABELLED.items() if (path / "labels.jsonl").exists()]
+    lines += [row for rows, _ in found for row in rows] + [line for _, table in found for line in table]
     return "\n".join(lines)
+
+
+def _agreement_lines(name: str, folder: Path) -> tuple[list[str], list[str]]:
+    wrong, counts = agreement(folder)
+    total = sum(counts.values())
+    agreed = sum(count for (eye, oracle), count in counts.items() if eye == oracle)
+    alike = sum(count for (eye, oracle), count in counts.items() if (eye == "correct") == (oracle == "correct"))
+    lines = [f"| {name}: judged as labelled by eye | {total} | {100 * agreed / total:.1f} | 95 |"]
+    if folder == LABELLED_FOLDER:
+        other = 200 * sum(w["index"] % 2 for w in wrong) / total
+        lines.append(f"| {name}: the half on which no threshold was chosen | {total // 2} | {100 - other:.1f} | 95 |")
+    lines.append(f"| {name}: correct or not as by eye | {total} | {100 * alike / total:.1f} | |")
+    table = [f"| {eye} | " + " | ".join(str(counts.get((eye, o), 0)) for o in LABELS) + " |" for eye in LABELS]
+    header = [f"| {name}: by eye \\ oracle | " + " | ".join(LABELS) + " |", "|---|---|---|---|"]
+    return lines, ["", *header, *table]
 
 
 def clip_section(args: argparse.Namespace) -> str:

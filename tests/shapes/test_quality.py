@@ -28,14 +28,13 @@ def test_pictures_and_their_verdicts_are_kept(drawn):
     assert sum(share[0] for share in shares(records).values()) == pytest.approx(1)
 
 
-def test_labels_by_eye(drawn, tmp_path, monkeypatch, capsys):
+def test_labels_by_eye(drawn, tmp_path, capsys):
     folder, records = drawn
-    monkeypatch.setattr(label, "LABELLED_FOLDER", tmp_path / "labelled")
-    monkeypatch.setattr(quality, "LABELLED_FOLDER", tmp_path / "labelled")
-    assert label.main(["collect", str(folder), "--count", "9"]) == 2
+    where = ["--folder", str(tmp_path / "labelled")]
+    assert label.main(["collect", str(folder), "--count", "9", *where]) == 2
     assert "holds 3 pictures; 9 are wanted" in capsys.readouterr().err
-    assert label.main(["collect", str(folder), "--count", "3"]) == 0
-    assert label.main(["sheets", str(tmp_path / "pages")]) == 0
+    assert label.main(["collect", str(folder), "--count", "3", *where]) == 0
+    assert label.main(["sheets", str(tmp_path / "pages"), *where]) == 0
     assert Image.open(tmp_path / "pages/page_00.png").width > 500
     path = tmp_path / "labelled/labels.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -45,10 +44,10 @@ def test_labels_by_eye(drawn, tmp_path, monkeypatch, capsys):
         row["label"] = verdicts[row["prompt"]]
     rows[0]["label"] = next(name for name in quality.LABELS if name != verdicts[rows[0]["prompt"]])
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    wrong, counts = quality.agreement()
+    wrong, counts = quality.agreement(tmp_path / "labelled")
     assert [w["index"] for w in wrong] == [0]
     assert sum(counts.values()) == 3
-    kept = {row["prompt"]: row["image"] for row in quality.load_labelled()}
+    kept = {row["prompt"]: row["image"] for row in quality.load_labelled(tmp_path / "labelled")}
     for k, record in enumerate(records):
         assert (kept[record["prompt"]] == np.array(Image.open(folder / f"{k:04d}.png"))).all()
 
