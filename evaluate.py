@@ -15,6 +15,8 @@ import argparse
 import json
 import sys
 
+import torch
+
 from dpt.evaluation import align, experiment, generate, itm, pareto, probe_map, quality, rec, report, table
 
 COMMANDS = {
@@ -45,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(result, indent=1))
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("error: out of memory: lower --batch_size (of itm, rec and probe-map optim.batch_size)", file=sys.stderr)
         return 2
     return 0
 

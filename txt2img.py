@@ -24,6 +24,7 @@ import dpt
 from dpt.adapter import Scorer
 from dpt.checkpoint import DPT_WEIGHTS, load_checkpoint
 from dpt.images import append_metadata, compbench_stem, make_grid, numbered, read_metadata, save_new
+from dpt.lora import load_external_lora
 from dpt.sampling import CORRECTION_TARGETS, CorrectionSettings, draw
 from dpt.shapes.captions import parse
 from dpt.stable_diffusion import (
@@ -73,6 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--compbench", action="store_true", help="name files as T2I-CompBench expects: <prompt>_<6 digits>.png")
     add("--skip_existing", action="store_true", help="skip what outdir holds already with the same settings")
     add("--dpt", metavar="PATH", help="adapter and LoRA: our folder, the released file or folder, or none")
+    add("--lora", type=Path, metavar="PATH", help="instead: another method's LoRA in diffusers' format")
     add("--correction_factor", type=float, help="self-correction's factor (default: 0.5 with --dpt weights, else 0)")
     add("--correction_norm", type=float, help="instead: the correction's length as a share of the latent's norm")
     add(
@@ -157,7 +159,9 @@ def choose_correction(args: argparse.Namespace) -> tuple[Path | None, Correction
     """The weights that --dpt names, by default those of the base model where they are, and how they correct."""
     weights = Path(args.dpt) if args.dpt not in (None, "none") else None
     name = known_name(args.model)
-    if args.dpt is None and name in DPT_WEIGHTS and DPT_WEIGHTS[name].exists():
+    if args.lora and weights:
+        raise ValueError("--dpt and --lora exclude each other: pass one of them")
+    if args.dpt is None and not args.lora and name in DPT_WEIGHTS and DPT_WEIGHTS[name].exists():
         weights = DPT_WEIGHTS[name]
     if weights is not None and not weights.exists():
         raise ValueError(f"--dpt {weights} is not there; pass our folder, the released checkpoint, or none")
@@ -277,6 +281,8 @@ def run(args: argparse.Namespace) -> int:
     _, h, w = sd.latent_shape(args.H, args.W)
     checkpoint = load_checkpoint(weights) if weights else None
     scorer = checkpoint.attach(sd) if checkpoint else None
+    if args.lora:
+        load_external_lora(sd.unet, args.lora)
     settings = {
         "model": args.model,
         "weights": weights_fingerprint(sd.text_encoder, sd.vae, sd.unet),

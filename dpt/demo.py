@@ -111,6 +111,8 @@ class Studio:
         """
         if not prompt.strip():
             raise ValueError("the prompt is empty; say what to draw")
+        if seed is None:
+            raise ValueError("the seed is empty; give a number")
         images, points = {}, []
         for arm, length in (("plain", 0.0), ("corrected", norm)):
             correction = CorrectionSettings(norm=length, target=target)
@@ -206,17 +208,18 @@ def main(argv: list[str] | None = None) -> int:
         studio = Studio(
             sd,
             scorer,
-            guidance_scale=args.scale or (3.0 if small else 7.5),
-            num_inference_steps=args.steps or (20 if small else 50),
+            guidance_scale=(3.0 if small else 7.5) if args.scale is None else args.scale,
+            num_inference_steps=(20 if small else 50) if args.steps is None else args.steps,
         )
-        page = make_page(studio)
+        if studio.num_inference_steps < 1:
+            raise ValueError(f"--steps is {args.steps}; it must be at least 1")
+        make_page(studio).launch(server_name=LOOPBACK, server_port=args.port, share=False)
     except ModuleNotFoundError as error:
         print(f"error: {error.name} is missing: pip install -r requirements-demo.txt", file=sys.stderr)
         return 2
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # such as a port in use
         print(f"error: {error}", file=sys.stderr)
         return 2
-    page.launch(server_name=LOOPBACK, server_port=args.port, share=False)
     return 0
 
 

@@ -151,3 +151,19 @@ def test_a_non_finite_score_stops_or_is_skipped(tmp_path, capsys, weights, monke
     assert "not finite at step 0" in capsys.readouterr().err
     assert draw(tmp_path, *weights, "--on_nan", "skip") == 0
     assert picture(tmp_path).std() > 0
+
+
+def test_another_method_s_lora(tmp_path, shapes_dpt, capsys):
+    common = ["--model", "shapes", "--prompt", "a red circle", "--n_samples", "1", "--ddim_steps", "2", "--skip_grid"]
+    for name, more in (
+        ("base", ["--dpt", "none"]),
+        ("lora", ["--lora", str(shapes_dpt / "lora")]),
+        ("dpt", ["--dpt", str(shapes_dpt), "--correction_factor", "0"]),
+    ):
+        assert txt2img.main([*common, *more, "--outdir", str(tmp_path / name)]) == 0
+    pictures = {path.parts[-3]: path.read_bytes() for path in tmp_path.glob("*/samples/*.png")}
+    pixels = {name: np.array(Image.open(next((tmp_path / name / "samples").glob("*.png")))) for name in pictures}
+    assert (pixels["lora"] == pixels["dpt"]).all()
+    assert (pixels["lora"] != pixels["base"]).any()
+    assert txt2img.main([*common, "--lora", "x", "--dpt", str(shapes_dpt), "--outdir", str(tmp_path / "both")]) == 2
+    assert "exclude each other" in capsys.readouterr().err

@@ -3,10 +3,10 @@
     python evaluate.py align outputs/evaluation/base outputs/evaluation/dpt --metrics oracle
 
 A folder is an arm's, with its `metadata.jsonl`, or holds pictures named as T2I-CompBench names them, <prompt>_<6
-digits>.png, in itself or in samples/. Scores go to `<metric>.jsonl` in it, a line a picture with the hash of its file;
-what is there for the same file is not computed again. `oracle` says correct, misaligned or malformed (shapes prompts
-only); `shapes-clip` is the cosine by the small CLIP of the shapes world; `clip` the CLIP score by OpenCLIP; `blip`
-BLIP's matching and contrastive heads. The latter two read weights that you put into ckpt/.
+digits>.png, in itself or in samples/. Scores go to `<metric>.jsonl` in it, a line a picture with the hashes of its file
+and of the scorer; what is there for the same of both is not computed again. `oracle` says correct, misaligned or
+malformed (shapes prompts only); `shapes-clip` is the cosine by the small CLIP of the shapes world; `clip` the CLIP
+score by OpenCLIP; `blip` BLIP's matching and contrastive heads. The latter two read weights that you put into ckpt/.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from dpt.evaluation.scorers import METRICS, Metric
+from dpt.evaluation.scorers import METRICS, Scorer
 from dpt.evaluation.scorers import add_arguments as add_scorers
 from dpt.images import METADATA_FILE, append_line, read_lines, read_metadata
 
@@ -37,29 +37,48 @@ def run(args: argparse.Namespace) -> dict:
     Raises:
         ValueError: a folder without pictures, a picture that cannot be read, or a score that is no number.
     """
-    metrics = dict(METRICS[name](args) for name in args.metrics)
+    scorers = [METRICS[name](args) for name in args.metrics]
     return {
-        str(folder): {name: score(folder, name, metric, args.batch_size) for name, metric in metrics.items()}
+        str(folder): {scorer.name: score(folder, scorer, args.batch_size) for scorer in scorers}
         for folder in args.folders
     }
 
 
-def score(folder: Path, name: str, metric: Metric, batch_size: int) -> int:
+def score(folder: Path, scorer: Scorer, batch_size: int) -> int:
     """Adds the missing scores of a folder and returns how many they were."""
     records = pictures(folder)
-    path = folder / f"{name}.jsonl"
-    known = {(r["file"], r["sha256"]) for r in read_lines(path)}
-    hashes = {r["file"]: hashlib.sha256((folder / r["file"]).read_bytes()).hexdigest() for r in records}
-    missing = [r for r in records if (r["file"], hashes[r["file"]]) not in known]
-    for start in tqdm(range(0, len(missing), batch_size), desc=f"{folder.name} {name}", mininterval=2):
+    path, hashes = folder / f"{scorer.name}.jsonl", file_hashes(folder, records)
+    known = {(r["file"], r["sha256"], r.get("scorer")) for r in read_lines(path)}
+    missing = [r for r in records if (r["file"], hashes[r["file"]], scorer.fingerprint) not in known]
+    for start in tqdm(range(0, len(missing), batch_size), desc=f"{folder.name} {scorer.name}", mininterval=2):
         batch = missing[start : start + batch_size]
         images = [read_image(folder / record["file"]) for record in batch]
-        for record, result in zip(batch, metric(images, [record["prompt"] for record in batch]), strict=True):
+        try:
+            results = scorer.metric(images, [record["prompt"] for record in batch])
+        except ValueError as error:
+            raise ValueError(f"{folder}, {batch[0]['file']} and what follows: {error}") from error
+        for record, result in zip(batch, results, strict=True):
             bad = [key for key, value in result.items() if isinstance(value, float) and not np.isfinite(value)]
             if bad:
-                raise ValueError(f"{folder / record['file']}: {name} gives no number for {bad[0]}")
-            append_line(path, {"file": record["file"], "sha256": hashes[record["file"]]} | result)
+                raise ValueError(f"{folder / record['file']}: {scorer.name} gives no number for {bad[0]}")
+            identity = {"file": record["file"], "sha256": hashes[record["file"]], "scorer": scorer.fingerprint}
+            append_line(path, identity | result)
     return len(missing)
+
+
+def file_hashes(folder: Path, records: list[dict]) -> dict[str, str]:
+    """SHA-256 of the records' files."""
+    return {r["file"]: hashlib.sha256((folder / r["file"]).read_bytes()).hexdigest() for r in records}
+
+
+def read_scores(folder: Path, records: list[dict]) -> dict[str, dict[str, dict]]:
+    """Metric -> file -> its newest score, of the files as they are now."""
+    hashes, found = file_hashes(folder, records), {}
+    for path in sorted(folder.glob("*.jsonl")):
+        if path.name != METADATA_FILE:
+            scores = {r["file"]: r for r in read_lines(path) if hashes.get(r["file"]) == r.get("sha256")}
+            found[path.stem] = scores
+    return found
 
 
 def pictures(folder: Path) -> list[dict]:
@@ -77,7 +96,7 @@ def pictures(folder: Path) -> list[dict]:
         if lost:
             raise ValueError(f"{folder}: {len(lost)} pictures are missing, such as {lost[0]}; generate them again")
         if there:
-            return there
+            return [{"category": "all"} | record for record in there]
     names = [path for sub in (folder, folder / "samples") for path in sorted(sub.glob("*.png"))]
     matches = {str(path.relative_to(folder)): re.fullmatch(r"(.+)_(\d{6})", path.stem) for path in names}
     records = [

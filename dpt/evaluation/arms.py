@@ -1,7 +1,7 @@
 """Arms: what is compared. An arm is a YAML file that says which weights draw, and how.
 
 A file in configs/shapes/arms names what differs from these defaults; `dpt` may hold "{seed}", the training seed, and
-then stands for one set of weights for each of `train_seeds`.
+then stands for one set of weights for each of `train_seeds`, and "{folder}", that of the training runs.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +19,8 @@ class Arm:
     """by default the file's"""
     about: str = ""
     """a few words for tables"""
+    against: str | None = None
+    """the arm that a table compares it with, if not with the table's own"""
     model: str = "shapes"
     dpt: str | None = None
     """adapter and LoRA: anything that `load_checkpoint` reads"""
@@ -58,12 +60,24 @@ class Arm:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
         if self.dpt and self.lora:
             raise ValueError("dpt and lora exclude each other: an arm has one set of weights")
-        if self.attend_and_excite and self.correction.active:
+        for name in ("best_of", "num_inference_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        corrects = self.correction.active  # checks its settings too
+        if self.attend_and_excite and corrects:
             raise ValueError("attend_and_excite and self-correction exclude each other")
-        if self.best_of < 1:
-            raise ValueError(f"best_of is {self.best_of}; it must be at least 1")
-        if not self.dpt and (self.best_of > 1 or self.correction.active):
+        if not self.dpt and (self.best_of > 1 or corrects):
             raise ValueError("dpt is missing: correcting oneself and choosing by score need an adapter")
+        controls = {
+            "correction_direction": self.correction_direction != "gradient",
+            "correct_for_another": self.correct_for_another,
+            "untrained_adapter": self.untrained_adapter,
+        }
+        for name, is_set in controls.items():
+            if is_set and not corrects:
+                raise ValueError(f"{name} is set; it is a control of self-correction, which is off")
+        if self.attention_resolution is not None and not self.attend_and_excite:
+            raise ValueError("attention_resolution is set; it is for attend_and_excite, which is off")
 
     @property
     def correction(self) -> CorrectionSettings:
@@ -77,18 +91,25 @@ class Arm:
             direction=self.correction_direction,
         )
 
-    def each_seed(self) -> list["Arm"]:
-        """One arm for each set of weights, its name followed by the training seed where there are several."""
-        if self.dpt is None or "{seed}" not in self.dpt:
+    def each_seed(self, folder: str = "") -> list["Arm"]:
+        """One arm for each set of weights, its name followed by the training seed where there are several.
+
+        Args:
+            folder: what "{folder}" in `dpt` stands for.
+        """
+        if self.dpt is None:
             return [self]
+        path = self.dpt.replace("{folder}", folder)
+        if "{seed}" not in path:
+            return [replace(self, dpt=path)]
         return [
-            replace(self, name=f"{self.name}/{seed}", dpt=self.dpt.format(seed=seed), train_seeds=[seed])
+            replace(self, name=f"{self.name}/{seed}", dpt=path.replace("{seed}", str(seed)), train_seeds=[seed])
             for seed in self.train_seeds
         ]
 
     def settings(self) -> dict:
         """What a picture depends on, but for weights: all fields that are no labels."""
-        return {k: v for k, v in asdict(self).items() if k not in ("name", "about", "train_seeds")}
+        return {k: v for k, v in asdict(self).items() if k not in ("name", "about", "against", "train_seeds")}
 
 
 def load_arm(path: Path, overrides: list[str] = ()) -> Arm:
@@ -104,14 +125,14 @@ def load_arm(path: Path, overrides: list[str] = ()) -> Arm:
     return arm if arm.name else replace(arm, name=Path(path).stem)
 
 
-def load_arms(paths: list[Path], overrides: list[str] = ()) -> list[Arm]:
-    """Reads several arms, whose names must differ."""
-    arms, seen = [load_arm(path, overrides) for path in paths], {}
-    for arm, path in zip(arms, paths, strict=True):
-        if arm.name in seen:
-            raise ValueError(f"two arms are named {arm.name!r}: {seen[arm.name]} and {path}")
-        seen[arm.name] = path
-    return arms
+def check_names(arms: list[Arm]) -> dict[str, Arm]:
+    """The arms by name. Raises ValueError where two have one."""
+    found = {}
+    for arm in arms:
+        if arm.name in found:
+            raise ValueError(f"two arms are named {arm.name!r}; names must differ")
+        found[arm.name] = arm
+    return found
 
 
 def folder_name(folder: Path) -> str:

@@ -1,16 +1,20 @@
 """`evaluate.py experiment`: from training to tables, by one file.
 
     python evaluate.py experiment configs/shapes/experiment.yaml
-    python evaluate.py experiment configs/tables/compbench.yaml --dry-run          # the commands that it stands for
+    python evaluate.py experiment configs/tables/compbench.yaml data=DATA --dry-run    # the commands it stands for
 
 The file names training runs, each with its seeds, checkpoints to measure as discriminators, arms to draw, and how they
 are scored. Whatever is finished is left as it is, a run that was killed goes on: give the same command again. --only
 restricts it to some names of runs and arms, --steps to some of train, measure, draw, table. Pictures go to
-FOLDER/<prompt set>/<arm>, tables to FOLDER/<prompt set>/tables, measurements to FOLDER/{itm,rec}.
+FOLDER/<prompt set>/<arm>, tables to FOLDER/tables/<this file's name>/<prompt set>, measurements to
+FOLDER/tables/<this file's name>/<split>. With several GPUs give the commands that --dry-run prints: only drawing is
+shared by processes here.
 """
 
 import argparse
 import shlex
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,18 +22,18 @@ import yaml
 
 from dpt.checkpoint import checkpoints
 from dpt.config import TrainConfig, load_config
-from dpt.engine import Trainer
-from dpt.evaluation import align, generate, itm, quality, rec, table
-from dpt.evaluation.arms import Arm, load_arms
+from dpt.evaluation import align, generate, itm, quality, rec, scorers, table
+from dpt.evaluation.arms import Arm, check_names, load_arm
 
 STEPS = ("train", "measure", "draw", "table")
 SOURCES = ("paper", "reference code", "our choice")
-PUBLISHED = Path(__file__).resolve().parents[2] / "configs/tables/published.yaml"
+SCRIPTS = Path(__file__).resolve().parents[2]
+PUBLISHED = SCRIPTS / "configs/tables/published.yaml"
 
 
 @dataclass
 class Run:
-    """Training runs that differ in their seed alone; "{seed}" and "{folder}" in settings are filled in."""
+    """Training runs that differ in their seed alone; "{seed}", "{folder}" and "{data}" in settings are filled in."""
 
     stage: str = "tune"
     """probe or tune"""
@@ -59,6 +63,8 @@ class Experiment:
     """Runs in the order in which they are trained, arms in the order of the table."""
 
     folder: str = "outputs/experiment"
+    data: str = "DATA"
+    """what "{data}" stands for in settings and prompts: the folder of users' files"""
     runs: dict[str, Run] = field(default_factory=dict)
     measure: Measurement | None = None
     arms: list[str] = field(default_factory=list)
@@ -106,102 +112,136 @@ def run(args: argparse.Namespace) -> dict:
         ValueError: a file or name that cannot be used.
     """
     experiment = load_config(Experiment, args.config, args.overrides)
-    arms = {arm.name: arm for arm in load_arms(experiment.arms)}
-    arms |= {name: replace(arm, name=name) for name, arm in experiment.more_arms.items()}
+    more = [replace(arm, name=name) for name, arm in experiment.more_arms.items()]
+    arms = check_names([*map(load_arm, experiment.arms), *more])
     if unknown := set(args.only or ()) - experiment.runs.keys() - arms.keys():
         raise ValueError(f"--only names {sorted(unknown)[0]!r}; there are {', '.join([*experiment.runs, *arms])}")
+    if arms and experiment.against not in arms:
+        raise ValueError(f"against is {experiment.against!r}; the arms are {', '.join(arms)}")
     runs = {name: one for name, one in experiment.runs.items() if not args.only or name in args.only}
     arms = {name: arm for name, arm in arms.items() if not args.only or name in args.only}
     if args.dry_run:
-        print("\n".join(commands(experiment, runs, list(arms), args.config)))
+        print("\n".join(commands(experiment, runs, bool(arms), args)))
         return {}
+    notes = protocol_table(experiment.protocol) + published_table(experiment.published)
+    scoring = argparse.ArgumentParser()
+    align.add_arguments(scoring)
+    if unknown := set(experiment.metrics) - scorers.METRICS.keys():
+        raise ValueError(f"metrics names {sorted(unknown)[0]!r}; there are {', '.join(scorers.METRICS)}")
+    drawn = [one for arm in arms.values() for one in arm.each_seed(experiment.folder)]
+    prompts = experiment.prompts.replace("{data}", experiment.data)
+    label = prompts.replace(":", "-").replace("/", "-")
+    root = Path(experiment.folder) / label
+    tables = Path(experiment.folder) / "tables" / args.config.stem
+    folders = [root / one.name for one in drawn]
+    scores = scoring.parse_args([*map(str, folders), "--metrics", *experiment.metrics]) if folders else None
+    if scores and "draw" in args.steps:
+        for name in experiment.metrics:
+            scorers.METRICS[name](scores)  # says what is missing before anything is trained
     if "train" in args.steps:
-        for name, settings in runs.items():
-            train(name, settings, experiment.folder)
+        for name, one in runs.items():
+            train(name, one, experiment)
     if "measure" in args.steps and experiment.measure and not args.only:
-        measure(experiment.measure, experiment.folder)
-    root = Path(experiment.folder) / experiment.prompts.replace(":", "-").replace("/", "-")
-    folders = [root / one.name for arm in arms.values() for one in arm.each_seed()]
-    if "draw" in args.steps and arms:
+        measure(experiment, tables / experiment.measure.split)
+    if "draw" in args.steps and drawn:
         generate.draw_arms(
-            list(arms.values()),
-            experiment.prompts,
+            drawn,
+            prompts,
             experiment.image_seeds,
             root,
             per_category=args.per_category,
             batch_size=args.batch_size,
             compbench=experiment.compbench,
         )
-        scoring = argparse.ArgumentParser()
-        align.add_arguments(scoring)
-        align.run(scoring.parse_args([*map(str, folders), "--metrics", *experiment.metrics]))
+    if not drawn or not generate.process_state().is_main_process:
+        return {}
+    if "draw" in args.steps:
+        align.run(scores)
         if experiment.quality:
             quality.run(argparse.Namespace(folders=folders))
-    if "table" not in args.steps or not arms:
+    if "table" not in args.steps:
         return {}
-    rows = table.run(
+    return table.run(
         argparse.Namespace(
             folders=folders,
             against=experiment.against if experiment.against in arms else None,
+            against_of={name: arm.against for name, arm in arms.items() if arm.against in arms},
             categories=None,
             by=experiment.by,
-            output=root / "tables",
+            notes=notes,
+            output=tables / (f"{label}-part" if args.only else label),
         )
     )
-    notes = protocol_table(experiment.protocol) + published_table(experiment.published)
-    with (root / "tables/table.md").open("a") as file:
-        file.write(notes)
-    print(notes)
-    return rows
 
 
-def train(name: str, settings: Run, folder: str) -> None:
-    """Trains the runs `FOLDER/<name>-<seed>` that are not finished."""
-    for seed in settings.seeds:
-        config = load_config(TrainConfig, settings.config, [*run_settings(name, settings, folder, seed), "resume=true"])
-        newest = checkpoints(Path(folder) / config.run_name)
-        if not newest or int(newest[0].name.removeprefix("step_")) < config.optim.steps:
-            Trainer(config, settings.stage).train()
+def train(name: str, one: Run, experiment: Experiment) -> None:
+    """Trains the runs `FOLDER/<name>-<seed>` that are not finished, each in a process of its own.
+
+    Raises:
+        ValueError: a run that failed; what it said stands above.
+    """
+    for seed in one.seeds:
+        settings = [*run_settings(name, one, experiment, seed), "resume=true"]
+        config = load_config(TrainConfig, one.config, settings)
+        newest = checkpoints(Path(experiment.folder) / config.run_name)
+        if newest and int(newest[0].name.removeprefix("step_")) >= config.optim.steps:
+            continue
+        if generate.process_state().num_processes > 1:
+            raise ValueError(f"{config.run_name} is not trained yet: train it by the commands that --dry-run prints")
+        command = [sys.executable, str(SCRIPTS / f"train_{one.stage}.py"), one.config, *settings]
+        if subprocess.run(command, check=False).returncode:
+            raise ValueError(f"{config.run_name} could not be trained: {shlex.join(command[1:])}")
 
 
-def run_settings(name: str, settings: Run, folder: str, seed: int) -> list[str]:
+def run_settings(name: str, one: Run, experiment: Experiment, seed: int) -> list[str]:
     """The run's settings as the training script takes them."""
-    filled = [text.replace("{seed}", str(seed)).replace("{folder}", folder) for text in settings.settings]
-    return [f"run_name={name}-{seed}", f"output_folder={folder}", f"seed={seed}", *filled]
+    values = {"{seed}": str(seed), "{folder}": experiment.folder, "{data}": experiment.data}
+    places = [f"run_name={name}-{seed}", f"output_folder={experiment.folder}", f"seed={seed}"]
+    return [*places, *(_filled(text, values) for text in one.settings)]
 
 
-def measure(settings: Measurement, folder: str) -> None:
+def _filled(text: str, values: dict[str, str]) -> str:
+    for key, value in values.items():
+        text = text.replace(key, value)
+    return text
+
+
+def measure(experiment: Experiment, output: Path) -> None:
     """`itm` and `rec` of the checkpoints."""
     for task, module in (("itm", itm), ("rec", rec)):
         parser = argparse.ArgumentParser()
         module.add_arguments(parser)
-        module.run(parser.parse_args(_measure_words(settings, folder, task)))
+        module.run(parser.parse_args(_measure_words(experiment, output, task)))
 
 
-def _measure_words(settings: Measurement, folder: str, task: str) -> list[str]:
-    words = [path.replace("{folder}", folder) for path in settings.checkpoints]
+def _measure_words(experiment: Experiment, output: Path, task: str) -> list[str]:
+    settings, values = experiment.measure, {"{folder}": experiment.folder, "{data}": experiment.data}
+    words = [_filled(path, values) for path in settings.checkpoints]
     words += ["--config", settings.config, "--split", settings.split, "--num_samples", str(settings.num_samples)]
-    words += ["--output", f"{folder}/{task}"]
+    words += ["--output", str(output)]
     if task == "itm":
         words += ["--negatives", *settings.negatives] * bool(settings.negatives)
         words += ["--zero_shot"] * settings.zero_shot
-    return words + ["--set", *settings.settings] * bool(settings.settings)
+    return words + ["--set", *(_filled(text, values) for text in settings.settings)] * bool(settings.settings)
 
 
-def commands(experiment: Experiment, runs: dict[str, Run], arms: list[str], path: Path) -> list[str]:
+def commands(experiment: Experiment, runs: dict[str, Run], draws: bool, args: argparse.Namespace) -> list[str]:
     """The shell commands that the experiment stands for, in order."""
     lines = []
     for name, one in runs.items():
         for seed in one.seeds:
             words = ["accelerate", "launch", f"train_{one.stage}.py", one.config]
-            lines.append(shlex.join([*words, *run_settings(name, one, experiment.folder, seed)]))
-    if experiment.measure:
+            lines.append(shlex.join([*words, *run_settings(name, one, experiment, seed)]))
+    if experiment.measure and not args.only:
+        output = Path(experiment.folder) / "tables" / args.config.stem / experiment.measure.split
         for task in ("itm", "rec"):
-            words = _measure_words(experiment.measure, experiment.folder, task)
+            words = _measure_words(experiment, output, task)
             lines.append(shlex.join(["python", "evaluate.py", task, *words]))
-    if arms:
-        words = ["accelerate", "launch", "evaluate.py", "experiment", str(path), "--steps", "draw", "table"]
-        lines.append(shlex.join(words))
+    if draws:
+        words = ["accelerate", "launch", "evaluate.py", "experiment", str(args.config), *args.overrides]
+        words += ["--only", *args.only] if args.only else []
+        words += ["--per_category", str(args.per_category)] if args.per_category else []
+        lines.append(shlex.join([*words, "--batch_size", str(args.batch_size), "--steps", "draw", "table"]))
     return lines
 
 

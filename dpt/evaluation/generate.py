@@ -4,10 +4,12 @@
 
 Writes OUTDIR/<arm>/{arm.json, metadata.jsonl, samples/}. A picture that is there is not drawn again: after a kill give
 the same command. Under `accelerate launch` every process draws its share. A folder holds one arm with one set of
-weights; another is refused.
+weights; another is refused. Every prompt has noise of its own, the same in all arms: with one noise for all, whether
+it is a lucky one would decide the figures.
 """
 
 import argparse
+import gc
 import json
 import time
 from dataclasses import replace
@@ -21,16 +23,17 @@ from tqdm import tqdm
 
 from dpt.adapter import DiscriminativeAdapter
 from dpt.checkpoint import load_checkpoint
-from dpt.evaluation.arms import Arm, load_arms
+from dpt.evaluation.arms import Arm, check_names, load_arm
 from dpt.evaluation.prompts import Prompt, load_prompt_set
 from dpt.evaluation.rivals import AttendAndExcite, subject_tokens
 from dpt.images import append_metadata, compbench_stem, numbered, read_metadata, save_new, to_pixels
 from dpt.lora import load_external_lora
-from dpt.memory import peak_mb
+from dpt.memory import peak_mb, reset_peak
 from dpt.sampling import draw, initial_noise, matching_score
 from dpt.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
 
-SEEDS_APART = 100_000  # best-of-n draws picture k of seed s from the noise of seed s + k * SEEDS_APART
+SEEDS_APART = 1000  # seed s of the k-th prompt stands for the noise of seed k * SEEDS_APART + s
+CANDIDATES_APART = 10**9  # best-of-n draws candidate k from the noise of that seed + k * CANDIDATES_APART
 CHOICE_TIMESTEP = 200  # at which best-of-n reads the score of finished pictures
 
 
@@ -44,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--outdir", type=Path, required=True)
     parser.add_argument("--compbench", action="store_true", help="name files as T2I-CompBench does")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes every arm")
+    parser.add_argument("--folder", default="outputs/experiment", help="what {folder} stands for in the arms' dpt")
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -52,8 +56,9 @@ def run(args: argparse.Namespace) -> dict:
     Raises:
         ValueError: arms, prompts or a folder that cannot be used; it is named.
     """
+    arms = [load_arm(path, args.set) for path in args.arms]
     return draw_arms(
-        load_arms(args.arms, args.set),
+        [one for arm in check_names(arms).values() for one in arm.each_seed(args.folder)],
         args.prompts,
         args.seeds,
         args.outdir,
@@ -73,13 +78,19 @@ def draw_arms(
     batch_size: int = 32,
     compbench: bool = False,
 ) -> dict:
-    """`run`, of arms that are loaded already."""
+    """`run`, of arms that are loaded already, one for each set of weights."""
     prompts = load_prompt_set(prompt_set, per_category=per_category)
-    each = [one for arm in arms for one in arm.each_seed()]
+    if max(seeds) >= SEEDS_APART:
+        raise ValueError(f"--seeds holds {max(seeds)}; they must be below {SEEDS_APART}")
     return {
         arm.name: generate(arm, prompts, seeds, outdir / arm.name, batch_size=batch_size, compbench=compbench)
-        for arm in each
+        for arm in arms
     }
+
+
+def process_state() -> PartialState:
+    """Which of the processes this is; on a machine without accelerators they meet on its CPUs."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 class Artist:
@@ -119,7 +130,7 @@ class Artist:
 
     def draw(self, prompts: list[str], seeds: list[int]) -> tuple[np.ndarray, list[dict]]:
         """(B, H, W, 3) uint8, a picture a prompt and seed, and of each, where it corrects itself, the score by step."""
-        drawn = [self._draw_once(prompts, [s + k * SEEDS_APART for s in seeds]) for k in range(self.arm.best_of)]
+        drawn = [self._draw_once(prompts, [s + k * CANDIDATES_APART for s in seeds]) for k in range(self.arm.best_of)]
         if len(drawn) == 1:
             return drawn[0]
         best = torch.stack([self._score(images, prompts) for images, _ in drawn]).argmax(0).tolist()  # (B,)
@@ -169,29 +180,46 @@ def generate(
     Raises:
         ValueError: the folder holds pictures of other settings or weights.
     """
-    state = PartialState()
+    state = process_state()
+    gc.collect()  # the arm before, whose hooks refer to it in a circle
+    reset_peak(state.device)
     artist = Artist(arm, prompts, state.device)
     _claim(folder, arm.settings() | {"weights": artist.fingerprint}, state)
+    if state.is_main_process:
+        _remove_unrecorded(folder)
     there = {(record["prompt"], record["seed"]) for record in read_metadata(folder)}
+    state.wait_for_everyone()  # all have read what is there before any adds to it
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     missing = [job for job in jobs if (job[0].text, job[1]) not in there]
     own = missing[state.process_index :: state.num_processes]
     for start in tqdm(range(0, len(own), batch_size), desc=arm.name, mininterval=2):
         batch, began = own[start : start + batch_size], time.perf_counter()
         artist.passes = dict.fromkeys(artist.passes, 0)
-        images, traces = artist.draw([prompt.text for prompt, _ in batch], [seed for _, seed in batch])
+        noise_seeds = [prompt.number * SEEDS_APART + seed for prompt, seed in batch]
+        images, traces = artist.draw([prompt.text for prompt, _ in batch], noise_seeds)
         cost = {"seconds": (time.perf_counter() - began) / len(batch), "peak_mb": peak_mb(state.device)}
         cost |= {f"{kind}_passes": count / len(batch) for kind, count in artist.passes.items()}
         for k, ((prompt, seed), image) in enumerate(zip(batch, images, strict=True)):
-            record = {"prompt": prompt.text, "category": prompt.category, "seed": seed}
-            stem = compbench_stem(prompt.text) if compbench else f"{prompt.number:05d}_{seed:06d}_{{}}"
-            names = numbered(folder / "samples", f"{stem}.png", seeds.index(seed) if compbench else 0)
-            path = save_new(Image.fromarray(image), names, record | {"seed": str(seed)})
-            append_metadata(
-                folder, {"file": str(path.relative_to(folder)), "number": prompt.number} | record | cost | traces[k]
-            )
+            record = {"prompt": prompt.text, "category": prompt.categories[0], "seed": seed}
+            record |= {"categories": list(prompt.categories)} if len(prompt.categories) > 1 else {}
+            where, stem, first = folder / "samples", f"{prompt.number:05d}_{seed:06d}_{{}}", 0
+            if compbench:  # its scorers read a folder a category
+                where = folder / prompt.categories[0] / "samples"
+                stem, first = compbench_stem(prompt.text), seeds.index(seed)
+                where.mkdir(parents=True, exist_ok=True)
+            path = save_new(Image.fromarray(image), numbered(where, f"{stem}.png", first), record | {"seed": str(seed)})
+            record |= {"file": str(path.relative_to(folder)), "number": prompt.number, "noise_seed": noise_seeds[k]}
+            append_metadata(folder, record | cost | traces[k])
     state.wait_for_everyone()
     return {"pictures": len(jobs), "new": len(missing)}
+
+
+def _remove_unrecorded(folder: Path) -> None:
+    """Removes pictures that a kill left without their record; they are drawn again."""
+    known = {record["file"] for record in read_metadata(folder)}
+    for path in folder.rglob("*.png"):
+        if str(path.relative_to(folder)) not in known:
+            path.unlink()
 
 
 def _claim(folder: Path, settings: dict, state: PartialState) -> None:

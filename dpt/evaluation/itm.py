@@ -19,7 +19,7 @@ from dpt.data.collate import as_latents, collate, sample_generator
 from dpt.data.sources import validation_samples
 from dpt.evaluation import probes
 from dpt.evaluation.probes import Measured
-from dpt.stable_diffusion import StableDiffusion
+from dpt.stable_diffusion import StableDiffusion, weights_fingerprint
 from dpt.validation import PAPER_TIMESTEP, Samples, wins
 
 ZERO_SHOT = "denoising error"
@@ -50,17 +50,21 @@ def _zero_shot(args: argparse.Namespace, variants: dict[str, list[str]]) -> Meas
     for label, overrides in variants.items():
         config = load_config(TrainConfig, args.config, [*args.set, *overrides])
         sd = probes.load_base(config)
-        sets = validation_samples(config.data, sd, num_samples=args.num_samples, split=args.split)
-        with probes.autocast(config):
-            records[label] = denoising_matches(
-                sd, sets["itm"], args.timesteps, num_samples=args.num_samples, batch_size=config.optim.batch_size
-            )
+
+        def compute(config=config, sd=sd):
+            sets = validation_samples(config.data, sd, num_samples=args.num_samples, split=args.split)
+            size = config.optim.batch_size
+            with probes.autocast(config):
+                return {"": denoising_matches(sd, sets["itm"], args.timesteps, args.num_samples, size)}
+
+        name, weights = f"itm_zero-shot_{label or 'all'}", weights_fingerprint(sd.unet, sd.text_encoder)
+        records[label] = probes.kept(args, name, config, weights, compute)[""]
     return Measured(ZERO_SHOT, "none", records)
 
 
 @torch.no_grad()
 def denoising_matches(
-    sd: StableDiffusion, samples: Samples, timesteps: list[int], *, num_samples: int, batch_size: int
+    sd: StableDiffusion, samples: Samples, timesteps: list[int], num_samples: int, batch_size: int
 ) -> list[dict]:
     """Records like those of `dpt.validation.measure`, of matching by denoising error.
 

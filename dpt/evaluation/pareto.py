@@ -34,7 +34,10 @@ def run(args: argparse.Namespace) -> dict:
     Raises:
         ValueError: folders without the oracle's verdicts or without their passes.
     """
-    points = {folder_name(folder): point(folder) for folder in args.folders}
+    names = [folder_name(folder) for folder in args.folders]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two folders are of one arm: {', '.join(names)}")
+    points = {name: point(folder) for name, folder in zip(names, args.folders, strict=True)}
     if args.ceiling:
         points |= ceiling(args.ceiling)
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +48,8 @@ def run(args: argparse.Namespace) -> dict:
 
 def _correct(folder: Path) -> tuple[dict[tuple, float], float]:
     arm = read_arm(folder)
-    values = {key: row.get("correct") for key, row in arm["values"].items() if key[0] != APART}
+    apart = {prompt for prompt, categories in arm["categories"].items() if categories == [APART]}
+    values = {key: row.get("correct") for key, row in arm["values"].items() if key[0] not in apart}
     if None in values.values() or "whole_passes" not in arm["costs"]:
         raise ValueError(f"{folder} lacks the oracle's verdicts, or the passes that generate records")
     return values, arm["costs"]["whole_passes"] + arm["costs"]["truncated_passes"]
@@ -54,7 +58,7 @@ def _correct(folder: Path) -> tuple[dict[tuple, float], float]:
 def point(folder: Path) -> dict:
     """An arm's passes a picture and share of correct pictures."""
     values, passes = _correct(folder)
-    prompts = np.array([prompt for _, prompt, _ in values])
+    prompts = np.array([prompt for prompt, _ in values])
     return {"passes": passes, "correct": crossed_bootstrap(np.array(list(values.values()))[None], prompts)}
 
 
@@ -62,7 +66,7 @@ def ceiling(folder: Path) -> dict:
     """Best-of-N if the oracle chose: N times the passes, the share of prompts of which one of N pictures is correct."""
     values, passes = _correct(folder)
     groups: dict[str, list[float]] = {}
-    for (_, prompt, _), value in values.items():
+    for (prompt, _), value in values.items():
         groups.setdefault(prompt, []).append(value)
     found = {}
     for count in range(1, min(map(len, groups.values())) + 1):

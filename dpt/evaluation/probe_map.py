@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -26,7 +25,8 @@ from dpt.controls import control_batch, control_inputs, control_unet
 from dpt.data.collate import as_latents, collate, encode_batch
 from dpt.data.loader import micro_batches
 from dpt.data.sources import training_samples, validation_samples
-from dpt.evaluation.probes import load_base
+from dpt.evaluation.generate import process_state
+from dpt.evaluation.probes import check_timesteps, load_base
 from dpt.metrics import bootstrap_interval
 from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
@@ -68,8 +68,10 @@ def run(args: argparse.Namespace) -> dict:
         ValueError: a config that cannot be used, or a folder begun with another.
     """
     config = load_config(TrainConfig, args.config, args.overrides)
+    check_settings(config)
     _claim(args, config)
     probes = ProbeMap(config, tuple(args.controls))
+    check_timesteps(args.timesteps, probes.sd)
     samples = training_samples(config.data, probes.sd, seed=config.seed)
     optim = config.optim
     train_stage(
@@ -83,6 +85,7 @@ def run(args: argparse.Namespace) -> dict:
         decay=1.0,
         ema=0.0,
         weight_decay=optim.weight_decay,
+        clip_groups=[list(adapter.parameters()) for adapter in probes.adapters.values()],
         save_every=config.checkpoints.every,
     )
     sets = validation_samples(config.data, probes.sd, num_samples=args.num_samples)
@@ -94,6 +97,25 @@ def run(args: argparse.Namespace) -> dict:
     draw_maps(result, args.output / "probe_map.png")
     print(markdown(result))
     return result
+
+
+def check_settings(config: TrainConfig) -> None:
+    """Raises ValueError where the config asks for what this training has not."""
+    default = TrainConfig()
+    fixed = {
+        "control": (config.control, "none"),
+        "init_from": (config.init_from, None),
+        "optim.mixed_precision": (config.optim.mixed_precision, "bf16"),
+        "optim.schedule": (config.optim.schedule, "linear"),
+        "optim.epochs": (config.optim.epochs, None),
+        "optim.gradient_accumulation_steps": (config.optim.gradient_accumulation_steps, 1),
+        "optim.betas": (config.optim.betas, default.optim.betas),
+        "optim.max_grad_norm": (config.optim.max_grad_norm, 1.0),
+        "model.feature": (config.model.feature, default.model.feature),
+    }
+    for name, (value, only) in fixed.items():
+        if value != only:
+            raise ValueError(f"{name} is {value}; probe-map trains with {only}, on all blocks")
 
 
 def _claim(args: argparse.Namespace, config: TrainConfig) -> None:
@@ -128,7 +150,7 @@ class ProbeMap(nn.Module):
                 torch.manual_seed(config.seed)  # blocks and controls differ in nothing but what they are given
                 self.adapters[f"{control} {block}"] = DiscriminativeAdapter(self._adapter_config(block))
             self.readers[control] = self._reader(control, self.adapters[f"{control} {self.blocks[0]}"], self.blocks)
-        self.adapters.to(PartialState().device)
+        self.adapters.to(process_state().device)
 
     def _adapter_config(self, block: str) -> AdapterConfig:
         return AdapterConfig(
@@ -139,15 +161,34 @@ class ProbeMap(nn.Module):
         )
 
     def _reader(self, control: str, adapter: DiscriminativeAdapter, blocks: tuple[str, ...]) -> DPT:
-        unet, scheduler = self.bases[control].unet, self.sd.scheduler
-        return DPT(unet, adapter, blocks, scheduler, train_unet=False, weights=self.config.loss.weights)
+        unet, loss = self.bases[control].unet, self.config.loss
+        options = {
+            "eos_coef": loss.eos_coef,
+            "temperature": loss.temperature,
+            "matcher_costs": {name: getattr(loss, name) for name in ("cost_class", "cost_bbox", "cost_giou")},
+        }
+        scheduler = self.sd.scheduler
+        return DPT(unet, adapter, blocks, scheduler, train_unet=False, weights=loss.weights, rec_options=options)
 
     def _inputs(self, batch, *, training: bool, timesteps: tuple[int, int] | None = None):
         """For each control: the inputs of its adapters, and what the maps of its passes are read from."""
-        seed = self.config.seed if training else 0
+        seed, noise, loss = self.config.seed if training else 0, self.config.noise, self.config.loss
+        batch = replace(batch, images=as_latents(batch.images, self.sd))  # once for all controls
+        if training:
+            last = self.sd.scheduler.config.num_train_timesteps - 1
+            timesteps = (noise.first_timestep, last if noise.last_timestep is None else noise.last_timestep)
         for control, sd in self.bases.items():
             given = control_batch(control, batch, sd)
-            inputs = encode_batch(given, sd, self.rec_text, seed=seed, timesteps=timesteps)
+            inputs = encode_batch(
+                given,
+                sd,
+                self.rec_text,
+                seed=seed,
+                timesteps=timesteps,
+                noise_offset=noise.offset if training else 0.0,
+                normalize_positive_map=loss.normalize_positive_map,
+                align_to_padding=loss.align_to_padding,
+            )
             yield control, control_inputs(control, inputs, given, sd, training=training)
 
     def _each_map(self, batch, passes: list, *, training: bool, timesteps: tuple[int, int] | None = None):
@@ -179,6 +220,9 @@ class ProbeMap(nn.Module):
             chosen = np.linspace(0, len(samples) - 1, min(num_samples, len(samples))).round().astype(int)
             for start in range(0, len(chosen), size):
                 batch = [samples.get(int(index), 0) for index in chosen[start : start + size]]
+                batch = [sample for sample in batch if task == "itm" or len(sample.boxes)]
+                if not batch:
+                    continue
                 joined = collate(batch)
                 joined.images = as_latents(joined.images[:, :2], self.sd)
                 for timestep in timesteps:

@@ -6,18 +6,19 @@ are checkpoints trained with `control=...` or `model.feature=latents`.
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 
 from dpt.assembly import DTYPES
 from dpt.checkpoint import DPTCheckpoint, load_checkpoint
 from dpt.config import TrainConfig, load_config
 from dpt.controls import control_unet
 from dpt.data.sources import validation_samples
+from dpt.evaluation.generate import process_state
 from dpt.metrics import crossed_bootstrap
 from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
@@ -61,14 +62,14 @@ def load_base(config: TrainConfig) -> StableDiffusion:
         revision=config.model.revision,
         local_files_only=config.model.local_files_only,
         dtype=DTYPES[config.optim.mixed_precision],
-        device=PartialState().device,
+        device=process_state().device,
     )
 
 
 def autocast(config: TrainConfig) -> torch.autocast:
     """What training runs under, so that measuring does."""
     dtype = DTYPES[config.optim.mixed_precision]
-    return torch.autocast(PartialState().device.type, dtype, enabled=dtype != torch.float32)
+    return torch.autocast(process_state().device.type, dtype, enabled=dtype != torch.float32)
 
 
 def load_probe(checkpoint: DPTCheckpoint, config: TrainConfig) -> tuple[DPT, StableDiffusion]:
@@ -113,39 +114,58 @@ def _name(path: Path) -> str:
 
 def _measure(args, task, name, label, config, checkpoint) -> dict[str, list[dict]]:
     model, sd = load_probe(checkpoint, config)
-    timesteps = sorted({*args.timesteps, PAPER_TIMESTEP})
+    timesteps = check_timesteps(args.timesteps, sd)
+
+    def compute():
+        rec_text = load_rec_text_encoder(
+            config.model.rec_text_encoder, sd, with_model=False, local_files_only=config.model.local_files_only
+        )
+        sets = validation_samples(config.data, sd, num_samples=args.num_samples, split=args.split)
+        with autocast(config):
+            return {
+                key.removeprefix(f"{task}_").removeprefix(task): measure(
+                    model,
+                    sd,
+                    rec_text,
+                    samples,
+                    task=task,
+                    timesteps=timesteps,
+                    num_samples=args.num_samples,
+                    batch_size=config.optim.batch_size,
+                    control=checkpoint.config.control,
+                )
+                for key, samples in sets.items()
+                if key.startswith(task)
+            }
+
+    return kept(args, f"{task}_{name}_{label or 'all'}", config, weights_fingerprint(sd.unet, model.adapter), compute)
+
+
+def check_timesteps(timesteps: list[int], sd: StableDiffusion) -> list[int]:
+    """The timesteps and the paper's, in order. Raises ValueError where the model has no such timestep."""
+    last = sd.scheduler.config.num_train_timesteps - 1
+    for timestep in timesteps:
+        if not 0 <= timestep <= last:
+            raise ValueError(f"--timesteps holds {timestep}; this model's are 0 to {last}")
+    return sorted({*timesteps, PAPER_TIMESTEP})
+
+
+def kept(args: argparse.Namespace, name: str, config: TrainConfig, weights: str, compute: Callable[[], dict]) -> dict:
+    """What `compute` gives, from disk where it was computed of the same weights, data and samples."""
     identity = {
-        "weights": weights_fingerprint(sd.unet, model.adapter),
+        "weights": weights,
         "data": repr(config.data),
+        "precision": config.optim.mixed_precision,
         "split": args.split,
         "num_samples": args.num_samples,
-        "timesteps": timesteps,
+        "timesteps": sorted(args.timesteps),
     }
-    path = args.output / "records" / f"{task}_{name}_{label or 'all'}.json"
+    path = args.output / "records" / f"{name}_{args.split}.json"
     if path.exists():
-        kept = json.loads(path.read_text())
-        if kept["identity"] == identity:
-            return kept["records"]
-    rec_text = load_rec_text_encoder(
-        config.model.rec_text_encoder, sd, with_model=False, local_files_only=config.model.local_files_only
-    )
-    sets = validation_samples(config.data, sd, num_samples=args.num_samples, split=args.split)
-    with autocast(config):
-        records = {
-            key.removeprefix(f"{task}_").removeprefix(task): measure(
-                model,
-                sd,
-                rec_text,
-                samples,
-                task=task,
-                timesteps=timesteps,
-                num_samples=args.num_samples,
-                batch_size=config.optim.batch_size,
-                control=checkpoint.config.control,
-            )
-            for key, samples in sets.items()
-            if key.startswith(task)
-        }
+        found = json.loads(path.read_text())
+        if found["identity"] == identity:
+            return found["records"]
+    records = compute()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({"identity": identity, "records": records}))
@@ -200,13 +220,14 @@ def markdown(result: dict, measured: list[Measured]) -> str:
         lines = [f"**{key}**\n"] if key else []
         lines += ["| checkpoint | without | " + " | ".join(header) + " |", "|---" * (len(header) + 2) + "|"]
         for name, row in rows.items():
-            cells = [_cell(row.get(column, {}), label) for column in columns for label in ("t500", "mean")]
+            cells = [cell(row.get(column, {}), label) for column in columns for label in ("t500", "mean")]
             lines.append(f"| {name} | {controls[name].replace('none', '')} | " + " | ".join(cells) + " |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
 
-def _cell(figures: dict, label: str) -> str:
+def cell(figures: dict, label: str) -> str:
+    """A figure of the summary in percent, empty where there is none."""
     if label not in figures:
         return ""
     mean, low, high = (100 * value for value in figures[label])

@@ -17,15 +17,15 @@ NUM_CONJUNCTIONS = 446  # lines at the head of CC-500 that join two coloured obj
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, its number in the set, and its category."""
+    """A prompt, its number in the set, and its categories: COCO-NSS1K's whole holds its parts."""
 
     number: int
-    category: str
+    categories: tuple[str, ...]
     text: str
 
 
 def load_prompt_set(name: str, *, per_category: int | None = None) -> list[Prompt]:
-    """All prompts of a set, in the files' order.
+    """The distinct prompts of a set, in the files' order.
 
     Args:
         per_category: only the first so many of each category.
@@ -35,10 +35,13 @@ def load_prompt_set(name: str, *, per_category: int | None = None) -> list[Promp
     """
     kind, _, where = name.partition(":")
     groups = READERS[kind](where) if kind in READERS else _lines("prompts", Path(name))
-    pairs = [(category, text) for category, texts in groups.items() for text in texts[:per_category]]
-    if not pairs:
+    categories: dict[str, dict[str, None]] = {}  # of each text, in order
+    for category, texts in groups.items():
+        for text in texts[:per_category]:
+            categories.setdefault(text, {})[category] = None
+    if not categories:
         raise ValueError(f"prompts {name}: nothing there")
-    return [Prompt(number, *pair) for number, pair in enumerate(pairs)]
+    return [Prompt(number, tuple(found), text) for number, (text, found) in enumerate(categories.items())]
 
 
 def _shapes(split: str) -> dict[str, tuple[str, ...]]:

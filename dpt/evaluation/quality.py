@@ -17,6 +17,7 @@ import torch
 from scipy.linalg import sqrtm
 
 from dpt.evaluation.align import pictures, read_image
+from dpt.evaluation.table import pictures_hash
 from dpt.images import to_pixels
 from dpt.shapes.captions import parse
 from dpt.shapes.scenes import render
@@ -45,11 +46,10 @@ def run(args: argparse.Namespace) -> dict:
         if prompts not in renders:
             renders[prompts] = embed(sd, [render_prompt(prompt, k) for k, prompt in enumerate(prompts)])
         drawn = embed(sd, [read_image(folder / record["file"]) for record in records])
-        figures = {
-            "frechet": frechet_distance(drawn, renders[prompts]),
-            "diversity": spread(drawn, prompts) / spread(renders[prompts], prompts),
-        }
-        (folder / "quality.json").write_text(json.dumps(figures) + "\n")
+        figures = {"frechet": frechet_distance(drawn, renders[prompts])}
+        if between := spread(renders[prompts], prompts):  # else every prompt has one picture
+            figures["diversity"] = spread(drawn, prompts) / between
+        (folder / "quality.json").write_text(json.dumps(figures | {"pictures": pictures_hash(folder, records)}) + "\n")
         results[str(folder)] = figures
     return results
 

@@ -17,16 +17,16 @@ from pathlib import Path
 
 from PIL import Image
 
-from dpt.evaluation.align import pictures, read_image
+from dpt.evaluation.align import pictures, read_image, read_scores
 from dpt.evaluation.arms import folder_name
+from dpt.evaluation.probes import cell
 from dpt.evaluation.table import arms_table, category_table
-from dpt.images import read_lines
 from dpt.runs import versions
 from dpt.shapes.quality import LABELS
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PLACEHOLDER = "__DATA__"
-THUMBNAIL, QUALITY = 128, 80
+LARGEST, QUALITY = 256, 80  # side in pixels, WebP's
 MOST_BYTES = 25_000_000
 
 
@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tables", nargs="*", type=Path, default=[], help="table.json files of `table`")
     parser.add_argument("--figures", nargs="*", type=Path, default=[], help="PNG files: heat maps, curves")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the noise (default: 0)")
+    parser.add_argument("--per_category", type=int, help="only the first so many prompts a category")
+    parser.add_argument("--probes", nargs="*", type=Path, default=[], help="itm.json and rec.json files")
     parser.add_argument("--title", default="dpt report")
     parser.add_argument("--output", type=Path, required=True, help="the page")
 
@@ -51,15 +53,21 @@ def run(args: argparse.Namespace) -> dict:
         raise ValueError(f"two folders are of one arm: {', '.join(arms)}")
     rows: dict[tuple, dict] = {}
     for k, folder in enumerate(args.folders):
-        for key, category, cell in cells(folder, args.seeds):
+        for key, category, shown in cells(folder, args.seeds):
             row = {"prompt": key[0], "seed": key[1], "category": category, "cells": [None] * len(arms)}
-            rows.setdefault(key, row)["cells"][k] = cell
+            rows.setdefault(key, row)["cells"][k] = shown
+    if args.per_category:
+        shown: dict[str, list] = {}
+        for key, row in rows.items():
+            shown.setdefault(row["category"], []).append(key)
+        rows = {key: rows[key] for keys in shown.values() for key in keys[: args.per_category]}
     if not rows:
         raise ValueError(f"no pictures of the seeds {args.seeds} in these folders")
     data = {
         "title": args.title,
         "about": f"{len(rows)} prompts and seeds, {len(arms)} arms; {versions()}",
-        "tables": [table for path in args.tables for table in tables(path)],
+        "tables": [table for path in args.tables for table in tables(path)]
+        + [table for path in args.probes for table in probe_tables(path)],
         "figures": [{"title": f"{path.parent.name}: {path.stem}", "source": embedded(path)} for path in args.figures],
         "arms": arms,
         "categories": sorted({row["category"] for row in rows.values()}),
@@ -71,7 +79,7 @@ def run(args: argparse.Namespace) -> dict:
         raise ValueError(f"the page would have {len(text) / 1e6:.0f} MB, above 25: name fewer folders or --seeds")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(text, "utf-8")
-    count = sum(cell is not None for row in rows.values() for cell in row["cells"])
+    count = sum(one is not None for row in rows.values() for one in row["cells"])
     return {"page": str(args.output), "pictures": count, "megabytes": round(len(text) / 1e6, 2)}
 
 
@@ -83,24 +91,24 @@ def page(data: dict) -> str:
 
 def cells(folder: Path, seeds: list[int]) -> list[tuple]:
     """((prompt, seed), category, what the gallery shows) of an arm's pictures."""
-    verdicts = {record["file"]: record for record in read_lines(folder / "oracle.jsonl")}
-    found = []
-    for record in pictures(folder):
+    records, found = pictures(folder), []
+    verdicts = read_scores(folder, records).get("oracle", {})
+    for record in records:
         if record["seed"] not in seeds:
             continue
         verdict = verdicts.get(record["file"], {})
         image = Image.fromarray(read_image(folder / record["file"]))
-        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         image.save(buffer, "WEBP", quality=QUALITY)
-        cell = {
+        shown = {
             "source": "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode(),
             "label": verdict.get("label", ""),
             "reason": verdict.get("reason", ""),
             "boxes": verdict.get("objects", []),
             "scores": record.get("scores", []),
         }
-        found.append(((record["prompt"], record["seed"]), record["category"], cell))
+        found.append(((record["prompt"], record["seed"]), record["category"], shown))
     return found
 
 
@@ -112,12 +120,29 @@ def tables(path: Path) -> list[dict]:
         for key, rows in result.items():
             if key.endswith(" by category"):
                 parts.append((key, *category_table(key.removesuffix(" by category"), as_tuples(rows))))
-    except (OSError, json.JSONDecodeError, KeyError, AttributeError) as error:
+    except (OSError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"--tables {path} is no table.json of evaluate.py table: {error!r}") from error
     return [
         {"title": f"{path.parent.parent.name}: {title}", "header": header, "rows": rows}
         for title, header, rows in parts
     ]
+
+
+def probe_tables(path: Path) -> list[dict]:
+    """The tables of a file that `itm` or `rec` wrote."""
+    try:
+        found = []
+        for name, rows in json.loads(path.read_text()).items():
+            columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+            header = ["checkpoint", *(f"{column}, {label}" for column in columns for label in ("t = 500", "mean"))]
+            cells = [
+                [checkpoint, *(cell(row.get(c, {}), label) for c in columns for label in ("t500", "mean"))]
+                for checkpoint, row in rows.items()
+            ]
+            found.append({"title": f"{path.stem}: {name}", "header": header, "rows": cells})
+        return found
+    except (OSError, json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise ValueError(f"--probes {path} is no itm.json or rec.json: {error!r}") from error
 
 
 def as_tuples(value):
@@ -131,7 +156,8 @@ def embedded(path: Path) -> str:
     """A PNG as a data URI. Raises ValueError where it is none."""
     try:
         content = path.read_bytes()
-        Image.open(io.BytesIO(content)).verify()
+        if Image.open(io.BytesIO(content)).format != "PNG":
+            raise OSError("it is no PNG")
     except (OSError, SyntaxError) as error:
         raise ValueError(f"--figures {path} is no picture: {error}") from error
     return "data:image/png;base64," + base64.b64encode(content).decode()

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
+from dpt.sampling import HALF_GRADIENT_SCALE
 from dpt.shapes.scenes import SHAPES
-from dpt.stable_diffusion import StableDiffusion
+from dpt.stable_diffusion import StableDiffusion, known_name
 
 FUNCTION_WORDS = """a an the of on in at to and or with by for from is are be it its this that there one two three four
     five some left right above below over under top bottom next near beside behind front photo picture image"""
@@ -59,31 +60,41 @@ class AttendAndExcite:
         return latents
 
     def _refine(self, latents, timestep, size, target):
+        latents, everything = latents.clone(), torch.arange(len(latents), device=latents.device)
         loss, _ = self.loss_gradient(latents, timestep)
-        lacking = loss > target  # (B,)
+        rows = everything[loss > target]  # only what is still lacking is looked at, so none pays for another
         for _ in range(self.max_refinements):
-            if not lacking.any():
+            if not len(rows):
                 break
-            loss, gradient = self.loss_gradient(latents, timestep)
-            latents = latents - size * gradient * lacking[:, None, None, None]
-            lacking &= loss > target
+            loss, gradient = self.loss_gradient(latents[rows], timestep, rows.tolist())
+            latents[rows] -= size * gradient
+            rows = rows[loss > target]
         return latents
 
     @torch.enable_grad()
-    def loss_gradient(self, latents: torch.Tensor, timestep) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses (B,) in [0, 1] and their gradient in the latents, (B, C, h, w)."""
+    def loss_gradient(
+        self, latents: torch.Tensor, timestep, rows: list[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses (B,) in [0, 1] and their gradient in the latents, (B, C, h, w).
+
+        Args:
+            rows: which prompts the latents are of; by default all.
+        """
+        rows = list(range(len(latents))) if rows is None else rows
+        scale = HALF_GRADIENT_SCALE if self.unet.dtype == torch.float16 else 1.0
         latents = latents.detach().requires_grad_(True)
         with stored_attention(self.unet, self.resolution) as maps:
-            self.unet(latents.to(self.unet.dtype), timestep, encoder_hidden_states=self.encoder_hidden_states)
+            self.unet(latents.to(self.unet.dtype), timestep, encoder_hidden_states=self.encoder_hidden_states[rows])
         attention = torch.cat(maps, dim=1).float().mean(1)  # (B, R, L), over layers and heads
         attention = (SHARPNESS * attention[:, :, 1:-1]).softmax(-1)
         losses = []
-        for own, indices in zip(attention, self.token_indices, strict=True):
-            chosen = own[:, [index - 1 for index in indices]].T.unflatten(1, (self.resolution, -1))  # (N, r, r)
-            losses.append((1 - smooth(chosen).amax((1, 2))).clamp(min=0).max() if len(chosen) else own.sum() * 0)
+        for own, row in zip(attention, rows, strict=True):
+            indices = [index - 1 for index in self.token_indices[row]]
+            chosen = own[:, indices].T.unflatten(1, (self.resolution, -1))  # (N, r, r)
+            losses.append((1 - smooth(chosen).amax((1, 2))).clamp(min=0).max() if indices else own.sum() * 0)
         losses = torch.stack(losses)
-        (gradient,) = torch.autograd.grad(losses.sum(), latents)
-        return losses.detach(), gradient
+        (gradient,) = torch.autograd.grad(losses.sum() * scale, latents)
+        return losses.detach(), gradient / scale
 
 
 def smooth(maps: torch.Tensor) -> torch.Tensor:
@@ -103,11 +114,11 @@ class StoringProcessor:
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, **kwargs):
         parts = (attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
-        query, key, value = (part.unflatten(2, (attn.heads, -1)).transpose(1, 2) for part in parts)
-        probabilities = (query @ key.transpose(2, 3) * attn.scale).softmax(-1)
+        query, key, value = map(attn.head_to_batch_dim, parts)
+        probabilities = attn.get_attention_scores(query, key)  # (B * heads, R, L), upcast where the model wants it
         if hidden_states.shape[1] == self.positions:
-            self.maps.append(probabilities)
-        return attn.to_out[0]((probabilities @ value).transpose(1, 2).flatten(2))
+            self.maps.append(probabilities.unflatten(0, (len(hidden_states), -1)))
+        return attn.to_out[0](attn.batch_to_head_dim(probabilities @ value))
 
 
 @contextlib.contextmanager
@@ -132,9 +143,11 @@ def stored_attention(unet: UNet2DConditionModel, resolution: int):
 
 
 def subject_tokens(sd: StableDiffusion, prompt: str) -> list[int]:
-    """Positions of the prompt's subjects: names of shapes where there are any, else all but function words."""
+    """Positions of the prompt's subjects: the shapes model's shapes, elsewhere all but function words."""
     words = list(re.finditer(r"\w+", prompt.lower()))
-    subjects = [word for word in words if word[0].removesuffix("es") in SHAPES or word[0].removesuffix("s") in SHAPES]
+    subjects = []
+    if known_name(sd.name) == "shapes":
+        subjects = [w for w in words if w[0].removesuffix("es") in SHAPES or w[0].removesuffix("s") in SHAPES]
     subjects = subjects or [word for word in words if word[0] not in FUNCTION_WORDS.split()]
     encoding = sd.tokenizer(prompt, truncation=True, max_length=sd.tokenizer.model_max_length)
     positions = [encoding.char_to_token(word.end() - 1) for word in subjects]

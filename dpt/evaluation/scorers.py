@@ -5,23 +5,37 @@ weights are not there says which they are, from where, and into which folder.
 """
 
 import argparse
+import hashlib
+import inspect
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import torch
-from accelerate import PartialState
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoProcessor, BlipForImageTextRetrieval
 
+from dpt.evaluation.generate import process_state
+from dpt.shapes import captions, scenes
+from dpt.shapes import oracle as oracle_module
 from dpt.shapes.clip import embed_images, embed_texts, load_clip
-from dpt.shapes.oracle import judge
 from dpt.stable_diffusion import CKPT_FOLDER
 
 Metric = Callable[[list[np.ndarray], list[str]], list[dict]]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A metric, the name of its file of scores, and what tells its weights, or code, from others."""
+
+    name: str
+    fingerprint: str
+    metric: Metric
+
 
 OPEN_CLIP_FOLDER, BLIP_FOLDER = CKPT_FOLDER / "open_clip", CKPT_FOLDER / "blip-itm-base-coco"
 OPEN_CLIP_MODEL = "ViT-H-14"
@@ -38,11 +52,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--blip", type=Path, default=BLIP_FOLDER, help="a BLIP-ITM folder of transformers")
 
 
-def oracle(args: argparse.Namespace) -> tuple[str, Metric]:
+def fingerprint(*paths: Path) -> str:
+    """What scores depend on, by the files' content."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
+def oracle(args: argparse.Namespace) -> Scorer:
     """What the shapes world's oracle says: `label`, `reason`, and `objects`, name and cxcywh box of each it found."""
 
     def judged(images, prompts):
-        verdicts = [judge(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        verdicts = [oracle_module.judge(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
         return [
             {
                 "label": verdict.label,
@@ -55,10 +78,11 @@ def oracle(args: argparse.Namespace) -> tuple[str, Metric]:
             for verdict in verdicts
         ]
 
-    return "oracle", judged
+    sources = [Path(inspect.getfile(module)) for module in (oracle_module, captions, scenes)]
+    return Scorer("oracle", fingerprint(*sources), judged)
 
 
-def shapes_clip(args: argparse.Namespace) -> tuple[str, Metric]:
+def shapes_clip(args: argparse.Namespace) -> Scorer:
     """The cosine of picture and prompt by the small CLIP."""
     clip, tokenizer = load_clip(CKPT_FOLDER / "shapes/clip")
 
@@ -67,21 +91,22 @@ def shapes_clip(args: argparse.Namespace) -> tuple[str, Metric]:
         pictures, texts = embed_images(clip, images), embed_texts(clip, tokenizer, prompts)
         return [{"cosine": value} for value in (pictures * texts).sum(1).tolist()]
 
-    return "shapes-clip", cosines
+    return Scorer("shapes-clip", fingerprint(CKPT_FOLDER / "shapes/clip/model.safetensors"), cosines)
 
 
-def clip(args: argparse.Namespace) -> tuple[str, Metric]:
+def clip(args: argparse.Namespace) -> Scorer:
     """CLIP score by OpenCLIP: 100 times the cosine of picture and prompt, not below 0 (Hessel et al. 2021).
 
     Raises:
         ValueError: no such model, or no weights of it.
     """
-    name, device = args.clip_model, PartialState().device
+    name, device = args.clip_model, process_state().device
     path = args.clip_weights or OPEN_CLIP_FOLDER / f"{name}.safetensors"
     if name not in open_clip.list_models():
         raise ValueError(f"--clip_model is {name!r}; OpenCLIP knows {', '.join(open_clip.list_models()[:8])}, ...")
     if not path.is_file():
-        raise ValueError(f"--metrics clip needs weights of {name}: put {OPEN_CLIP_SOURCE}, into {path}")
+        source = OPEN_CLIP_SOURCE if name == OPEN_CLIP_MODEL else f"a file of OpenCLIP's {name}"
+        raise ValueError(f"--metrics clip needs weights of {name}: put {source}, into {path}")
     try:
         model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=str(path), device=device)
     except (RuntimeError, OSError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
@@ -94,18 +119,18 @@ def clip(args: argparse.Namespace) -> tuple[str, Metric]:
         pictures = model.encode_image(pixels, normalize=True)
         texts = model.encode_text(tokenizer(prompts).to(device), normalize=True)
         cosines = (pictures * texts).sum(1).float().clamp(min=0)
-        return [{f"CLIP score ({name})": 100 * value} for value in cosines.tolist()]
+        return [{f"CLIP score ({name}, {path.stem})": 100 * value} for value in cosines.tolist()]
 
-    return f"clip.{name}.{path.stem}", scores
+    return Scorer(f"clip.{name}.{path.stem}", fingerprint(path), scores)
 
 
-def blip(args: argparse.Namespace) -> tuple[str, Metric]:
+def blip(args: argparse.Namespace) -> Scorer:
     """BLIP's matching head, P(match), and its contrastive cosine.
 
     Raises:
         ValueError: no weights there.
     """
-    folder, device = args.blip, PartialState().device
+    folder, device = args.blip, process_state().device
     if not (folder / "config.json").is_file():
         raise ValueError(f"--metrics blip needs BLIP's weights: put {BLIP_SOURCE}, into {folder}")
     try:
@@ -138,8 +163,8 @@ def blip(args: argparse.Namespace) -> tuple[str, Metric]:
             for match, cosine in zip(matches.tolist(), cosines.tolist(), strict=True)
         ]
 
-    return f"blip.{name}", scores
+    return Scorer(f"blip.{name}", fingerprint(*sorted(folder.glob("*.safetensors")), *folder.glob("*.bin")), scores)
 
 
 METRICS = {"oracle": oracle, "shapes-clip": shapes_clip, "clip": clip, "blip": blip}
-"""name -> what makes the metric: from the command line's flags to the name of its file, and itself"""
+"""name -> what makes the scorer of the command line's flags"""

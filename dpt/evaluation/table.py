@@ -4,19 +4,19 @@
 
 One row an arm: the share of each verdict and the mean of each score, with 95 % bootstrap intervals, the paired
 difference to the arm named by --against, and what a picture cost. Folders `arm/0`, `arm/1`, ... are training seeds of
-one arm: the bootstrap is crossed over training seeds and prompts. --by names figures that are shown by category too,
-differences with p values that Holm's method corrects for the number of categories. Writes table.md, table.tex and
-table.json into --output.
+one arm: the bootstrap is crossed over training seeds and prompts, each of which has noise of its own. --by names
+figures that are shown by category too, differences with p values that Holm's method corrects for the number of
+categories. Writes table.md, table.tex and table.json into --output.
 """
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 
-from dpt.evaluation.align import pictures
-from dpt.images import METADATA_FILE, read_lines
+from dpt.evaluation.align import file_hashes, pictures, read_scores
 from dpt.metrics import bootstrap_p, crossed_bootstrap, holm
 from dpt.shapes.quality import LABELS
 
@@ -36,34 +36,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict:
     """Writes the tables; returns the rows by arm, and those of a category under `<figure> by category`.
 
+    Args:
+        args: may hold two things that no flag gives: `against_of`, arms to compare single arms with, and `notes`, text
+            that follows the tables.
+
     Raises:
         ValueError: folders without scores, arms of different pictures, or a name that is not there.
     """
-    arms: dict[str, list[dict]] = {}
-    for folder in args.folders:
-        name = folder.parent.name if folder.name.isdigit() else folder.name
-        arms.setdefault(name, []).append(read_arm(folder))
+    arms = collect(args.folders)
     if args.against is not None and args.against not in arms:
         raise ValueError(f"--against is {args.against!r}; the arms are {', '.join(arms)}")
-    everything = [seed for seeds in arms.values() for seed in seeds]
-    if len({frozenset(seed["values"]) for seed in everything}) > 1:
-        raise ValueError("the arms do not show the same prompts and seeds: generate and align all of them first")
-    known = {category for category, _, _ in everything[0]["values"]}
-    chosen = args.categories or [category for category in known if category != APART] or [APART]
-    if unknown := set(chosen) - known:
+    first, *others = [(name, seed) for name, seeds in arms.items() for seed in seeds]
+    for name, seed in others:
+        if seed["values"].keys() != first[1]["values"].keys():
+            raise ValueError(
+                f"{first[0]} and {name} do not show the same prompts and seeds: generate and align both to the end"
+            )
+        if seed["figures"] != first[1]["figures"]:
+            odd = sorted(seed["figures"] ^ first[1]["figures"])[0]
+            raise ValueError(f"{first[0]} and {name} are not scored alike, {odd!r} is missing: align both")
+    categories = first[1]["categories"]
+    known = {category for found in categories.values() for category in found}
+    chosen = set(args.categories or [category for category in known if category != APART] or [APART])
+    if unknown := chosen - known:
         raise ValueError(f"--categories names {sorted(unknown)[0]!r}; there are {', '.join(sorted(known))}")
+    if unknown := set(args.by) - first[1]["figures"]:
+        raise ValueError(f"--by names {sorted(unknown)[0]!r}; the figures are {', '.join(sorted(first[1]['figures']))}")
+    reference = {name: getattr(args, "against_of", {}).get(name) or args.against for name in arms}
     result = {"arms": {}}
     for name, seeds in arms.items():
-        against = arms[args.against] if args.against not in (None, name) else None
-        result["arms"][name] = _row(seeds, against, chosen)
+        pairs = sorted(pair for pair in first[1]["values"] if chosen & set(categories[pair[0]]))
+        against = reference[name] if reference[name] != name else None
+        result["arms"][name] = _row(seeds, arms.get(against), against, pairs)
     for figure in args.by:
-        if any(figure not in row for seed in everything for row in seed["values"].values()):
-            raise ValueError(f"--by names {figure!r}; not every picture has that figure")
-        result[f"{figure} by category"] = _by_category(arms, args.against, figure, sorted(known))
+        result[f"{figure} by category"] = _by_category(arms, reference, figure, sorted(known))
     tables = [arms_table(result["arms"])]
     tables += [category_table(figure, result[f"{figure} by category"]) for figure in args.by]
     args.output.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(markdown(*table) for table in tables)
+    text = "\n".join(markdown(*table) for table in tables) + getattr(args, "notes", "")
     for suffix, content in (
         ("json", json.dumps(result, indent=1) + "\n"),
         ("md", text),
@@ -74,33 +84,61 @@ def run(args: argparse.Namespace) -> dict:
     return result
 
 
+def collect(folders: list[Path]) -> dict[str, list[dict]]:
+    """Name -> what `read_arm` finds in each folder of the arm, one a training seed.
+
+    Raises:
+        ValueError: two arms of one name.
+    """
+    places: dict[str, set[Path]] = {}
+    arms: dict[str, list[dict]] = {}
+    for folder in folders:
+        name, place = (folder.parent.name, folder.parent) if folder.name.isdigit() else (folder.name, folder)
+        if name in arms and (places[name] != {place} or not folder.name.isdigit()):
+            raise ValueError(f"two arms are named {name!r}: {place} and {places[name].pop()}; rename a folder")
+        places.setdefault(name, set()).add(place)
+        arms.setdefault(name, []).append(read_arm(folder))
+    return arms
+
+
 def read_arm(folder: Path) -> dict:
-    """An arm's figures by (category, prompt, seed), its mean costs, and what `quality` found of it as a whole."""
-    records = {r["file"]: r for r in pictures(folder)}
-    values: dict[tuple[str, str, int], dict[str, float]] = {}
-    for metric in sorted(folder.glob("*.jsonl")):
-        for scored in read_lines(metric) if metric.name != METADATA_FILE else ():
-            record = records.get(scored["file"])
-            if record is None:
-                continue
-            figures = {label: float(scored["label"] == label) for label in LABELS} if "label" in scored else {}
-            figures |= {key: value for key, value in scored.items() if isinstance(value, float)}
-            values.setdefault((record["category"], record["prompt"], record["seed"]), {}).update(figures)
-    if not values:
+    """An arm's figures by (prompt, seed), the categories of its prompts, its costs, and what `quality` found."""
+    records, values = pictures(folder), {}
+    scores = read_scores(folder, records)
+    for record in records:
+        row = values.setdefault((record["prompt"], record["seed"]), {})
+        for scored in (found.get(record["file"], {}) for found in scores.values()):
+            row |= {label: float(scored["label"] == label) for label in LABELS} if "label" in scored else {}
+            row |= {key: value for key, value in scored.items() if isinstance(value, float)}
+    figures = {figure for row in values.values() for figure in row}
+    if not figures:
         raise ValueError(f"{folder} holds no scores: run evaluate.py align first")
-    known = [cost for cost in COSTS if all(cost in r for r in records.values())]
-    costs = {cost: float(np.mean([r[cost] for r in records.values()])) for cost in known}
+    if lacking := [record["file"] for record in records if figures - values[record["prompt"], record["seed"]].keys()]:
+        raise ValueError(f"{folder}: {len(lacking)} pictures lack a score, such as {lacking[0]}: run evaluate.py align")
+    known = [cost for cost in COSTS if all(cost in r for r in records)]
+    costs = {cost: float(np.mean([r[cost] for r in records])) for cost in known}
+    categories = {r["prompt"]: r.get("categories", [r["category"]]) for r in records}
     quality = folder / "quality.json"
-    return {"values": values, "costs": costs | (json.loads(quality.read_text()) if quality.exists() else {})}
+    found = json.loads(quality.read_text()) if quality.exists() else {}
+    if found.pop("pictures", None) == pictures_hash(folder, records):
+        costs |= found
+    return {"values": values, "figures": figures, "categories": categories, "costs": costs}
+
+
+def pictures_hash(folder: Path, records: list[dict]) -> str:
+    """One hash of all pictures of a folder."""
+    hashes = file_hashes(folder, records)
+    return hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()[:12]
 
 
 def _matrix(seeds: list[dict], pairs: list[tuple], figure: str) -> np.ndarray:
     return np.array([[seed["values"][pair][figure] for pair in pairs] for seed in seeds])  # (S, N)
 
 
-def _row(seeds: list[dict], against: list[dict] | None, categories: list[str]) -> dict:
-    pairs = sorted(pair for pair in seeds[0]["values"] if pair[0] in categories)
-    prompts, row = np.array([prompt for _, prompt, _ in pairs]), {"training_seeds": len(seeds)}
+def _row(seeds: list[dict], against: list[dict] | None, name: str | None, pairs: list[tuple]) -> dict:
+    prompts, row = np.array([prompt for prompt, _ in pairs]), {"training_seeds": len(seeds)}
+    if against is not None:
+        row["against"] = name
     for figure in seeds[0]["values"][pairs[0]]:
         matrix = _matrix(seeds, pairs, figure)
         row[figure] = crossed_bootstrap(matrix, prompts)
@@ -110,16 +148,16 @@ def _row(seeds: list[dict], against: list[dict] | None, categories: list[str]) -
     return row | {cost: float(np.mean([seed["costs"][cost] for seed in seeds])) for cost in wholes}
 
 
-def _by_category(arms: dict[str, list[dict]], against: str | None, figure: str, categories: list[str]) -> dict:
+def _by_category(arms: dict[str, list[dict]], reference: dict, figure: str, categories: list[str]) -> dict:
     result = {}
     for name, seeds in arms.items():
         rows, p_values = {}, {}
         for category in categories:
-            pairs = sorted(pair for pair in seeds[0]["values"] if pair[0] == category)
-            prompts, matrix = np.array([prompt for _, prompt, _ in pairs]), _matrix(seeds, pairs, figure)
+            pairs = sorted(pair for pair in seeds[0]["values"] if category in seeds[0]["categories"][pair[0]])
+            prompts, matrix = np.array([prompt for prompt, _ in pairs]), _matrix(seeds, pairs, figure)
             rows[category] = {"mean": crossed_bootstrap(matrix, prompts)}
-            if against not in (None, name):
-                other = _matrix(arms[against], pairs, figure)
+            if reference[name] not in (None, name):
+                other = _matrix(arms[reference[name]], pairs, figure)
                 rows[category]["difference"] = crossed_bootstrap(matrix, prompts, other)
                 p_values[category] = bootstrap_p(matrix, prompts, other)
         for category, p in holm(p_values).items():
@@ -133,6 +171,7 @@ def arms_table(rows: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
     figures = [key for row in rows.values() for key in row if isinstance(row[key], tuple)]
     costs = [key for row in rows.values() for key in row if isinstance(row[key], float)]
     columns = ["training_seeds", *dict.fromkeys(figures), *dict.fromkeys(costs)]
+    columns += ["against"] * any("against" in row for row in rows.values())
     cells = [[name, *(_cell(column, row.get(column)) for column in columns)] for name, row in rows.items()]
     return ["arm", *columns], cells
 
@@ -151,8 +190,8 @@ def category_table(figure: str, arms: dict[str, dict]) -> tuple[list[str], list[
 
 
 def _cell(column: str, value) -> str:
-    if value is None:
-        return ""
+    if value is None or isinstance(value, str):
+        return value or ""
     if isinstance(value, tuple):
         percent = 100 if column.removesuffix("_difference") in LABELS else 1
         mean, low, high = (percent * x for x in value)

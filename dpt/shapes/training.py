@@ -63,6 +63,7 @@ def train_stage(
     decay: float,
     ema: float,
     weight_decay: float = 0.01,
+    clip_groups: list[list[nn.Parameter]] | None = None,
     save_every: int = 200,
     evaluate: Callable[[nn.Module, int], dict] | None = None,
     evaluate_every: int = 0,
@@ -73,6 +74,7 @@ def train_stage(
         name: names the stage's files in `folder`: `{name}.pt` (state) and `{name}.metrics.jsonl`.
         losses_at: maps a step to named losses; their sum is minimised.
         ema: decay of the weights' average, warmed up as (1 + step) / (10 + step).
+        clip_groups: parameters whose gradients are clipped together, to length 1; by default all.
         evaluate: maps the averaged model and the step to figures for the metrics file.
 
     To resume, call again with the same folder: training goes on from the last saved step.
@@ -115,7 +117,7 @@ def train_stage(
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"{name}: loss is {loss.item()} at step {step}: lower lr (now {lr})")
         loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        grad_norm = max(nn.utils.clip_grad_norm_(group, 1.0) for group in clip_groups or [parameters])
         optimizer.step()
         optimizer.zero_grad()
         update_average(average, model, min(ema, (1 + step) / (10 + step)))

@@ -210,6 +210,10 @@ def test_controls_and_best_of_change_the_pictures(tmp_path, shapes_dpt):
         ({"a": {"best_of": 2}}, "dpt is missing"),
         ({"a": {"correction_norm": 0.1}}, "dpt is missing"),
         ({"a": {"correction_direction": "up"}}, "correction_direction is 'up'"),
+        ({"a": {"correction_norm": -1}}, "correction_norm is -1"),
+        ({"a": {"num_inference_steps": 0}}, "num_inference_steps is 0"),
+        ({"a": {"untrained_adapter": True}}, "untrained_adapter is set"),
+        ({"a": {"attention_resolution": 4}}, "attention_resolution is set"),
         ({"a": {"dpt": "nowhere"}}, "nowhere is not there"),
         ({"a": {"lora": "nowhere"}}, "lora nowhere is not there"),
         ({"a": {"dpt": "x", "lora": "y"}}, "exclude each other"),
@@ -234,14 +238,17 @@ def test_prompt_sets(tmp_path):
     assert len(load_prompt_set("shapes:test")) == 620
     (tmp_path / "five_category.json").write_text(json.dumps([{"captions": "a dog", "img_id": 1}]))
     (tmp_path / "only_numeral.json").write_text(json.dumps([{"caption": "two dogs"}]))
-    found = [(p.category, p.text) for p in load_prompt_set(f"nss1k:{tmp_path}")]
+    found = [(*p.categories, p.text) for p in load_prompt_set(f"nss1k:{tmp_path}")]
     assert found == [("five_category", "a dog"), ("only_numeral", "two dogs")]
+    (tmp_path / "part.json").write_text(json.dumps([{"caption": "two dogs"}]))
+    assert [p.categories for p in load_prompt_set(f"nss1k:{tmp_path}")][1] == ("only_numeral", "part")
+    (tmp_path / "part.json").unlink()
     (tmp_path / "color_val.txt").write_text("a red dog\n\na blue cat\n")
     (tmp_path / "shape_val.txt").write_text("a round box\n")
-    found = [(p.number, p.category, p.text) for p in load_prompt_set(f"compbench:{tmp_path}")]
+    found = [(p.number, *p.categories, p.text) for p in load_prompt_set(f"compbench:{tmp_path}")]
     assert found == [(0, "color", "a red dog"), (1, "color", "a blue cat"), (2, "shape", "a round box")]
-    (tmp_path / "cc500.txt").write_text("a red dog and a blue cat\n" * 500)
-    categories = [p.category for p in load_prompt_set(f"cc500:{tmp_path / 'cc500.txt'}")]
+    (tmp_path / "cc500.txt").write_text("".join(f"a red dog and blue cat {k}\n" for k in range(500)))
+    categories = [p.categories[0] for p in load_prompt_set(f"cc500:{tmp_path / 'cc500.txt'}")]
     assert (categories.count("conjunction"), categories.count("other")) == (446, 54)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     (tmp_path / "bad.json").write_text('[{"text": 3}]')

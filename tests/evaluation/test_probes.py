@@ -10,7 +10,7 @@ import evaluate
 from dpt.checkpoint import DPTCheckpoint, load_checkpoint, save_checkpoint
 from dpt.config import TrainConfig, load_config
 from dpt.data.collate import collate, encode_batch
-from dpt.evaluation.arms import load_arms
+from dpt.evaluation.arms import load_arm
 from dpt.evaluation.experiment import Experiment, published_table, run_settings
 from dpt.evaluation.itm import denoising_matches
 from dpt.evaluation.probe_map import ProbeMap
@@ -69,6 +69,8 @@ def test_what_is_measured_is_not_measured_again(folders, tmp_path, monkeypatch, 
         assert evaluate.main(command("itm", folders[:1], output)) == 0
     assert (output / "itm.json").read_text() == before
     assert evaluate.main(command("itm", folders[:1], output, "--split", "test")) == 0  # other samples are
+    first, second = (json.loads(path.read_text())["records"] for path in sorted(output.glob("records/*.json")))
+    assert [r["kind"] for r in first[""]] != [r["kind"] for r in second[""]]
     assert evaluate.main(command("itm", [*folders[:1], *folders[:1]], output)) == 2
     assert "two checkpoints are named 'probe'" in capsys.readouterr().err
 
@@ -101,7 +103,7 @@ def test_selectivity_is_paired_by_sample():
 def test_denoising_tells_captions_of_a_trained_model(tmp_path):
     sd = load_stable_diffusion("shapes")
     samples = ShapesSamples(sd, tmp_path, num_samples=40, split="val")
-    records = denoising_matches(sd, samples, [100, 300, 700], num_samples=40, batch_size=20)
+    records = denoising_matches(sd, samples, [100, 300, 700], 40, 20)
     assert len(records) == 40 * 4
     together = [r["text"] for r in records if r["timestep"] == 100]
     assert sum(together) / 40 > 0.65  # chance 0.5
@@ -117,6 +119,7 @@ def test_kinds_left_out_are_not_trained_on(tmp_path):
     assert {some.get(k, 0).negative_kind for k in range(30)} == kinds - {"attribute", "count"}
 
 
+@pytest.mark.slow
 def test_an_experiment_from_training_to_table(tmp_path, capsys):
     tiny = [
         "optim.steps=2",
@@ -133,7 +136,7 @@ def test_an_experiment_from_training_to_table(tmp_path, capsys):
         "dpt": {"settings": [*tiny, "init_from={folder}/probe-0"], "seeds": [0, 1]},
     }
     (tmp_path / "base.yaml").write_text("num_inference_steps: 2\n")
-    arm = {"dpt": f"{tmp_path}/out/dpt-{{seed}}", "train_seeds": [0, 1], "num_inference_steps": 2}
+    arm = {"dpt": "{folder}/dpt-{seed}", "train_seeds": [0, 1], "num_inference_steps": 2}
     experiment = {
         "folder": f"{tmp_path}/out",
         "runs": runs,
@@ -147,15 +150,15 @@ def test_an_experiment_from_training_to_table(tmp_path, capsys):
     config.write_text(json.dumps(experiment))
     call = ["experiment", str(config), "image_seeds=[0, 1]", "--per_category", "1"]
     assert evaluate.main(call) == 0
-    table = json.loads((tmp_path / "out/shapes-val/tables/table.json").read_text())
+    table = json.loads((tmp_path / "out/tables/experiment/shapes-val/table.json").read_text())
     assert table["arms"]["dpt"]["training_seeds"] == 2
     assert "correct_difference" in table["arms"]["dpt"]
-    text = (tmp_path / "out/shapes-val/tables/table.md").read_text()
+    text = (tmp_path / "out/tables/experiment/shapes-val/table.md").read_text()
     assert "| 2 steps | our choice |" in text
     assert "| GORS on it | 0.6603 |" in text
     assert "left empty: DPT (its paper)" in text
-    assert (tmp_path / "out/itm/itm.json").exists()
-    assert (tmp_path / "out/rec/rec.json").exists()
+    assert (tmp_path / "out/tables/experiment/val/itm.json").exists()
+    assert (tmp_path / "out/tables/experiment/val/rec.json").exists()
     assert load_checkpoint(tmp_path / "out/dpt-1").lora
     log = (tmp_path / "out/dpt-1/log.txt").read_text()
     assert evaluate.main(call) == 0  # nothing is left to do
@@ -169,6 +172,27 @@ def test_an_experiment_from_training_to_table(tmp_path, capsys):
     assert lines[-1].startswith("accelerate launch evaluate.py experiment")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["against=nobody"], "against is 'nobody'; the arms are base"),
+        (["metrics=[beauty]"], "metrics names 'beauty'"),
+        (["metrics=[clip]"], "--metrics clip needs weights"),
+        (["published=nowhere"], "published is 'nowhere'"),
+        (["protocol={x: rumour}"], "sources are paper"),
+        (["more_arms={base: {}}"], "two arms are named 'base'"),
+        (["arms=[]", "more_arms={a: {best_of: 2}}", "against=a"], "dpt is missing"),
+    ],
+)
+def test_bad_experiments_are_one_line_before_anything_is_trained(tmp_path, capsys, changes, message):
+    (tmp_path / "e.yaml").write_text("runs: {probe: {stage: probe}}\narms: [configs/shapes/arms/base.yaml]\n")
+    assert evaluate.main(["experiment", str(tmp_path / "e.yaml"), f"folder={tmp_path}", *changes]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "probe-0").exists()
+
+
 @pytest.mark.parametrize("path", [*CONFIGS.glob("tables/*.yaml"), CONFIGS / "shapes/experiment.yaml"])
 def test_every_table_s_config_can_be_read(path):
     if path.name == "published.yaml":
@@ -176,12 +200,17 @@ def test_every_table_s_config_can_be_read(path):
             assert "|" in published_table(entry)
         return
     experiment = load_config(Experiment, path)
-    arms = {arm.name for arm in load_arms(experiment.arms)} | experiment.more_arms.keys()
+    arms = {load_arm(path).name: load_arm(path) for path in experiment.arms} | experiment.more_arms
     assert experiment.against in arms or not arms
+    assert all(arm.against in {None, *arms} for arm in arms.values())
+    trained = {f"{name}-{seed}" for name, one in experiment.runs.items() for seed in one.seeds}
+    for arm in arms.values():
+        for one in arm.each_seed("X"):
+            assert not (one.dpt or "").startswith("X/") or one.dpt.removeprefix("X/") in trained
     assert all(metric in METRICS for metric in experiment.metrics)
     for name, one in experiment.runs.items():
         for seed in one.seeds:
-            load_config(TrainConfig, one.config, run_settings(name, one, experiment.folder, seed))
+            load_config(TrainConfig, one.config, run_settings(name, one, experiment, seed))
     twins = re.findall(r"configs/tables/shapes_\w+\.yaml", path.read_text())
     assert path.name.startswith(("shapes_", "experiment")) or twins
     assert all(Path(twin).exists() for twin in twins)

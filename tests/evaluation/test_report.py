@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -26,6 +27,7 @@ def folders(tmp_path_factory):
             label = "correct" if k == number else "misaligned"
             verdict = {
                 "file": file,
+                "sha256": hashlib.sha256((root / arm / file).read_bytes()).hexdigest(),
                 "label": label,
                 "reason": "<b>why</b>",
                 "objects": [["red circle", 0.5, 0.5, 0.2, 0.2]],
