@@ -211,7 +211,6 @@ def test_controls_and_best_of_change_the_pictures(tmp_path, shapes_dpt):
         ({"a": {"correction_norm": 0.1}}, "dpt is missing"),
         ({"a": {"correction_direction": "up"}}, "correction_direction is 'up'"),
         ({"a": {"correction_norm": -1}}, "correction_norm is -1"),
-        ({"a": {"num_inference_steps": 0}}, "num_inference_steps is 0"),
         ({"a": {"untrained_adapter": True}}, "untrained_adapter is set"),
         ({"a": {"attention_resolution": 4}}, "attention_resolution is set"),
         ({"a": {"dpt": "nowhere"}}, "nowhere is not there"),
@@ -230,6 +229,9 @@ def test_bad_folders_are_one_line(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert evaluate.main(["align", str(tmp_path / "empty"), "--metrics", "oracle"]) == 2
     assert "holds no pictures" in capsys.readouterr().err
+    assert evaluate.main(["table", str(tmp_path / "empty"), "--output", str(tmp_path)]) == 2
+    assert "holds no pictures" in capsys.readouterr().err
+    Image.new("RGB", (128, 128), "white").save(tmp_path / "empty/a red circle_000000.png")
     assert evaluate.main(["table", str(tmp_path / "empty"), "--output", str(tmp_path)]) == 2
     assert "holds no scores" in capsys.readouterr().err
 

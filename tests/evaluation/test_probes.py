@@ -216,6 +216,7 @@ def test_every_table_s_config_can_be_read(path):
     assert all(Path(twin).exists() for twin in twins)
 
 
+@pytest.mark.slow
 def test_the_map_of_blocks_and_timesteps(tmp_path, capsys):
     tiny = ["optim.steps=2", "optim.batch_size=2", "data.num_samples=8", "checkpoints.every=1", "adapter.hidden_dim=32"]
     tiny += ["adapter.dim_feedforward=32", f"data.cache_folder={tmp_path}/cache"]
