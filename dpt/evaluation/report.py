@@ -123,7 +123,7 @@ def tables(path: Path) -> list[dict]:
     except (OSError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"--tables {path} is no table.json of evaluate.py table: {error!r}") from error
     return [
-        {"title": f"{path.parent.parent.name}: {title}", "header": header, "rows": rows}
+        {"title": f"{path.parent.name}: {title}", "header": header, "rows": rows}
         for title, header, rows in parts
     ]
 
