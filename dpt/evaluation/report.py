@@ -122,10 +122,7 @@ def tables(path: Path) -> list[dict]:
                 parts.append((key, *category_table(key.removesuffix(" by category"), as_tuples(rows))))
     except (OSError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"--tables {path} is no table.json of evaluate.py table: {error!r}") from error
-    return [
-        {"title": f"{path.parent.name}: {title}", "header": header, "rows": rows}
-        for title, header, rows in parts
-    ]
+    return [{"title": f"{path.parent.name}: {title}", "header": header, "rows": rows} for title, header, rows in parts]
 
 
 def probe_tables(path: Path) -> list[dict]:

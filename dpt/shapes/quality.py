@@ -28,6 +28,14 @@ from dpt.shapes.world import PROMPT_CATEGORIES, ShapesWorld, load_prompts
 from dpt.stable_diffusion import CKPT_FOLDER, StableDiffusion, load_stable_diffusion
 
 SEEDS_APART = 1000
+WORD_PAIRS = (
+    ("a red {} above a blue square", "circle", "star"),
+    ("a {} circle above a blue square", "red", "green"),
+    ("{} red circles", "two", "three"),
+    ("a {} red circle", "small", "large"),
+    ("a red circle {} a blue square", "above", "below"),
+    ("a red circle to the {} of a blue square", "left", "right"),
+)
 LABELS = ("correct", "misaligned", "malformed")
 LABELLED_FOLDER = Path(__file__).parent / "labelled"
 LABELLED = {"early stages": LABELLED_FOLDER, "late stages": LABELLED_FOLDER / "late"}
@@ -185,7 +193,27 @@ def clip_section(args: argparse.Namespace) -> str:
         "|---|---|",
     ]
     lines += [f"| {kind} | {cosine:.4f} |" for kind, cosine in pooled_cosines(clip, tokenizer).items()]
+    lines += [
+        "",
+        "What the U-Net reads of a word: how far the states of captions that differ in it lie apart, relative",
+    ]
+    lines += ["to their length, at the word and at the end of the text:", "", "| words | at the word | at the end |"]
+    lines += ["|---|---|---|"]
+    lines += [f"| {pair} | {word:.2f} | {end:.2f} |" for pair, (word, end) in word_distances().items()]
     return "\n".join(lines)
+
+
+def word_distances() -> dict[str, tuple[float, float]]:
+    """Pair of words -> relative distance of the text encoder's states at the word, and at the end of the text."""
+    sd, found = load_stable_diffusion("shapes"), {}
+    for template, one, other in WORD_PAIRS:
+        texts = [template.format(word) for word in (one, other)]
+        context, _ = sd.encode_prompts(texts)
+        encoding = sd.tokenizer(texts[0])
+        places = encoding.char_to_token(template.index("{")), len(encoding.input_ids) - 1
+        apart = [(context[0, k] - context[1, k]).norm() / context[:, k].norm(dim=-1).mean() for k in places]
+        found[f"{one}, {other}"] = tuple(distance.item() for distance in apart)
+    return found
 
 
 def base_section(args: argparse.Namespace) -> str:
