@@ -154,7 +154,7 @@ class SequentialDPT(DPT):
 
     stop_early = True
 
-    def _features(self, batch, passes, *, with_full):
+    def features(self, batch, passes, *, with_full):
         parts = []
         for image, text in passes:
             context = batch["expression_context"] if text is None else batch["caption_context"][:, text]

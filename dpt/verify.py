@@ -135,7 +135,8 @@ class Verification:
         The score is the largest of several queries', so that against its gradient another one may take over.
         """
         z = initial_noise(list(range(8)), self.sd.latent_shape()).to(self.device)
-        timestep = torch.tensor(TIMESTEP, device=self.device)
+        # pure noise is what the U-Net expects at the last timestep
+        timestep = torch.tensor(self.sd.scheduler.config.num_train_timesteps - 1, device=self.device)
         context, pooled = self.sd.encode_prompts((self.prompts * 4)[:8])
         texts = {"encoder_hidden_states": context, "pooled_prompt_embeds": pooled}
         before, gradient = score_gradient(self.sd.unet, self.scorer, z, timestep, **texts)

@@ -240,6 +240,8 @@ def test_processes_and_accumulation_equal_the_joint_batch(tmp_path, coco_tree):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         arguments = [TINY["tune"], *COMMON, f"output_folder={tmp_path / name}", "data.kind=coco", f"data.root={tree}"]
         arguments += ["init_from=new", "adapter.dropout=0", "optim.steps=1", f"optim.batch_size={batch}"]
+        # images that are not of the model's world lose digits where there is little noise on them
+        arguments += ["noise.first_timestep=500"]
         arguments += [f"optim.gradient_accumulation_steps={accumulation}", "data.num_samples=8"]
         done = subprocess.run(
             [*launch, "-m", "tests.gradients_of_a_step", str(tmp_path / f"{name}.pt"), *arguments],
@@ -251,11 +253,11 @@ def test_processes_and_accumulation_equal_the_joint_batch(tmp_path, coco_tree):
         results[name] = torch.load(tmp_path / f"{name}.pt"), metrics(tmp_path / name)
     joint, figures = results["joint"]
     assert len(joint) > 100
-    largest = max(gradient.abs().max() for gradient in joint.values())
+    assert sum(gradient.square().sum() for gradient in joint.values()) == pytest.approx(1, abs=1e-3)  # clipped
     for gradients, same in (results["parts"], results["two"]):
         assert joint.keys() == gradients.keys()
         for name, gradient in joint.items():
-            torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-5 * largest.item())
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-5)
         for name in [name for name in figures[0] if name.startswith("loss")]:
             assert same[0][name] == pytest.approx(figures[0][name], rel=1e-5), name
         for name in [name for name in figures[1] if name.startswith(("itm", "rec"))]:
