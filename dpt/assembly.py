@@ -4,7 +4,7 @@ import torch
 
 from dpt.adapter import DiscriminativeAdapter
 from dpt.checkpoint import DPTCheckpoint
-from dpt.config import AdapterConfig, DPTConfig, TrainConfig
+from dpt.config import AdapterConfig, DPTConfig, LossSettings, TrainConfig
 from dpt.lora import add_lora, load_lora, lora_state
 from dpt.model import DPT
 from dpt.rec_text import RecTextEncoder
@@ -25,6 +25,24 @@ def adapter_config(config: TrainConfig, unet_config, *, text_dim: int, rec_text_
         rec_text_dim=rec_text_dim,
         **vars(config.adapter),
     )
+
+
+def rec_options(loss: LossSettings) -> dict:
+    """What `rec_losses` is told of the settings."""
+    costs = {name: getattr(loss, name) for name in ("cost_class", "cost_bbox", "cost_giou")}
+    return {"eos_coef": loss.eos_coef, "temperature": loss.temperature, "matcher_costs": costs}
+
+
+def encode_options(config: TrainConfig, sd: StableDiffusion) -> dict:
+    """What `encode_batch` is told of the settings in training."""
+    noise, loss, final = config.noise, config.loss, sd.scheduler.config.num_train_timesteps - 1
+    return {
+        "seed": config.seed,
+        "timesteps": (noise.first_timestep, final if noise.last_timestep is None else noise.last_timestep),
+        "noise_offset": noise.offset,
+        "normalize_positive_map": loss.normalize_positive_map,
+        "align_to_padding": loss.align_to_padding,
+    }
 
 
 def make_model(
@@ -65,11 +83,7 @@ def make_model(
         train_unet=stage == "tune",
         weights=loss.weights,
         snr_gamma=loss.snr_gamma,
-        rec_options={
-            "eos_coef": loss.eos_coef,
-            "temperature": loss.temperature,
-            "matcher_costs": {n: getattr(loss, n) for n in ("cost_class", "cost_bbox", "cost_giou")},
-        },
+        rec_options=rec_options(loss),
         itm_layer=start.config.itm_layer if start else -1,
     )
 

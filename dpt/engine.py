@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from dpt.adapter import Scorer
-from dpt.assembly import DTYPES, make_model, trained_weights
+from dpt.assembly import DTYPES, encode_options, make_model, trained_weights
 from dpt.checkpoint import checkpoints, load_checkpoint
 from dpt.config import TrainConfig, check_resumption, check_stage, flatten, load_config, save_config
 from dpt.controls import control_batch, control_inputs, control_unet
@@ -303,18 +303,12 @@ class Trainer:
 
     def _encode(self, batch: Batch) -> dict:
         batch = control_batch(self.config.control, batch, self.sd)
-        noise, loss, final = self.config.noise, self.config.loss, self.sd.scheduler.config.num_train_timesteps - 1
-        last = final if noise.last_timestep is None else noise.last_timestep
         inputs = encode_batch(
             batch,
             self.sd,
             self.rec_text,
-            seed=self.config.seed,
-            timesteps=(noise.first_timestep, last),
-            noise_offset=noise.offset,
-            normalize_positive_map=loss.normalize_positive_map,
-            align_to_padding=loss.align_to_padding,
-            denoise_negatives=loss.denoise_negatives and self.stage == "tune",
+            **encode_options(self.config, self.sd),
+            denoise_negatives=self.config.loss.denoise_negatives and self.stage == "tune",
         )
         return control_inputs(self.config.control, inputs, batch, self.sd, training=True)
 

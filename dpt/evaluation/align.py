@@ -71,9 +71,9 @@ def file_hashes(folder: Path, records: list[dict]) -> dict[str, str]:
     return {r["file"]: hashlib.sha256((folder / r["file"]).read_bytes()).hexdigest() for r in records}
 
 
-def read_scores(folder: Path, records: list[dict]) -> dict[str, dict[str, dict]]:
-    """Metric -> file -> its newest score, of the files as they are now."""
-    hashes, found = file_hashes(folder, records), {}
+def read_scores(folder: Path, hashes: dict[str, str]) -> dict[str, dict[str, dict]]:
+    """Metric -> file -> its newest score, of the files as `file_hashes` finds them now."""
+    found = {}
     for path in sorted(folder.glob("*.jsonl")):
         if path.name != METADATA_FILE:
             scores = {r["file"]: r for r in read_lines(path) if hashes.get(r["file"]) == r.get("sha256")}

@@ -161,16 +161,13 @@ def run(args: argparse.Namespace) -> dict:
             quality.run(argparse.Namespace(folders=folders))
     if "table" not in args.steps:
         return {}
-    return table.run(
-        argparse.Namespace(
-            folders=folders,
-            against=experiment.against if experiment.against in arms else None,
-            against_of={name: arm.against for name, arm in arms.items() if arm.against in arms},
-            categories=None,
-            by=experiment.by,
-            notes=notes,
-            output=tables / (f"{label}-part" if args.only else label),
-        )
+    return table.make_tables(
+        folders,
+        against=experiment.against if experiment.against in arms else None,
+        against_of={name: arm.against for name, arm in arms.items() if arm.against in arms},
+        by=experiment.by,
+        notes=notes,
+        output=tables / (f"{label}-part" if args.only else label),
     )
 
 

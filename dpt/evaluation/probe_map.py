@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from dpt.adapter import DiscriminativeAdapter
+from dpt.assembly import adapter_config, encode_options, rec_options
 from dpt.config import AdapterConfig, TrainConfig, load_config, save_config
 from dpt.controls import control_batch, control_inputs, control_unet
 from dpt.data.collate import as_latents, collate, encode_batch
@@ -32,7 +33,7 @@ from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
 from dpt.shapes.training import train_stage
 from dpt.stable_diffusion import StableDiffusion
-from dpt.unet_features import block_channels, parse_feature
+from dpt.unet_features import parse_feature
 from dpt.validation import itm_records, rec_records
 
 SAME_FEATURES = ("constant_text", "shuffled_labels")  # controls that read what the probe reads
@@ -153,42 +154,25 @@ class ProbeMap(nn.Module):
         self.adapters.to(process_state().device)
 
     def _adapter_config(self, block: str) -> AdapterConfig:
-        return AdapterConfig(
-            in_channels=[block_channels(block, self.sd.unet.config)],
+        return adapter_config(
+            replace(self.config, model=replace(self.config.model, feature=block)),
+            self.sd.unet.config,
             text_dim=self.sd.text_encoder.config.hidden_size,
             rec_text_dim=self.rec_text.width,
-            **vars(self.config.adapter),
         )
 
     def _reader(self, control: str, adapter: DiscriminativeAdapter, blocks: tuple[str, ...]) -> DPT:
-        unet, loss = self.bases[control].unet, self.config.loss
-        options = {
-            "eos_coef": loss.eos_coef,
-            "temperature": loss.temperature,
-            "matcher_costs": {name: getattr(loss, name) for name in ("cost_class", "cost_bbox", "cost_giou")},
-        }
-        scheduler = self.sd.scheduler
+        unet, scheduler, loss = self.bases[control].unet, self.sd.scheduler, self.config.loss
+        options = rec_options(loss)
         return DPT(unet, adapter, blocks, scheduler, train_unet=False, weights=loss.weights, rec_options=options)
 
     def _inputs(self, batch, *, training: bool, timesteps: tuple[int, int] | None = None):
         """For each control: the inputs of its adapters, and what the maps of its passes are read from."""
-        seed, noise, loss = self.config.seed if training else 0, self.config.noise, self.config.loss
+        options = encode_options(self.config, self.sd) if training else {"seed": 0, "timesteps": timesteps}
         batch = replace(batch, images=as_latents(batch.images, self.sd))  # once for all controls
-        if training:
-            last = self.sd.scheduler.config.num_train_timesteps - 1
-            timesteps = (noise.first_timestep, last if noise.last_timestep is None else noise.last_timestep)
         for control, sd in self.bases.items():
             given = control_batch(control, batch, sd)
-            inputs = encode_batch(
-                given,
-                sd,
-                self.rec_text,
-                seed=seed,
-                timesteps=timesteps,
-                noise_offset=noise.offset if training else 0.0,
-                normalize_positive_map=loss.normalize_positive_map,
-                align_to_padding=loss.align_to_padding,
-            )
+            inputs = encode_batch(given, sd, self.rec_text, **options)
             yield control, control_inputs(control, inputs, given, sd, training=training)
 
     def _each_map(self, batch, passes: list, *, training: bool, timesteps: tuple[int, int] | None = None):

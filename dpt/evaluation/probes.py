@@ -235,11 +235,11 @@ def cell(figures: dict, label: str) -> str:
     return f"{mean:.1f} ({low:.1f} to {high:.1f}){against}"
 
 
-def write(args: argparse.Namespace, task: str, result: dict, measured: list[Measured], also: str = "") -> dict:
+def write(args: argparse.Namespace, task: str, result: dict, measured: list[Measured]) -> dict:
     """Writes `<task>.json` and `<task>.md` into the output folder."""
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"{task}.json").write_text(json.dumps(result, indent=1) + "\n")
-    text = markdown(result, measured) + also
+    text = markdown(result, measured)
     (args.output / f"{task}.md").write_text(text)
     print(text)
     return result

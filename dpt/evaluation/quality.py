@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from scipy.linalg import sqrtm
 
-from dpt.evaluation.align import pictures, read_image
+from dpt.evaluation.align import file_hashes, pictures, read_image
 from dpt.evaluation.table import pictures_hash
 from dpt.images import to_pixels
 from dpt.shapes.captions import parse
@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> dict:
         figures = {"frechet": frechet_distance(drawn, renders[prompts])}
         if between := spread(renders[prompts], prompts):  # else every prompt has one picture
             figures["diversity"] = spread(drawn, prompts) / between
-        (folder / "quality.json").write_text(json.dumps(figures | {"pictures": pictures_hash(folder, records)}) + "\n")
+        identity = {"pictures": pictures_hash(file_hashes(folder, records))}
+        (folder / "quality.json").write_text(json.dumps(figures | identity) + "\n")
         results[str(folder)] = figures
     return results
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dpt.evaluation.align import pictures, read_image, read_scores
+from dpt.evaluation.align import file_hashes, pictures, read_image, read_scores
 from dpt.evaluation.arms import folder_name
 from dpt.evaluation.probes import cell
 from dpt.evaluation.table import arms_table, category_table
@@ -92,7 +92,7 @@ def page(data: dict) -> str:
 def cells(folder: Path, seeds: list[int]) -> list[tuple]:
     """((prompt, seed), category, what the gallery shows) of an arm's pictures."""
     records, found = pictures(folder), []
-    verdicts = read_scores(folder, records).get("oracle", {})
+    verdicts = read_scores(folder, file_hashes(folder, records)).get("oracle", {})
     for record in records:
         if record["seed"] not in seeds:
             continue

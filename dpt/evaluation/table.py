@@ -34,18 +34,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
+    """Writes the tables; see `make_tables`."""
+    return make_tables(args.folders, against=args.against, categories=args.categories, by=args.by, output=args.output)
+
+
+def make_tables(
+    folders: list[Path],
+    *,
+    against: str | None,
+    by: list[str],
+    output: Path,
+    categories: list[str] | None = None,
+    against_of: dict[str, str] | None = None,
+    notes: str = "",
+) -> dict:
     """Writes the tables; returns the rows by arm, and those of a category under `<figure> by category`.
 
     Args:
-        args: may hold two things that no flag gives: `against_of`, arms to compare single arms with, and `notes`, text
-            that follows the tables.
+        against_of: arms to compare single arms with, instead of `against`.
+        notes: Markdown that follows the tables.
 
     Raises:
         ValueError: folders without scores, arms of different pictures, or a name that is not there.
     """
-    arms = collect(args.folders)
-    if args.against is not None and args.against not in arms:
-        raise ValueError(f"--against is {args.against!r}; the arms are {', '.join(arms)}")
+    arms = collect(folders)
+    if against is not None and against not in arms:
+        raise ValueError(f"--against is {against!r}; the arms are {', '.join(arms)}")
     first, *others = [(name, seed) for name, seeds in arms.items() for seed in seeds]
     for name, seed in others:
         if seed["values"].keys() != first[1]["values"].keys():
@@ -55,31 +69,31 @@ def run(args: argparse.Namespace) -> dict:
         if seed["figures"] != first[1]["figures"]:
             odd = sorted(seed["figures"] ^ first[1]["figures"])[0]
             raise ValueError(f"{first[0]} and {name} are not scored alike, {odd!r} is missing: align both")
-    categories = first[1]["categories"]
-    known = {category for found in categories.values() for category in found}
-    chosen = set(args.categories or [category for category in known if category != APART] or [APART])
+    of_prompt = first[1]["categories"]
+    known = {category for found in of_prompt.values() for category in found}
+    chosen = set(categories or [category for category in known if category != APART] or [APART])
     if unknown := chosen - known:
         raise ValueError(f"--categories names {sorted(unknown)[0]!r}; there are {', '.join(sorted(known))}")
-    if unknown := set(args.by) - first[1]["figures"]:
+    if unknown := set(by) - first[1]["figures"]:
         raise ValueError(f"--by names {sorted(unknown)[0]!r}; the figures are {', '.join(sorted(first[1]['figures']))}")
-    reference = {name: getattr(args, "against_of", {}).get(name) or args.against for name in arms}
+    reference = {name: (against_of or {}).get(name) or against for name in arms}
     result = {"arms": {}}
     for name, seeds in arms.items():
-        pairs = sorted(pair for pair in first[1]["values"] if chosen & set(categories[pair[0]]))
-        against = reference[name] if reference[name] != name else None
-        result["arms"][name] = _row(seeds, arms.get(against), against, pairs)
-    for figure in args.by:
+        pairs = sorted(pair for pair in first[1]["values"] if chosen & set(of_prompt[pair[0]]))
+        other = reference[name] if reference[name] != name else None
+        result["arms"][name] = _row(seeds, arms.get(other), other, pairs)
+    for figure in by:
         result[f"{figure} by category"] = _by_category(arms, reference, figure, sorted(known))
     tables = [arms_table(result["arms"])]
-    tables += [category_table(figure, result[f"{figure} by category"]) for figure in args.by]
-    args.output.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(markdown(*table) for table in tables) + getattr(args, "notes", "")
+    tables += [category_table(figure, result[f"{figure} by category"]) for figure in by]
+    output.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(markdown(*table) for table in tables) + notes
     for suffix, content in (
         ("json", json.dumps(result, indent=1) + "\n"),
         ("md", text),
         ("tex", "\n".join(latex(*table) for table in tables)),
     ):
-        (args.output / f"table.{suffix}").write_text(content)
+        (output / f"table.{suffix}").write_text(content)
     print(text)
     return result
 
@@ -104,7 +118,8 @@ def collect(folders: list[Path]) -> dict[str, list[dict]]:
 def read_arm(folder: Path) -> dict:
     """An arm's figures by (prompt, seed), the categories of its prompts, its costs, and what `quality` found."""
     records, values = pictures(folder), {}
-    scores = read_scores(folder, records)
+    hashes = file_hashes(folder, records)
+    scores = read_scores(folder, hashes)
     for record in records:
         row = values.setdefault((record["prompt"], record["seed"]), {})
         for scored in (found.get(record["file"], {}) for found in scores.values()):
@@ -120,14 +135,13 @@ def read_arm(folder: Path) -> dict:
     categories = {r["prompt"]: r.get("categories", [r["category"]]) for r in records}
     quality = folder / "quality.json"
     found = json.loads(quality.read_text()) if quality.exists() else {}
-    if found.pop("pictures", None) == pictures_hash(folder, records):
+    if found.pop("pictures", None) == pictures_hash(hashes):
         costs |= found
     return {"values": values, "figures": figures, "categories": categories, "costs": costs}
 
 
-def pictures_hash(folder: Path, records: list[dict]) -> str:
-    """One hash of all pictures of a folder."""
-    hashes = file_hashes(folder, records)
+def pictures_hash(hashes: dict[str, str]) -> str:
+    """One hash of all pictures whose hashes `file_hashes` gives."""
     return hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()[:12]
 
 
