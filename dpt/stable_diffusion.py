@@ -99,11 +99,10 @@ class StableDiffusion:
             sides.append(check_size(name, self.default_size if value is None else value, factor) // factor)
         return (self.unet.config.in_channels, *sides)
 
-    @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Context (B, L, E) and pooled state (B, P) of prompts; longer ones are cut at the encoder's L tokens.
 
-        Equal prompts are encoded once.
+        Equal prompts are encoded once. Without gradients, unless the text encoder is in training mode.
         """
         distinct = list(dict.fromkeys(prompts))
         tokens = self.tokenizer(
@@ -114,7 +113,8 @@ class StableDiffusion:
             return_tensors="pt",
         ).to(self.device)
         uses_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
-        output = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask if uses_mask else None)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_encoder.training):
+            output = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask if uses_mask else None)
         rows = [distinct.index(prompt) for prompt in prompts]
         return output.last_hidden_state[rows], output.pooler_output[rows]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextModel
 
 from dpt.config import flatten, load_config, save_config
@@ -41,6 +42,8 @@ class Optimization:
     ema: float = 0.995
     """decay of the weights' average, which is what a stage delivers"""
     batch_size: int = 64
+    parts: int = 1
+    """of a batch, computed side by side on a thread each"""
     save_every: int = 100
     evaluate_every: int = 100
 
@@ -75,12 +78,18 @@ class Unet:
     """scenes whose latents are cached and trained on"""
     caption_dropout: float = 0.1
     web_noise: WebNoise = field(default_factory=WebNoise)
+    contrastive_batch_size: int = 32
+    """pictures a step of CLIP's loss, with which both towers are trained along: all of them pairs of an example and its
+    hard negative"""
+    contrastive_weight: float = 0.02
     guidance_scale: float = 4.0
     """for the pictures drawn while training"""
     prompts_per_category: int = 10
     """val prompts drawn at each evaluation"""
     train: Optimization = field(
-        default_factory=lambda: Optimization(steps=10_000, ema=0.998, save_every=100, evaluate_every=500, warmup=100)
+        default_factory=lambda: Optimization(
+            steps=10_000, ema=0.998, parts=2, save_every=100, evaluate_every=500, warmup=100
+        )
     )
 
 
@@ -195,7 +204,11 @@ def run_latents(config: PretrainConfig, folder: Path) -> dict[str, np.ndarray]:
 
 
 def run_unet(config: PretrainConfig, folder: Path) -> None:
-    """Trains the U-Net on cached latents and web-like captions and writes it to `folder/unet`."""
+    """Trains the U-Net on cached latents and web-like captions, and CLIP along with it; writes `folder/unet`.
+
+    A text tower that was trained contrastively and then frozen tells words of place and size apart too little for the
+    U-Net, so it learns from both losses. `export` takes both from the stage's state.
+    """
     if (folder / "unet/config.json").exists():
         return
     settings, train = config.unet, config.unet.train
@@ -204,21 +217,33 @@ def run_unet(config: PretrainConfig, folder: Path) -> None:
     if config.init_from:
         sd.unet = UNet2DConditionModel.from_pretrained(config.init_from, subfolder="unet", torch_dtype=torch.float32)
     set_cpu_attention(sd.unet)
+    clip, _ = load_clip(folder / "clip")
+    sd.text_encoder = clip.text_model
     cached = {split: Latents(rows, sd.vae.config.scaling_factor) for split, rows in posteriors.items()}
     worlds = {split: ShapesWorld(split, noise=settings.web_noise) for split in cached}
+    pairs = ShapesWorld("train", seed=5)
 
     def losses_at(step):
-        return denoising_losses(
+        losses = denoising_losses(
             sd,
             cached["train"],
             worlds["train"],
             step,
-            batch_size=train.batch_size,
+            batch_size=train.batch_size // train.parts,
             caption_dropout=settings.caption_dropout,
         )
+        contrastive = contrastive_loss(
+            clip,
+            sd.tokenizer,
+            pairs,
+            step,
+            batch_size=settings.contrastive_batch_size // train.parts,
+            hard_share=1.0,
+        )
+        return losses | {"loss_contrastive": settings.contrastive_weight * contrastive["loss"]}
 
     def evaluate(average, step):
-        averaged = replace(sd, unet=average)
+        averaged = replace(sd, unet=average["unet"], text_encoder=average["clip"].text_model)
         with torch.autocast("cpu", torch.bfloat16):
             losses = validation_losses(averaged, cached["val"], worlds["val"])
         verdicts = judge_prompts(
@@ -228,12 +253,22 @@ def run_unet(config: PretrainConfig, folder: Path) -> None:
             folder=folder / f"samples/step_{step:07d}",
         )
         labels = [record["label"] for record in verdicts]
-        return losses | {label: labels.count(label) / len(labels) for label in LABELS}
+        cosines = pooled_cosines(average["clip"], sd.tokenizer, size=500)
+        losses |= {label: labels.count(label) / len(labels) for label in LABELS}
+        return losses | {f"cosine_{kind}": cosine for kind, cosine in cosines.items()}
 
-    average = train_stage("unet", folder, sd.unet, losses_at, evaluate=evaluate, **_loop(train))
+    average = train_stage(
+        "unet",
+        folder,
+        nn.ModuleDict({"unet": sd.unet, "clip": clip}),
+        losses_at,
+        evaluate=evaluate,
+        clip_groups=[list(sd.unet.parameters()), list(clip.parameters())],
+        **_loop(train),
+    )
     if (folder / "unet.metrics.jsonl").exists():
         plot_curves(folder / "unet.metrics.jsonl", folder / "unet.png")
-    save_folder(folder / "unet", average.save_pretrained)
+    save_folder(folder / "unet", average["unet"].save_pretrained)
 
 
 def assemble(config: PretrainConfig, folder: Path, scaling_factor: float) -> StableDiffusion:
@@ -260,8 +295,10 @@ def run_export(config: PretrainConfig, folder: Path) -> None:
     """Writes the model as a `StableDiffusionPipeline` folder in float16, the CLIP beside it."""
     scaling_factor = measure_scaling_factor(run_latents(config, folder)["train"])
     sd = assemble(config, folder, scaling_factor)
+    clip, tokenizer = load_clip(folder / "clip")
     state = torch.load(folder / "unet.pt", weights_only=True)
-    sd.unet.load_state_dict(state["average"])
+    nn.ModuleDict({"unet": sd.unet, "clip": clip}).load_state_dict(state["average"])
+    sd.text_encoder.load_state_dict(clip.text_model.state_dict())
     pipeline = StableDiffusionPipeline(
         vae=sd.vae.half(),
         text_encoder=sd.text_encoder.half(),
@@ -272,7 +309,6 @@ def run_export(config: PretrainConfig, folder: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    clip, tokenizer = load_clip(folder / "clip")
 
     def write(output: Path):
         pipeline.save_pretrained(output)
@@ -286,7 +322,7 @@ def run_export(config: PretrainConfig, folder: Path) -> None:
 
 
 def _loop(train: Optimization) -> dict:
-    names = ("steps", "lr", "warmup", "decay", "ema", "save_every", "evaluate_every")
+    names = ("steps", "lr", "warmup", "decay", "ema", "parts", "save_every", "evaluate_every")
     return {name: getattr(train, name) for name in names}
 
 
@@ -313,6 +349,7 @@ SETTINGS = {
     "latents": (),
     "unet": (
         *("unet.channels", "unet.heads", "unet.num_latents", "unet.caption_dropout", "unet.web_noise.", "unet.train."),
+        "unet.contrastive",
         "init_from",
     ),
     "decoder": ("vae.decoder", "vae.kl_weight"),

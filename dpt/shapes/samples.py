@@ -64,7 +64,7 @@ class ShapesSamples:
                 sd.vae,
                 lambda i: render(self.world[i].negative.scene),
                 folder,
-                key=f"{self.world.key()} edited (2)",
+                key=f"{self.world.key()} edited (3)",
                 count=num_samples,
             )
         else:

@@ -33,7 +33,7 @@ from dpt.shapes.scenes import (
 )
 
 SPLITS = {"train": 0, "val": 1, "test": 2}
-CATEGORY_WEIGHTS = {"single": 0.16, "attribute": 0.24, "size": 0.15, "numeracy": 0.15, "spatial": 0.18, "complex": 0.12}
+CATEGORY_WEIGHTS = {"single": 0.08, "attribute": 0.2, "size": 0.2, "numeracy": 0.16, "spatial": 0.2, "complex": 0.16}
 LARGE_SHARE = {1: 0.5, 2: 0.5, 3: 0.4, 4: 0.2}  # of objects whose caption leaves the size open, by number of objects
 EXTREME_MARGIN = 8.0  # pixels by which "the leftmost" leads
 _EXTREMES = {"leftmost": ("x", 1), "rightmost": ("x", -1), "topmost": ("y", 1), "bottommost": ("y", -1)}
@@ -163,7 +163,7 @@ def edit_description(description: Description, rng: np.random.Generator, split: 
     It is one of the split's or of "train", never another held-out one.
     """
     phrases, relations = description.phrases, description.relations
-    kinds = ["attribute"] * 2
+    kinds = ["attribute"]  # half as often as what the caption allows besides: every caption allows it
     kinds += ["relation"] * 2 if relations else []
     kinds += ["count"] * 2 if any(p.count > 1 for p in phrases) else []
     kinds += ["size"] * 2 if any(p.size for p in phrases) else []
@@ -276,8 +276,8 @@ class ShapesWorld:
         self.split, self.seed, self.noise = split, seed, noise or WebNoise()
 
     def key(self) -> str:
-        """Tells the world's scenes from other splits' and seeds'."""
-        return f"{self.split} {self.seed}"
+        """Tells the world's scenes from other splits', other seeds' and another mix of categories."""
+        return f"{self.split} {self.seed} {CATEGORY_WEIGHTS}"
 
     def generator(self, index: int, stream: int = 0) -> np.random.Generator:
         """The example's random generator; `stream` gives independent ones."""

@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +78,26 @@ def test_nothing_is_drawn_twice_and_settings_are_not_mixed(drawn, capsys):
     assert np.abs(pixels[-1].astype(int) - np.array(Image.open(lost))).max() <= 2
     assert generate(arms[:1], root / "out", "guidance_scale=2") == 2
     assert "guidance_scale 7.5 (now 2.0)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_drawing(drawn, tmp_path):
+    root, arms, _ = drawn
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    words = ["--arms", arms[0], "--prompts", "shapes:val", "--outdir", str(tmp_path), *FEW]
+    done = subprocess.run([*launch, "evaluate.py", "generate", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone, shared = (
+        {(r["prompt"], r["seed"]): r for r in read_metadata(path / "base")} for path in (root / "out", tmp_path)
+    )
+    assert len(read_metadata(tmp_path / "base")) == len(shared) == 14  # none twice
+    assert alone.keys() == shared.keys()
+    for key, record in shared.items():
+        ours, theirs = (
+            np.array(Image.open(folder / r["file"])).astype(int)
+            for folder, r in ((tmp_path / "base", record), (root / "out/base", alone[key]))
+        )
+        assert np.abs(ours - theirs).max() <= 2
 
 
 def test_scores_are_kept_by_file_and_hash(drawn, capsys):
