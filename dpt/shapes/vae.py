@@ -1,6 +1,7 @@
 """The autoencoder of the `shapes` world: 8x down, 4 latent channels, trained on crops."""
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -123,7 +124,7 @@ def cache_latents(
                 pixels = to_pixels([draw(i) for i in range(first, min(first + 50, stop))])
                 with torch.autocast(vae.device.type, torch.bfloat16):
                     rows.append(vae.encode(pixels.to(vae.device)).latent_dist.parameters.half().cpu().numpy())
-            temporary = path.with_suffix(".tmp.npy")
+            temporary = path.with_suffix(f".{os.getpid()}.tmp.npy")  # another process may be at the same chunk
             np.save(temporary, np.concatenate(rows))
             temporary.replace(path)
         parts.append(np.load(path))

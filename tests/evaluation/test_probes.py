@@ -149,7 +149,7 @@ def test_an_experiment_from_training_to_table(tmp_path, capsys):
     config = tmp_path / "experiment.yaml"
     config.write_text(json.dumps(experiment))
     call = ["experiment", str(config), "image_seeds=[0, 1]", "--per_category", "1"]
-    assert evaluate.main(call) == 0
+    assert evaluate.main([*call, "--jobs", "2"]) == 0
     table = json.loads((tmp_path / "out/tables/experiment/shapes-val/table.json").read_text())
     assert table["arms"]["dpt"]["training_seeds"] == 2
     assert "correct_difference" in table["arms"]["dpt"]
