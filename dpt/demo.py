@@ -13,12 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
 from dpt.adapter import Scorer
-from dpt.boxes import cxcywh_to_xyxy
 from dpt.checkpoint import DPT_WEIGHTS, load_checkpoint
-from dpt.images import to_pixels
+from dpt.images import to_pixels, with_boxes
 from dpt.metrics import objectness
 from dpt.sampling import CORRECTION_TARGETS, CorrectionSettings, draw, initial_noise
 from dpt.stable_diffusion import MODELS, StableDiffusion, known_name, load_stable_diffusion, usable_device
@@ -86,16 +84,6 @@ def find_phrase(sd: StableDiffusion, scorer: Scorer, image: np.ndarray, phrase: 
     ]
 
 
-def with_boxes(image: np.ndarray, boxes: list[tuple]) -> np.ndarray:
-    """The picture with the boxes of `find_phrase` on it."""
-    picture = Image.fromarray(image)
-    pen = ImageDraw.Draw(picture)
-    for color, (_, box) in reversed(list(zip(COLORS, boxes, strict=False))):
-        corners = cxcywh_to_xyxy(torch.tensor(box)) * torch.tensor([*picture.size, *picture.size])
-        pen.rectangle(corners.tolist(), outline=color, width=max(1, picture.width // 100))
-    return np.array(picture)
-
-
 class Studio:
     """A model with its adapter, as the page uses it."""
 
@@ -126,7 +114,8 @@ class Studio:
                 yield images.get("plain"), images.get("corrected"), list(points), say
         if phrase.strip():
             for arm, image in images.items():
-                images[arm] = with_boxes(image, find_phrase(self.sd, self.scorer, image, phrase))
+                found = zip(find_phrase(self.sd, self.scorer, image, phrase), COLORS, strict=False)
+                images[arm] = with_boxes(image, [(box, color) for (_, box), color in found][::-1])  # the surest on top
             yield images["plain"], images["corrected"], list(points), f"boxes for {phrase.strip()!r}, surest green"
 
     def _draw_one(self, prompt, seed, correction, report):

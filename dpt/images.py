@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from dpt.boxes import cxcywh_to_xyxy
+
 METADATA_FILE = "metadata.jsonl"
 
 
@@ -26,6 +28,16 @@ def to_pixels(images: list[np.ndarray]) -> torch.Tensor:
 def to_images(pixels: torch.Tensor) -> np.ndarray:
     """Pixels (B, 3, H, W) in [0, 1] to uint8 images (B, H, W, 3)."""
     return (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def with_boxes(image: np.ndarray, boxes: list[tuple[list[float], str]]) -> np.ndarray:
+    """A copy of a uint8 image (H, W, 3) with boxes on it: normalised cxcywh and a colour's name each."""
+    picture = Image.fromarray(image)
+    pen, sides = ImageDraw.Draw(picture), torch.tensor([*picture.size, *picture.size])
+    for box, color in boxes:
+        corners = cxcywh_to_xyxy(torch.tensor(box)) * sides
+        pen.rectangle(corners.tolist(), outline=color, width=max(1, max(picture.size) // 100))
+    return np.array(picture)
 
 
 def save_new(image: Image.Image, candidates: Iterator[Path], metadata: dict | None = None) -> Path:

@@ -7,7 +7,8 @@ import torch
 
 from dpt import demo
 from dpt.checkpoint import load_checkpoint
-from dpt.demo import Stopped, Studio, find_phrase, in_steps, with_boxes
+from dpt.demo import Stopped, Studio, find_phrase, in_steps
+from dpt.images import with_boxes
 from dpt.stable_diffusion import load_stable_diffusion
 from tests.browser import open_browser
 
@@ -37,7 +38,7 @@ def test_boxes_are_sorted_and_drawn(studio):
     image = np.full((128, 128, 3), 240, np.uint8)
     boxes = find_phrase(studio.sd, studio.scorer, image, "the red circle")
     assert [score for score, _ in boxes] == sorted((score for score, _ in boxes), reverse=True)
-    drawn = with_boxes(image, [(0.9, [0.5, 0.5, 0.5, 0.5])])
+    drawn = with_boxes(image, [([0.5, 0.5, 0.5, 0.5], "lime")])
     assert (drawn[64, 32] == [0, 255, 0]).all()
 
 

@@ -18,6 +18,7 @@ from dpt.checkpoint import DPTCheckpoint, load_checkpoint
 from dpt.config import TrainConfig, load_config
 from dpt.controls import control_unet
 from dpt.data.sources import validation_samples
+from dpt.evaluation import table
 from dpt.evaluation.generate import process_state
 from dpt.metrics import crossed_bootstrap
 from dpt.model import DPT
@@ -215,15 +216,21 @@ def markdown(result: dict, measured: list[Measured]) -> str:
     """The summary as tables, one a set, in percent."""
     controls, parts = {one.name: one.control for one in measured}, []
     for key, rows in result.items():
-        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        header = [f"{column}, {label}" for column in columns for label in ("t = 500", "mean")]
-        lines = [f"**{key}**\n"] if key else []
-        lines += ["| checkpoint | without | " + " | ".join(header) + " |", "|---" * (len(header) + 2) + "|"]
-        for name, row in rows.items():
-            cells = [cell(row.get(column, {}), label) for column in columns for label in ("t500", "mean")]
-            lines.append(f"| {name} | {controls[name].replace('none', '')} | " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines) + "\n")
+        (name, *header), cells = laid_out(rows)
+        without = [[row[0], controls[row[0]].replace("none", ""), *row[1:]] for row in cells]
+        parts.append((f"**{key}**\n\n" if key else "") + table.markdown([name, "without", *header], without))
     return "\n".join(parts)
+
+
+def laid_out(rows: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of one set of the summary: a row a checkpoint, each figure at t = 500 and in the mean."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    header = ["checkpoint", *(f"{column}, {label}" for column in columns for label in ("t = 500", "mean"))]
+    cells = [
+        [name, *(cell(row.get(column, {}), label) for column in columns for label in ("t500", "mean"))]
+        for name, row in rows.items()
+    ]
+    return header, cells
 
 
 def cell(figures: dict, label: str) -> str:

@@ -10,16 +10,13 @@ checkpoint and list a grid of the surest hits and the surest misses (green: true
 
 import argparse
 
-import numpy as np
-import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from dpt.boxes import cxcywh_to_xyxy
 from dpt.config import TrainConfig, load_config
 from dpt.data.collate import as_latents
 from dpt.data.sources import validation_samples
 from dpt.evaluation import probes
-from dpt.images import make_grid, to_images
+from dpt.images import make_grid, to_images, with_boxes
 from dpt.stable_diffusion import StableDiffusion
 from dpt.validation import FIGURES, PAPER_TIMESTEP, Samples
 
@@ -54,10 +51,7 @@ def draw_boxes(sd: StableDiffusion, samples: Samples, records: list[dict]) -> Im
         for record in [r for r in records if bool(r["precision_at_1"]) == wanted][:NUM_SHOWN]:
             sample, (sureness, *box) = samples.get(record["index"], 0), record["surest"]
             latents = as_latents(sample.images[None, :1], sd)[:, 0]
-            picture = Image.fromarray(to_images(sd.decode_latents(latents))[0])
-            size = max(picture.size)
-            for cxcywh, color in ((sample.boxes[0].tolist(), "lime"), (box, "magenta")):
-                corners = cxcywh_to_xyxy(torch.tensor(cxcywh)) * torch.tensor([*picture.size, *picture.size])
-                ImageDraw.Draw(picture).rectangle(corners.tolist(), outline=color, width=max(1, size // 128))
-            rows.append((f"{title}, {100 * sureness:.0f} % sure: {sample.expression}", [np.array(picture)]))
+            image = to_images(sd.decode_latents(latents))[0]
+            boxed = with_boxes(image, [(sample.boxes[0].tolist(), "lime"), (box, "magenta")])
+            rows.append((f"{title}, {100 * sureness:.0f} % sure: {sample.expression}", [boxed]))
     return make_grid(rows)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from dpt.evaluation.align import file_hashes, pictures, read_image, read_scores
 from dpt.evaluation.arms import folder_name
-from dpt.evaluation.probes import cell
+from dpt.evaluation.probes import laid_out
 from dpt.evaluation.table import arms_table, category_table
 from dpt.runs import versions
 from dpt.shapes.quality import LABELS
@@ -130,12 +130,7 @@ def probe_tables(path: Path) -> list[dict]:
     try:
         found = []
         for name, rows in json.loads(path.read_text()).items():
-            columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-            header = ["checkpoint", *(f"{column}, {label}" for column in columns for label in ("t = 500", "mean"))]
-            cells = [
-                [checkpoint, *(cell(row.get(c, {}), label) for c in columns for label in ("t500", "mean"))]
-                for checkpoint, row in rows.items()
-            ]
+            header, cells = laid_out(rows)
             found.append({"title": f"{path.stem}: {name}", "header": header, "rows": cells})
         return found
     except (OSError, json.JSONDecodeError, AttributeError, TypeError) as error:
