@@ -64,7 +64,7 @@ class ShapesSamples:
                 sd.vae,
                 lambda i: render(self.world[i].negative.scene),
                 folder,
-                key=f"{self.world.key()} edited (3)",
+                key=f"{self.world.key()} edited (4)",
                 count=num_samples,
             )
         else:

@@ -23,6 +23,7 @@ from dpt.shapes.captions import (
 )
 from dpt.shapes.scenes import (
     COLORS,
+    IMAGE_SIZE,
     MAX_OBJECTS,
     SHAPES,
     Scene,
@@ -211,8 +212,11 @@ def _distinct(phrases: list[Phrase]) -> bool:
 
 def edit_scene(scene: Scene, description: Description, negative: Description, rng: np.random.Generator) -> Scene:
     """A scene of `negative` that keeps as much of the given scene as fits; a new one where nothing does."""
-    for _ in range(4):
-        objects = _matched(scene, description, negative, rng)
+    for attempt in range(4):
+        if attempt and description.relations != negative.relations:
+            objects = _mirrored(scene, description.relations[0][1])
+        else:
+            objects = _matched(scene, description, negative, rng)
         if layout_is_valid(objects) and negative.holds(objects) and not description.holds(objects):
             edited = Scene(tuple(objects), scene.background)
             if refer(edited, rng):
@@ -221,6 +225,13 @@ def edit_scene(scene: Scene, description: Description, negative: Description, rn
         edited = compose(negative, rng)
         if not description.holds(edited.objects):
             return edited
+
+
+def _mirrored(scene, relation):
+    """The scene's objects, left and right, or above and below, exchanged."""
+    if relation in ("left", "right"):
+        return [replace(o, x=IMAGE_SIZE - o.x, rotation=-o.rotation) for o in scene.objects]
+    return [replace(o, y=IMAGE_SIZE - o.y) for o in scene.objects]
 
 
 def _matched(scene, description, negative, rng):
