@@ -1,7 +1,7 @@
 """Says what is in a picture of the `shapes` world and whether a prompt is true of it. numpy and scipy only.
 
 Objects are connected regions that differ from the background. A region is well-formed when it is of one colour of the
-palette, lies inside the picture, is as large as an object can be, and has the outline of one of the five shapes.
+palette, is not cut off by the border, is as large as an object can be, and has the outline of one of the five shapes.
 Anything else that can be seen - merged, half-drawn, faint or speckled - makes the picture malformed.
 """
 
@@ -32,6 +32,7 @@ SPECK_AREA = 14.0  # pixels of specks or faint remains that are overlooked
 # Of an outline from the best shape's, on average, in units of sqrt(area). Chosen on the even-numbered half of the
 # pictures labelled by eye, from 0.030 to 0.060; `dpt.shapes.quality oracle` shows the agreement on the other half.
 MAX_DISPLACEMENT = 0.038
+MAX_AT_BORDER = 8  # pixels of an object that lie at the border; chosen on the first two sets of labelled pictures
 MAX_COLOR_DISTANCE = 75.0  # from a region's colour to its name's
 MAX_IMPURITY = 0.12  # share of a region's inner pixels that are of another colour
 RADIUS_SLACK = 2.5  # pixels beyond the radii that scenes have
@@ -156,7 +157,8 @@ def _detect(pixels, background, distance, region, window) -> Detection:
     (low, _), (_, high) = SIZES["small"], SIZES["large"]
     rows, columns = window
     fault = None
-    if rows.start == 0 or columns.start == 0 or rows.stop == IMAGE_SIZE or columns.stop == IMAGE_SIZE:
+    at_border = sum(int(edge.sum()) for edge in (region[0], region[-1], region[:, 0], region[:, -1]))
+    if at_border > MAX_AT_BORDER:
         fault = "cut off at the border"
     elif from_palette.min() > MAX_COLOR_DISTANCE:
         fault = "of no known colour"

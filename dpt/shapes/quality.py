@@ -38,8 +38,13 @@ WORD_PAIRS = (
 )
 LABELS = ("correct", "misaligned", "malformed")
 LABELLED_FOLDER = Path(__file__).parent / "labelled"
-LABELLED = {"early stages": LABELLED_FOLDER, "late stages": LABELLED_FOLDER / "late"}
-"""pictures labelled by eye: the oracle was made on the first half of the first set, the second came after it"""
+LABELLED = {
+    "early stages": LABELLED_FOLDER,
+    "late stages": LABELLED_FOLDER / "late",
+    "with CLIP trained along": LABELLED_FOLDER / "joint",
+}
+"""pictures labelled by eye: of the oracle's thresholds that of outlines was chosen on the first half of the first set,
+that at the border on the first two, and nothing on the third"""
 
 
 # Pictures of prompts
