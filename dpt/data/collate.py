@@ -141,7 +141,8 @@ def encode_batch(
         align_to_padding: leave `token_valid` out, so that contrastive alignment counts padding as the reference does.
         denoise_negatives: give what denoising the other two images under captions of their own needs.
     """
-    latents = as_latents(batch.images, sd).to(sd.device).float()  # (B, K, C, h, w)
+    device = sd.device  # diffusers looks for it anew each time
+    latents = as_latents(batch.images, sd).to(device).float()  # (B, K, C, h, w)
     first, last = timesteps or (0, sd.scheduler.config.num_train_timesteps - 1)
     drawn, noise = [], []
     for sample_id, epoch in zip(batch.ids, batch.epochs, strict=True):
@@ -150,7 +151,7 @@ def encode_batch(
         noise.append(torch.randn(latents.shape[2:], generator=generator))
         if noise_offset:
             noise[-1] += noise_offset * torch.randn((latents.shape[2], 1, 1), generator=generator)
-    drawn, noise = torch.cat(drawn).to(sd.device), torch.stack(noise).to(sd.device)  # (B,), (B, C, h, w)
+    drawn, noise = torch.cat(drawn).to(device), torch.stack(noise).to(device)  # (B,), (B, C, h, w)
     noisy = [sd.scheduler.add_noise(latents[:, k], noise, drawn) for k in range(latents.shape[1])]
     texts = [text for captions in batch.captions for text in captions] + batch.expressions
     if denoise_negatives:
@@ -178,7 +179,7 @@ def encode_batch(
     if rec_text.model is not None:
         inputs["token_states"] = rec_text.encode(encoding)
         if not align_to_padding:
-            inputs["token_valid"] = encoding.attention_mask.bool().to(sd.device)
+            inputs["token_valid"] = encoding.attention_mask.bool().to(device)
     inputs["targets"] = []
     for k, (boxes, spans) in enumerate(zip(batch.boxes, batch.tokens_positive, strict=True)):
         masks = torch.zeros(len(boxes), length, dtype=torch.bool)
@@ -186,5 +187,5 @@ def encode_batch(
             masks[n] = token_mask(encoding, k, box_spans, length)
         classes = positive_map(masks, normalize=normalize_positive_map)
         target = {"boxes": boxes.float(), "positive_map": classes, "token_mask": masks}
-        inputs["targets"].append({name: value.to(sd.device) for name, value in target.items()})
+        inputs["targets"].append({name: value.to(device) for name, value in target.items()})
     return inputs

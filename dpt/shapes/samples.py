@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,8 @@ class ShapesSamples:
         if num_samples < 2:
             raise ValueError(f"data.num_samples is {num_samples}; random negatives need at least 2")
         self.world, self.num_samples = ShapesWorld(split, seed=seed), num_samples
+        # made once: drawing them anew for every comparison takes longer than the U-Net's passes
+        self._scene, self._example = cache(self.world.scene), cache(self.world.__getitem__)
         self.leave_out, self.draw_seed = leave_out, draw_seed
         self.scaling_factor = sd.vae.config.scaling_factor
         self.scenes = cache_latents(
@@ -75,12 +78,12 @@ class ShapesSamples:
 
     def get(self, index: int, epoch: int) -> Sample:
         """The sample of an index in an epoch; its random negative, wording and expression differ between epochs."""
-        while (example := self.world[index]).negative.kind in self.leave_out:
+        while (example := self._example(index)).negative.kind in self.leave_out:
             index = (index + 1) % self.num_samples
         generator = sample_generator(self.draw_seed, index, epoch, "draw")
         rng = np.random.default_rng(torch.randint(2**62, (1,), generator=generator).item())
         (other,) = self._false_of(index, rng.permutation(self.num_samples), 1)
-        other_description, _ = self.world.scene(other)
+        other_description, _ = self._scene(other)
         if self.edited is not None:
             negative_text = caption_text(example.negative.description, rng)
             negative_image, shown = self._latents(self.edited, index, generator), example.negative.description
@@ -88,8 +91,8 @@ class ShapesSamples:
             texts, images = (rows[index] for rows in self.mined)
             text = int(rng.choice(self._false_of(index, texts, NUM_TEXTS)))
             image = int(rng.choice(self._false_of(index, images, NUM_IMAGES)))
-            negative_text = caption_text(self.world.scene(text)[0], rng)
-            negative_image, shown = self._latents(self.scenes, image, generator), self.world.scene(image)[0]
+            negative_text = caption_text(self._scene(text)[0], rng)
+            negative_image, shown = self._latents(self.scenes, image, generator), self._scene(image)[0]
         expression = example.expressions[int(rng.integers(len(example.expressions)))]
         return Sample(
             id=index,
@@ -110,9 +113,9 @@ class ShapesSamples:
 
     def _false_of(self, index: int, candidates, count: int) -> list[int]:
         """The first candidates whose captions are false of the sample's scene, and the other way round."""
-        (description, scene), found = self.world.scene(index), []
+        (description, scene), found = self._scene(index), []
         for candidate in candidates:
-            other, other_scene = self.world.scene(int(candidate))
+            other, other_scene = self._scene(int(candidate))
             if not description.holds(other_scene.objects) and not other.holds(scene.objects):
                 found.append(int(candidate))
                 if len(found) == count:
