@@ -12,7 +12,7 @@ $(VENV)/installed: requirements.txt
 	cp requirements.txt $@
 
 demo: $(VENV)/installed
-	$(BIN)/python txt2img.py --model shapes --scale 3 --prompt "$$PROMPT" --outdir outputs/demo
+	$(BIN)/python txt2img.py --model shapes --scale 5 --prompt "$$PROMPT" --outdir outputs/demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q

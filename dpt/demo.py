@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
         studio = Studio(
             sd,
             scorer,
-            guidance_scale=(3.0 if small else 7.5) if args.scale is None else args.scale,
+            guidance_scale=(5.0 if small else 7.5) if args.scale is None else args.scale,
             num_inference_steps=(20 if small else 50) if args.steps is None else args.steps,
         )
         if studio.num_inference_steps < 1:

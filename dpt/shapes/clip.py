@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from dpt.images import to_pixels
 from dpt.shapes.captions import CATEGORIES, caption_text, sample_description
 from dpt.shapes.scenes import IMAGE_SIZE, render
-from dpt.shapes.world import ShapesWorld
+from dpt.shapes.world import ShapesWorld, edit_description
 
 MAX_TOKENS = 32
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -101,7 +101,25 @@ def contrastive_loss(clip, tokenizer, world: ShapesWorld, step: int, *, batch_si
             images.append(render(scene))
     logits = clip.logit_scale.exp() * embed_texts(clip, tokenizer, texts) @ embed_images(clip, images).T
     target = torch.arange(len(texts))
-    return {"loss": (F.cross_entropy(logits.float(), target) + F.cross_entropy(logits.float().T, target)) / 2}
+    return {"loss_clip": (F.cross_entropy(logits.float(), target) + F.cross_entropy(logits.float().T, target)) / 2}
+
+
+def wording_loss(clip, tokenizer, world: ShapesWorld, step: int, *, batch_size: int):
+    """Cross-entropy of finding a caption's other wording among those of the batch and of all hard negatives.
+
+    It trains the text tower alone. Pictures teach it relations too late: after 4,500 steps of CLIP's loss a caption and
+    its flip were pooled at cosine 0.996; 100 steps of this took them to 0.68.
+    """
+    captions, others, negatives = [], [], []
+    for index in range(step * batch_size, (step + 1) * batch_size):
+        rng = world.generator(index, 9)
+        description, _ = world.scene(index)
+        captions.append(caption_text(description, rng))
+        others.append(caption_text(description, rng))
+        negatives.append(caption_text(edit_description(description, rng, "train")[1], rng))
+    embeddings = embed_texts(clip, tokenizer, captions + others + negatives)
+    logits = clip.logit_scale.exp() * embeddings[:batch_size] @ embeddings[batch_size:].T
+    return {"loss_wording": F.cross_entropy(logits.float(), torch.arange(batch_size))}
 
 
 @torch.no_grad()

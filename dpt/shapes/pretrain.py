@@ -21,7 +21,16 @@ from transformers import CLIPTextModel
 from dpt.config import flatten, load_config, save_config
 from dpt.curves import plot_curves
 from dpt.shapes.captions import WebNoise
-from dpt.shapes.clip import contrastive_loss, load_clip, make_clip, make_tokenizer, pooled_cosines, retrieval, save_clip
+from dpt.shapes.clip import (
+    contrastive_loss,
+    load_clip,
+    make_clip,
+    make_tokenizer,
+    pooled_cosines,
+    retrieval,
+    save_clip,
+    wording_loss,
+)
 from dpt.shapes.quality import LABELS, judge_prompts
 from dpt.shapes.scenes import IMAGE_SIZE, render
 from dpt.shapes.training import save_folder, train_stage
@@ -79,10 +88,10 @@ class Unet:
     caption_dropout: float = 0.1
     web_noise: WebNoise = field(default_factory=WebNoise)
     contrastive_batch_size: int = 32
-    """pictures a step of CLIP's loss, with which both towers are trained along: all of them pairs of an example and its
-    hard negative"""
-    contrastive_weight: float = 0.02
-    guidance_scale: float = 4.0
+    """with which both towers are trained along: pictures a step of CLIP's loss, all of them pairs of an example and its
+    hard negative, and captions of `wording_loss`"""
+    contrastive_weight: float = 0.1
+    guidance_scale: float = 5.0
     """for the pictures drawn while training"""
     prompts_per_category: int = 10
     """val prompts drawn at each evaluation"""
@@ -123,8 +132,11 @@ def run_clip(config: PretrainConfig, folder: Path) -> None:
         "clip",
         folder,
         clip,
-        lambda step: contrastive_loss(
-            clip, tokenizer, world, step, batch_size=train.batch_size, hard_share=config.clip.hard_share
+        lambda step: (
+            contrastive_loss(
+                clip, tokenizer, world, step, batch_size=train.batch_size, hard_share=config.clip.hard_share
+            )
+            | wording_loss(clip, tokenizer, world, step, batch_size=train.batch_size // 4)
         ),
         evaluate=lambda model, step: retrieval(model, tokenizer),
         **_loop(train),
@@ -232,15 +244,10 @@ def run_unet(config: PretrainConfig, folder: Path) -> None:
             batch_size=train.batch_size // train.parts,
             caption_dropout=settings.caption_dropout,
         )
-        contrastive = contrastive_loss(
-            clip,
-            sd.tokenizer,
-            pairs,
-            step,
-            batch_size=settings.contrastive_batch_size // train.parts,
-            hard_share=1.0,
-        )
-        return losses | {"loss_contrastive": settings.contrastive_weight * contrastive["loss"]}
+        batch_size = settings.contrastive_batch_size // train.parts
+        of_clip = contrastive_loss(clip, sd.tokenizer, pairs, step, batch_size=batch_size, hard_share=1.0)
+        of_clip |= wording_loss(clip, sd.tokenizer, pairs, step, batch_size=batch_size)
+        return losses | {name: settings.contrastive_weight * loss for name, loss in of_clip.items()}
 
     def evaluate(average, step):
         averaged = replace(sd, unet=average["unet"], text_encoder=average["clip"].text_model)

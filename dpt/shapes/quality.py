@@ -55,7 +55,7 @@ def judge_prompts(
     prompts: dict[str, tuple[str, ...]],
     *,
     seeds: tuple[int, ...] = (0,),
-    guidance_scale: float = 4.0,
+    guidance_scale: float = 5.0,
     num_inference_steps: int = 20,
     batch_size: int = 35,
     folder: Path | None = None,
