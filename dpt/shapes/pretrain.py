@@ -88,9 +88,11 @@ class Unet:
     caption_dropout: float = 0.1
     web_noise: WebNoise = field(default_factory=WebNoise)
     contrastive_batch_size: int = 32
-    """with which both towers are trained along: pictures a step of CLIP's loss, all of them pairs of an example and its
-    hard negative, and captions of `wording_loss`"""
+    """pictures a step of CLIP's loss, with which both towers are trained along: all of them pairs of an example and its
+    hard negative"""
     contrastive_weight: float = 0.1
+    wording_batch_size: int = 64
+    """captions a step of `wording_loss`"""
     guidance_scale: float = 5.0
     """for the pictures drawn while training"""
     prompts_per_category: int = 10
@@ -244,10 +246,10 @@ def run_unet(config: PretrainConfig, folder: Path) -> None:
             batch_size=train.batch_size // train.parts,
             caption_dropout=settings.caption_dropout,
         )
-        batch_size = settings.contrastive_batch_size // train.parts
-        of_clip = contrastive_loss(clip, sd.tokenizer, pairs, step, batch_size=batch_size, hard_share=1.0)
-        of_clip |= wording_loss(clip, sd.tokenizer, pairs, step, batch_size=batch_size)
-        return losses | {name: settings.contrastive_weight * loss for name, loss in of_clip.items()}
+        sizes = (settings.contrastive_batch_size // train.parts, settings.wording_batch_size // train.parts)
+        of_clip = contrastive_loss(clip, sd.tokenizer, pairs, step, batch_size=sizes[0], hard_share=1.0)
+        losses["loss_clip"] = settings.contrastive_weight * of_clip["loss_clip"]
+        return losses | wording_loss(clip, sd.tokenizer, pairs, step, batch_size=sizes[1])
 
     def evaluate(average, step):
         averaged = replace(sd, unet=average["unet"], text_encoder=average["clip"].text_model)
@@ -356,7 +358,7 @@ SETTINGS = {
     "latents": (),
     "unet": (
         *("unet.channels", "unet.heads", "unet.num_latents", "unet.caption_dropout", "unet.web_noise.", "unet.train."),
-        "unet.contrastive",
+        *("unet.contrastive", "unet.wording"),
         "init_from",
     ),
     "decoder": ("vae.decoder", "vae.kl_weight"),

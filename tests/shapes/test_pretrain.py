@@ -9,7 +9,7 @@ TINY = [
     "vae.decoder.steps=2 vae.decoder.batch_size=2 vae.decoder.evaluate_every=10",
     "vae.channels=[8,8,8,8] vae.train.steps=2 vae.train.batch_size=2 vae.train.evaluate_every=10",
     "unet.channels=[16,16,16,16] unet.heads=[1,1,1,1] unet.num_latents=96 unet.prompts_per_category=1",
-    "unet.contrastive_batch_size=4",
+    "unet.contrastive_batch_size=4 unet.wording_batch_size=4",
     "unet.train.steps=4 unet.train.batch_size=4 unet.train.save_every=2 unet.train.evaluate_every=4 threads=1",
 ]
 
