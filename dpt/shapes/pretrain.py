@@ -56,6 +56,11 @@ class Optimization:
     save_every: int = 100
     evaluate_every: int = 100
 
+    @property
+    def part_size(self) -> int:
+        """How much of a batch one part is."""
+        return self.batch_size // self.parts
+
 
 @dataclass
 class Clip:
@@ -136,9 +141,9 @@ def run_clip(config: PretrainConfig, folder: Path) -> None:
         clip,
         lambda step: (
             contrastive_loss(
-                clip, tokenizer, world, step, batch_size=train.batch_size, hard_share=config.clip.hard_share
+                clip, tokenizer, world, step, batch_size=train.part_size, hard_share=config.clip.hard_share
             )
-            | wording_loss(clip, tokenizer, world, step, batch_size=train.batch_size // 4)
+            | wording_loss(clip, tokenizer, world, step, batch_size=train.part_size // 4)
         ),
         evaluate=lambda model, step: retrieval(model, tokenizer),
         **_loop(train),
@@ -195,7 +200,7 @@ def _train_vae(name, config, folder, vae, train, *, seed, crop, latent_noise=0.0
             vae,
             world,
             step,
-            batch_size=train.batch_size,
+            batch_size=train.part_size,
             crop=crop,
             kl_weight=config.vae.kl_weight,
             latent_noise=latent_noise,
@@ -243,7 +248,7 @@ def run_unet(config: PretrainConfig, folder: Path) -> None:
             cached["train"],
             worlds["train"],
             step,
-            batch_size=train.batch_size // train.parts,
+            batch_size=train.part_size,
             caption_dropout=settings.caption_dropout,
         )
         sizes = (settings.contrastive_batch_size // train.parts, settings.wording_batch_size // train.parts)
