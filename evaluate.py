@@ -18,6 +18,7 @@ import sys
 import torch
 
 from dpt.evaluation import align, experiment, generate, itm, pareto, probe_map, quality, rec, report, table
+from dpt.memory import keep_freed_memory
 
 COMMANDS = {
     "generate": generate,
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, module in COMMANDS.items():
         module.add_arguments(commands.add_parser(name, description=module.__doc__, formatter_class=formatter))
     args = parser.parse_args(argv)
+    keep_freed_memory()
     try:
         result = COMMANDS[args.command].run(args)
         if args.command in ("generate", "align", "quality", "report", "pareto"):
