@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import dpt
 from dpt.adapter import Scorer
-from dpt.checkpoint import DPT_WEIGHTS, load_checkpoint
+from dpt.checkpoint import CHOSEN_CORRECTION, DPT_WEIGHTS, load_checkpoint
 from dpt.images import append_metadata, compbench_stem, make_grid, numbered, read_metadata, save_new
 from dpt.lora import load_external_lora
 from dpt.sampling import CORRECTION_TARGETS, CorrectionSettings, draw
@@ -75,13 +75,20 @@ def make_parser() -> argparse.ArgumentParser:
     add("--skip_existing", action="store_true", help="skip what outdir holds already with the same settings")
     add("--dpt", metavar="PATH", help="adapter and LoRA: our folder, the released file or folder, or none")
     add("--lora", type=Path, metavar="PATH", help="instead: another method's LoRA in diffusers' format")
-    add("--correction_factor", type=float, help="self-correction's factor (default: 0.5 with --dpt weights, else 0)")
-    add("--correction_norm", type=float, help="instead: the correction's length as a share of the latent's norm")
+    add(
+        "--correction_factor",
+        type=float,
+        help="self-correction's factor (default: 0.5 with --dpt weights, else 0; of shapes see --correction_norm)",
+    )
+    add(
+        "--correction_norm",
+        type=float,
+        help="instead: the correction's length as a share of the latent's norm (default of shapes: 0.012)",
+    )
     add(
         "--correction_target",
         choices=CORRECTION_TARGETS,
-        default="conditional",
-        help="what goes on from the correction",
+        help="what goes on from the correction (default: conditional, of shapes latent)",
     )
     add("--correction_start", type=float, default=0.0, help="first corrected step, as a fraction of the steps")
     add("--correction_stop", type=float, default=1.0, help="end of the corrected steps, as a fraction of the steps")
@@ -107,7 +114,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.correction_norm is not None and args.correction_factor is not None:
         raise ValueError("--correction_factor and --correction_norm exclude each other: pass one of them")
     plain = (args.correction_norm, args.correction_target, args.correction_start, args.correction_stop)
-    if args.parity and plain != (None, "conditional", 0.0, 1.0):
+    if args.parity and plain not in ((None, None, 0.0, 1.0), (None, "conditional", 0.0, 1.0)):
         raise ValueError(
             "--parity is the reference's sampling, which has no --correction_norm, --correction_target latent, "
             "--correction_start or --correction_stop: leave them out"
@@ -168,10 +175,13 @@ def choose_correction(args: argparse.Namespace) -> tuple[Path | None, Correction
     factor = args.correction_factor
     if weights is None and (factor or args.correction_norm or args.trace):
         raise ValueError("self-correction and --trace need an adapter: pass --dpt PATH")
+    norm, target = args.correction_norm, "conditional"
+    if weights and name in CHOSEN_CORRECTION and factor is None and norm is None and not args.parity:
+        norm, target = CHOSEN_CORRECTION[name]
     return weights, CorrectionSettings(
         factor=(0.5 if weights else 0.0) if factor is None else factor,
-        norm=args.correction_norm,
-        target=args.correction_target,
+        norm=norm,
+        target=args.correction_target or target,
         start=args.correction_start,
         stop=args.correction_stop,
         on_nan=args.on_nan,

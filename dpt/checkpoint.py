@@ -35,6 +35,8 @@ ADAPTER_FILE, CONFIG_FILE, LORA_FILE = "adapter.safetensors", "config.yaml", "py
 RELEASED_FILE = "pytorch_model.bin"
 DPT_WEIGHTS = {"shapes": CKPT_FOLDER / "shapes-dpt", "sd21-base": CKPT_FOLDER / "dpt-v2.1"}
 """Adapter and LoRA that belong to a base model, used where they are there."""
+CHOSEN_CORRECTION = {"shapes": (0.012, "latent")}
+"""Length (a share of the latent's norm) and target of self-correction, where they were chosen for a model."""
 
 ADAPTER_KEYS = (
     (r"query_embed\.", "query_embed."),

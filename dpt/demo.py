@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dpt.adapter import Scorer
-from dpt.checkpoint import DPT_WEIGHTS, load_checkpoint
+from dpt.checkpoint import CHOSEN_CORRECTION, DPT_WEIGHTS, load_checkpoint
 from dpt.images import to_pixels, with_boxes
 from dpt.metrics import objectness
 from dpt.sampling import CORRECTION_TARGETS, CorrectionSettings, draw, initial_noise
@@ -149,6 +149,7 @@ def make_page(studio: Studio):
         except (ValueError, FloatingPointError) as error:
             raise gradio.Error(str(error)) from error
 
+    length, goes_on = CHOSEN_CORRECTION.get(studio.sd.name, (0.01, "conditional"))
     with gradio.Blocks(title="dpt") as page:
         gradio.Markdown(f"## {studio.sd.name}, without and with self-correction")
         with gradio.Row():
@@ -157,9 +158,9 @@ def make_page(studio: Studio):
             )
             seed = gradio.Number(label="seed", value=0, precision=0, minimum=0)
             norm = gradio.Slider(
-                0, 0.1, value=0.01, step=0.001, label="correction's length, as a share of the latent's"
+                0, 0.1, value=length, step=0.001, label="correction's length, as a share of the latent's"
             )
-            target = gradio.Dropdown(CORRECTION_TARGETS, value="conditional", label="what goes on from the correction")
+            target = gradio.Dropdown(CORRECTION_TARGETS, value=goes_on, label="what goes on from the correction")
             phrase = gradio.Textbox(label="phrase to find", elem_id="phrase")
         button = gradio.Button("draw", variant="primary", elem_id="draw")
         with gradio.Row():
