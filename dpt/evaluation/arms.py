@@ -1,7 +1,7 @@
 """Arms: what is compared. An arm is a YAML file that says which weights draw, and how.
 
-A file in configs/shapes/arms names what differs from these defaults; `dpt` may hold "{seed}", the training seed, and
-then stands for one set of weights for each of `train_seeds`, and "{folder}", that of the training runs.
+A file in configs/shapes/arms names what differs from these defaults; `dpt` and `lora` may hold "{seed}", the training
+seed, and then stand for one set of weights for each of `train_seeds`, and "{folder}", that of the training runs.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -27,7 +27,7 @@ class Arm:
     lora: str | None = None
     """instead: a LoRA in diffusers' format, such as another method's"""
     train_seeds: list[int] = field(default_factory=lambda: [0])
-    """of the weights, where `dpt` holds {seed}"""
+    """of the weights, where `dpt` or `lora` holds {seed}"""
     guidance_scale: float = 7.5
     num_inference_steps: int = 50
     correction_factor: float = 0.0
@@ -95,15 +95,18 @@ class Arm:
         """One arm for each set of weights, its name followed by the training seed where there are several.
 
         Args:
-            folder: what "{folder}" in `dpt` stands for.
+            folder: what "{folder}" in `dpt` and `lora` stands for.
         """
-        if self.dpt is None:
-            return [self]
-        path = self.dpt.replace("{folder}", folder)
-        if "{seed}" not in path:
-            return [replace(self, dpt=path)]
+        paths = {name: path.replace("{folder}", folder) for name in ("dpt", "lora") if (path := getattr(self, name))}
+        if not any("{seed}" in path for path in paths.values()):
+            return [replace(self, **paths)]
         return [
-            replace(self, name=f"{self.name}/{seed}", dpt=path.replace("{seed}", str(seed)), train_seeds=[seed])
+            replace(
+                self,
+                name=f"{self.name}/{seed}",
+                train_seeds=[seed],
+                **{name: path.replace("{seed}", str(seed)) for name, path in paths.items()},
+            )
             for seed in self.train_seeds
         ]
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import evaluate
+from dpt.evaluation.arms import Arm
 from dpt.evaluation.prompts import load_prompt_set
 from dpt.evaluation.quality import frechet_distance, render_prompt, spread
 from dpt.images import read_lines, read_metadata
@@ -301,3 +302,15 @@ def test_a_crossed_bootstrap_is_as_wide_as_what_varies():
     assert (mean, low, high) == pytest.approx((0.3, 0.3, 0.3))
     with pytest.raises(ValueError, match="one column a prompt"):
         crossed_bootstrap(values, prompts[:-1])
+
+
+@pytest.mark.parametrize("kind", ["dpt", "lora"])
+def test_an_arm_stands_for_one_set_of_weights_a_training_seed(kind):
+    arm = Arm(name="own", **{kind: "{folder}/own-{seed}"}, train_seeds=[3, 5])
+    assert [(one.name, getattr(one, kind)) for one in arm.each_seed("runs")] == [
+        ("own/3", "runs/own-3"),
+        ("own/5", "runs/own-5"),
+    ]
+    (single,) = Arm(name="own", **{kind: "{folder}/weights"}).each_seed("runs")
+    assert (single.name, getattr(single, kind)) == ("own", "runs/weights")
+    assert Arm(name="base").each_seed("runs") == [Arm(name="base")]
