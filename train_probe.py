@@ -11,6 +11,7 @@ from dpt.launch import run_stage
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     return run_stage("probe", argv, __doc__)
 
 

@@ -232,6 +232,7 @@ def announce_limits(sd: StableDiffusion, prompts: list[str], negative_prompt: st
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     args = make_parser().parse_args(argv)
     try:
         return run(args)

@@ -302,6 +302,7 @@ def sentence_of(what: str, result: dict, threads: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("sampling", "training"))
     parser.add_argument(

@@ -264,6 +264,7 @@ CHECKS = ("tensors", "stock", "half_precision", "score_rises", "itm", "rec", "co
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sd21-base")
     parser.add_argument("--dpt", type=Path, required=True, help="adapter and LoRA")

@@ -95,6 +95,7 @@ def _device(args: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         "python -m dpt.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -390,6 +390,7 @@ STAGES = {
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a YAML file: what differs from the defaults of `PretrainConfig`")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
