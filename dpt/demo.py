@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="shapes", help=f"{', '.join(MODELS)}, a local folder or a hub id")
     parser.add_argument("--dpt", type=Path, help="adapter and LoRA (default: those that belong to the model)")
-    parser.add_argument("--scale", type=float, help="guidance scale (default: 3 for shapes, else 7.5)")
+    parser.add_argument("--scale", type=float, help="guidance scale (default: 5 for shapes, else 7.5)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: 20 for shapes, else 50)")
     parser.add_argument("--device", help="default: the first GPU, else the CPU")
     parser.add_argument("--port", type=int, default=7860)
