@@ -34,7 +34,15 @@ def test_the_first_line_says_weights_and_factor(tmp_path, capsys, weights):
     assert draw(tmp_path, *weights, "--dry-run") == 0
     first = capsys.readouterr().out.splitlines()[0]
     assert weights[1] in first
-    assert "self-correction factor 0.5 (conditional)" in first
+    assert "self-correction norm 0.012 (latent)" in first  # chosen for shapes
+    for given, said in {
+        "--correction_factor 0.5": "factor 0.5 (conditional)",
+        "--correction_norm 0.1": "norm 0.1 (conditional)",
+        "--correction_target conditional": "norm 0.012 (conditional)",
+        "--parity": "factor 0.5 (conditional)",
+    }.items():
+        assert draw(tmp_path, *weights, *given.split(), "--dry-run") == 0
+        assert f"self-correction {said}" in capsys.readouterr().out.splitlines()[0]
     assert draw(tmp_path, "--dpt", "none", "--dry-run") == 0
     assert "without DPT weights" in capsys.readouterr().out.splitlines()[0]
 
@@ -42,11 +50,12 @@ def test_the_first_line_says_weights_and_factor(tmp_path, capsys, weights):
 def test_weights_that_belong_to_the_model_are_the_default(tmp_path, capsys, monkeypatch, shapes_dpt):
     monkeypatch.setitem(txt2img.DPT_WEIGHTS, "shapes", shapes_dpt)
     assert draw(tmp_path, "--dry-run") == 0
-    assert "self-correction factor 0.5" in capsys.readouterr().out.splitlines()[0]
+    assert "self-correction norm 0.012" in capsys.readouterr().out.splitlines()[0]
     monkeypatch.setitem(txt2img.DPT_WEIGHTS, "sd21-base", shapes_dpt)
-    for name in (str(CKPT_FOLDER / "shapes"), "stabilityai/stable-diffusion-2-1-base"):
+    corrections = {str(CKPT_FOLDER / "shapes"): "norm 0.012", "stabilityai/stable-diffusion-2-1-base": "factor 0.5"}
+    for name, said in corrections.items():
         assert draw(tmp_path, "--dry-run", "--model", name) == 0
-        assert "self-correction factor 0.5" in capsys.readouterr().out.splitlines()[0]
+        assert f"self-correction {said}" in capsys.readouterr().out.splitlines()[0]
     assert draw(tmp_path, "--dry-run", "--model", "someone/else") == 0
     assert "without DPT weights" in capsys.readouterr().out.splitlines()[0]
 
