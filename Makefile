@@ -12,8 +12,8 @@ $(VENV)/installed: requirements.txt
 	cp requirements.txt $@
 
 demo: $(VENV)/installed
-	$(BIN)/python txt2img.py --model shapes --dpt none --scale 5 --prompt "$$PROMPT" --outdir outputs/demo/without
-	$(BIN)/python txt2img.py --model shapes --scale 5 --prompt "$$PROMPT" --outdir outputs/demo/with
+	$(BIN)/python txt2img.py --model shapes --dpt none --prompt "$$PROMPT" --outdir outputs/demo/without
+	$(BIN)/python txt2img.py --model shapes --prompt "$$PROMPT" --outdir outputs/demo/with
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q

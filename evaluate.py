@@ -42,7 +42,6 @@ def main(argv: list[str] | None = None) -> int:
     for name, module in COMMANDS.items():
         module.add_arguments(commands.add_parser(name, description=module.__doc__, formatter_class=formatter))
     args = parser.parse_args(argv)
-    keep_freed_memory()
     try:
         result = COMMANDS[args.command].run(args)
         if args.command in ("generate", "align", "quality", "report", "pareto"):
@@ -57,4 +56,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

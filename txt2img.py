@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import dpt
 from dpt.adapter import Scorer
-from dpt.checkpoint import CHOSEN_CORRECTION, DPT_WEIGHTS, load_checkpoint
+from dpt.checkpoint import DPT_WEIGHTS, load_checkpoint
 from dpt.images import append_metadata, compbench_stem, make_grid, numbered, read_metadata, save_new
 from dpt.lora import load_external_lora
 from dpt.sampling import CORRECTION_TARGETS, CorrectionSettings, draw
@@ -37,6 +37,7 @@ from dpt.stable_diffusion import (
     check_size,
     known_name,
     load_stable_diffusion,
+    sampling_defaults,
     usable_device,
     weights_fingerprint,
 )
@@ -65,8 +66,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--n_iter", type=int, default=1, help="how many times n_samples are drawn, with new seeds (default: 1)")
     add("--batch_size", type=int, default=4, help="pictures drawn at once; does not change them (default: 4)")
     add("--seed", type=int, default=42, help="sample k of a prompt uses seed + k (default: 42)")
-    add("--scale", type=float, default=7.5, help="guidance scale (default: 7.5)")
-    add("--ddim_steps", "--num_timesteps", dest="steps", type=int, default=50, help="sampling steps (default: 50)")
+    add("--scale", type=float, help="guidance scale (default: 7.5, of shapes 5)")
+    add("--ddim_steps", "--num_timesteps", dest="steps", type=int, help="sampling steps (default: 50, of shapes 20)")
     add("--H", type=int, help="height in pixels (default: the model's)")
     add("--W", type=int, help="width in pixels (default: the model's)")
     add("--outdir", type=Path, default=Path("outputs/txt2img"), help="default: outputs/txt2img")
@@ -105,7 +106,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises ValueError for values that cannot work whatever the model."""
+    """Fills in the model's defaults. Raises ValueError for values that cannot work whatever the model."""
+    defaults = sampling_defaults(args.model)
+    args.scale = defaults.guidance_scale if args.scale is None else args.scale
+    args.steps = defaults.num_inference_steps if args.steps is None else args.steps
     for name in ("n_samples", "n_iter", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
@@ -175,9 +179,10 @@ def choose_correction(args: argparse.Namespace) -> tuple[Path | None, Correction
     factor = args.correction_factor
     if weights is None and (factor or args.correction_norm or args.trace):
         raise ValueError("self-correction and --trace need an adapter: pass --dpt PATH")
-    norm, target = args.correction_norm, "conditional"
-    if weights and name in CHOSEN_CORRECTION and factor is None and norm is None and not args.parity:
-        norm, target = CHOSEN_CORRECTION[name]
+    defaults, norm, target = sampling_defaults(args.model), args.correction_norm, "conditional"
+    if weights and factor is None and not args.parity:  # a length, with the target that it was chosen with
+        norm = defaults.correction_norm if norm is None else norm
+        target = defaults.correction_target
     return weights, CorrectionSettings(
         factor=(0.5 if weights else 0.0) if factor is None else factor,
         norm=norm,

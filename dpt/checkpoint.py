@@ -35,8 +35,6 @@ ADAPTER_FILE, CONFIG_FILE, LORA_FILE = "adapter.safetensors", "config.yaml", "py
 RELEASED_FILE = "pytorch_model.bin"
 DPT_WEIGHTS = {"shapes": CKPT_FOLDER / "shapes-dpt", "sd21-base": CKPT_FOLDER / "dpt-v2.1"}
 """Adapter and LoRA that belong to a base model, used where they are there."""
-CHOSEN_CORRECTION = {"shapes": (0.012, "latent")}
-"""Length (a share of the latent's norm) and target of self-correction, where they were chosen for a model."""
 
 ADAPTER_KEYS = (
     (r"query_embed\.", "query_embed."),
@@ -123,10 +121,12 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
         data = ModelCardData(
             library_name="dpt", license="apache-2.0", base_model=MODELS.get(self.config.base_model), tags=["dpt"]
         )
+        what = "Adapter and LoRA" if self.lora else "Adapter"
+        alone = ", the LoRA alone with `pipe.load_lora_weights`" if self.lora else ""
         return ModelCard(
-            f"---\n{data.to_yaml()}\n---\n\n# DPT weights\n\nAdapter and LoRA for {self.config.base_model}, probed at "
-            f"{self.config.feature}. Load with `dpt.SelfCorrectionPipeline.load_dpt`, the LoRA alone with "
-            f"`pipe.load_lora_weights`.\n{metrics}\nLicence: Apache-2.0.\n"
+            f"---\n{data.to_yaml()}\n---\n\n# DPT weights\n\n{what} for {self.config.base_model}, probed at "
+            f"{self.config.feature}. Load with `dpt.SelfCorrectionPipeline.load_dpt`{alone}.\n{metrics}\n"
+            "Licence: Apache-2.0.\n"
         )
 
     def _save_pretrained(self, save_directory: Path) -> None:

@@ -15,11 +15,18 @@ import numpy as np
 import torch
 
 from dpt.adapter import Scorer
-from dpt.checkpoint import CHOSEN_CORRECTION, DPT_WEIGHTS, load_checkpoint
+from dpt.checkpoint import DPT_WEIGHTS, load_checkpoint
 from dpt.images import to_pixels, with_boxes
 from dpt.metrics import objectness
 from dpt.sampling import CORRECTION_TARGETS, CorrectionSettings, draw, initial_noise
-from dpt.stable_diffusion import MODELS, StableDiffusion, known_name, load_stable_diffusion, usable_device
+from dpt.stable_diffusion import (
+    MODELS,
+    StableDiffusion,
+    known_name,
+    load_stable_diffusion,
+    sampling_defaults,
+    usable_device,
+)
 from dpt.unet_features import unet_features
 
 EXAMPLE = "a red circle left of a blue square"
@@ -149,7 +156,7 @@ def make_page(studio: Studio):
         except (ValueError, FloatingPointError) as error:
             raise gradio.Error(str(error)) from error
 
-    length, goes_on = CHOSEN_CORRECTION.get(studio.sd.name, (0.01, "conditional"))
+    defaults = sampling_defaults(studio.sd.name)
     with gradio.Blocks(title="dpt") as page:
         gradio.Markdown(f"## {studio.sd.name}, without and with self-correction")
         with gradio.Row():
@@ -158,9 +165,15 @@ def make_page(studio: Studio):
             )
             seed = gradio.Number(label="seed", value=0, precision=0, minimum=0)
             norm = gradio.Slider(
-                0, 0.1, value=length, step=0.001, label="correction's length, as a share of the latent's"
+                0,
+                0.1,
+                value=defaults.correction_norm or 0.01,
+                step=0.001,
+                label="correction's length, as a share of the latent's",
             )
-            target = gradio.Dropdown(CORRECTION_TARGETS, value=goes_on, label="what goes on from the correction")
+            target = gradio.Dropdown(
+                CORRECTION_TARGETS, value=defaults.correction_target, label="what goes on from the correction"
+            )
             phrase = gradio.Textbox(label="phrase to find", elem_id="phrase")
         button = gradio.Button("draw", variant="primary", elem_id="draw")
         with gradio.Row():
@@ -194,12 +207,12 @@ def main(argv: list[str] | None = None) -> int:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
         sd = load_stable_diffusion(args.model, dtype=dtype, device=device)
         scorer = load_checkpoint(weights).attach(sd)
-        small = name == "shapes"
+        defaults = sampling_defaults(args.model)
         studio = Studio(
             sd,
             scorer,
-            guidance_scale=(5.0 if small else 7.5) if args.scale is None else args.scale,
-            num_inference_steps=(20 if small else 50) if args.steps is None else args.steps,
+            guidance_scale=defaults.guidance_scale if args.scale is None else args.scale,
+            num_inference_steps=defaults.num_inference_steps if args.steps is None else args.steps,
         )
         if studio.num_inference_steps < 1:
             raise ValueError(f"--steps is {args.steps}; it must be at least 1")

@@ -13,7 +13,7 @@ from dpt.checkpoint import checkpoints, load_checkpoint
 from dpt.config import TrainConfig, check_stage, load_config
 from dpt.data.sources import needed_files
 from dpt.engine import Trainer
-from dpt.memory import estimate_step, keep_freed_memory
+from dpt.memory import estimate_step
 from dpt.model import EARLY_PASSES
 from dpt.stable_diffusion import architecture
 from dpt.unet_features import parse_feature
@@ -105,7 +105,6 @@ def run_stage(stage: str, argv: list[str] | None, description: str) -> int:
             if missing:
                 raise ValueError(f"{missing} of these are missing; docs/data.md says where they come from")
         else:
-            keep_freed_memory()
             Trainer(config, stage).train()
     except (ValueError, FloatingPointError, OSError) as error:
         # an error in a reading process arrives with that process's traceback; its last line is the error

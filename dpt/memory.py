@@ -24,6 +24,8 @@ def reset_peak(device: torch.device | str = "cpu") -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif Path("/proc/self/clear_refs").exists():
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # what was freed and kept is none of what follows
         Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -38,11 +40,11 @@ def peak_mb(device: torch.device | str = "cpu") -> float:
 
 
 def keep_freed_memory() -> None:
-    """Lets a CPU process keep what tensors free for those to come, where the C library is glibc; elsewhere nothing.
+    """Lets a process that computes on a CPU keep what tensors free for those to come; without glibc nothing.
 
-    By default every large tensor's pages are returned to the system and cleared anew, a quarter of a training step.
+    By default every large tensor's pages are returned to the system and cleared anew.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or torch.accelerator.is_available():
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

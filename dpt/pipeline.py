@@ -18,7 +18,8 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
 
     pipe = SelfCorrectionPipeline.from_pretrained("ckpt/shapes", safety_checker=None)
     pipe.load_dpt("ckpt/shapes-dpt")
-    image = pipe("a red circle left of a blue square", correction_factor=0.5).images[0]
+    sampling = {"guidance_scale": 5, "num_inference_steps": 20, "correction_norm": 0.012, "correction_target": "latent"}
+    image = pipe("a red circle left of a blue square", **sampling).images[0]
 
     `from_pipe` takes another pipeline's components. Any scheduler may be set.
     """

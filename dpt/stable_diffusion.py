@@ -284,6 +284,24 @@ def known_name(model: str) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """How a model draws where nothing else is asked for; the defaults are Stable Diffusion's and the paper's."""
+
+    guidance_scale: float = 7.5
+    num_inference_steps: int = 50
+    correction_norm: float | None = None
+    """the length of self-correction's steps as a share of the latent's norm; None: the paper's factor"""
+    correction_target: str = "conditional"
+
+
+def sampling_defaults(model: str) -> SamplingDefaults:
+    """Those of `shapes` were chosen together, on its val prompts (docs/results.md): a correction's length belongs to a
+    number of steps.
+    """
+    return SamplingDefaults(5.0, 20, 0.012, "latent") if known_name(model) == "shapes" else SamplingDefaults()
+
+
 def _source(model: str, notice) -> str:
     if model in MODELS and (MODELS[model] is None or (CKPT_FOLDER / model).is_dir()):
         return str(CKPT_FOLDER / model)

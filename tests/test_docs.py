@@ -35,3 +35,9 @@ def test_every_file_that_the_readme_names_exists(monkeypatch, request):
         assert Path(f"{module}.py").exists() or Path(module, "__main__.py").exists(), module
     for config in re.findall(r"configs/[a-z0-9_/]+\.yaml", text):
         assert Path(config).exists(), config
+
+
+def test_no_placeholder_is_left(monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+    for path in DOCS:
+        assert re.findall(r"@[A-Z]+@", path.read_text()) == [], path

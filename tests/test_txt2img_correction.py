@@ -37,7 +37,7 @@ def test_the_first_line_says_weights_and_factor(tmp_path, capsys, weights):
     assert "self-correction norm 0.012 (latent)" in first  # chosen for shapes
     for given, said in {
         "--correction_factor 0.5": "factor 0.5 (conditional)",
-        "--correction_norm 0.1": "norm 0.1 (conditional)",
+        "--correction_norm 0.1": "norm 0.1 (latent)",
         "--correction_target conditional": "norm 0.012 (conditional)",
         "--parity": "factor 0.5 (conditional)",
     }.items():

@@ -36,7 +36,7 @@ PUBLISHED = SCRIPTS / "configs/tables/published.yaml"
 
 @dataclass
 class Run:
-    """Training runs that differ in their seed alone; "{seed}", "{folder}" and "{data}" in settings are filled in."""
+    """Training runs that differ in their seed alone; settings may hold "{seed}", "{folder}" (of runs) and "{data}"."""
 
     stage: str = "tune"
     """probe or tune"""
@@ -66,6 +66,9 @@ class Experiment:
     """Runs in the order in which they are trained, arms in the order of the table."""
 
     folder: str = "outputs/experiment"
+    """for pictures and tables, and for training runs"""
+    runs_folder: str | None = None
+    """for training runs instead, such as another experiment's, whose runs of the same names then serve here too"""
     data: str = "DATA"
     """what "{data}" stands for in settings and prompts: the folder of users' files"""
     runs: dict[str, Run] = field(default_factory=dict)
@@ -92,6 +95,7 @@ class Experiment:
     """a table of configs/tables/published.yaml to show beside"""
 
     def __post_init__(self):
+        self.runs_folder = self.runs_folder or self.folder
         for name, source in self.protocol.items():
             if source not in SOURCES:
                 raise ValueError(f"protocol: {name} is of {source!r}; sources are {', '.join(SOURCES)}")
@@ -134,7 +138,7 @@ def run(args: argparse.Namespace) -> dict:
     align.add_arguments(scoring)
     if unknown := set(experiment.metrics) - scorers.METRICS.keys():
         raise ValueError(f"metrics names {sorted(unknown)[0]!r}; there are {', '.join(scorers.METRICS)}")
-    drawn = [one for arm in arms.values() for one in arm.each_seed(experiment.folder)]
+    drawn = [one for arm in arms.values() for one in arm.each_seed(experiment.runs_folder)]
     prompts = experiment.prompts.replace("{data}", experiment.data)
     label = prompts.replace(":", "-").replace("/", "-")
     root = Path(experiment.folder) / label
@@ -178,7 +182,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def train(runs: dict[str, Run], experiment: Experiment, *, jobs: int = 1) -> None:
-    """Trains the runs `FOLDER/<name>-<seed>` that are not finished, each in a process of its own, `jobs` at once.
+    """Trains the runs `<runs_folder>/<name>-<seed>` that are not finished, a process each, `jobs` at once.
 
     Raises:
         ValueError: a run that failed; what it said stands above.
@@ -190,7 +194,7 @@ def train(runs: dict[str, Run], experiment: Experiment, *, jobs: int = 1) -> Non
         for seed in one.seeds:
             settings = [*run_settings(name, one, experiment, seed), "resume=true"]
             config = load_config(TrainConfig, one.config, settings)
-            newest = checkpoints(Path(experiment.folder) / config.run_name)
+            newest = checkpoints(Path(experiment.runs_folder) / config.run_name)
             if newest and int(newest[0].name.removeprefix("step_")) >= config.optim.steps:
                 continue
             if generate.process_state().num_processes > 1:
@@ -211,8 +215,8 @@ def train(runs: dict[str, Run], experiment: Experiment, *, jobs: int = 1) -> Non
 
 def run_settings(name: str, one: Run, experiment: Experiment, seed: int) -> list[str]:
     """The run's settings as the training script takes them."""
-    values = {"{seed}": str(seed), "{folder}": experiment.folder, "{data}": experiment.data}
-    places = [f"run_name={name}-{seed}", f"output_folder={experiment.folder}", f"seed={seed}"]
+    values = {"{seed}": str(seed), "{folder}": experiment.runs_folder, "{data}": experiment.data}
+    places = [f"run_name={name}-{seed}", f"output_folder={experiment.runs_folder}", f"seed={seed}"]
     return [*places, *(_filled(text, values) for text in one.settings)]
 
 
@@ -231,7 +235,7 @@ def measure(experiment: Experiment, output: Path) -> None:
 
 
 def _measure_words(experiment: Experiment, output: Path, task: str) -> list[str]:
-    settings, values = experiment.measure, {"{folder}": experiment.folder, "{data}": experiment.data}
+    settings, values = experiment.measure, {"{folder}": experiment.runs_folder, "{data}": experiment.data}
     words = [_filled(path, values) for path in settings.checkpoints]
     words += ["--config", settings.config, "--split", settings.split, "--num_samples", str(settings.num_samples)]
     words += ["--output", str(output)]

@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--outdir", type=Path, required=True)
     parser.add_argument("--compbench", action="store_true", help="name files as T2I-CompBench does")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes every arm")
-    parser.add_argument("--folder", default="outputs/experiment", help="what {folder} stands for in the arms' dpt")
+    parser.add_argument(
+        "--folder", default="outputs/experiment", help="what {folder} stands for in the arms' dpt and lora"
+    )
 
 
 def run(args: argparse.Namespace) -> dict:

@@ -1,13 +1,15 @@
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import evaluate
-from dpt.checkpoint import DPTCheckpoint, load_checkpoint, save_checkpoint
+from dpt.checkpoint import LORA_FILE, DPTCheckpoint, load_checkpoint, save_checkpoint
 from dpt.config import TrainConfig, load_config
 from dpt.data.collate import collate, encode_batch
 from dpt.evaluation.arms import load_arm
@@ -16,6 +18,7 @@ from dpt.evaluation.itm import denoising_matches
 from dpt.evaluation.probe_map import ProbeMap
 from dpt.evaluation.probes import Measured, summary
 from dpt.evaluation.scorers import METRICS
+from dpt.lora import load_external_lora
 from dpt.shapes.samples import ShapesSamples
 from dpt.stable_diffusion import load_stable_diffusion
 from dpt.validation import wins
@@ -251,3 +254,35 @@ def test_one_map_s_losses_are_those_of_a_probe_alone(tmp_path):
     alone = config.loss.weights.total(model(inputs))
     assert found["loss_none_up1"].item() == pytest.approx(alone.item(), rel=1e-4)
     assert found["loss_constant_text_up1"].item() != pytest.approx(alone.item(), rel=1e-4)
+
+
+def test_what_shares_a_name_and_a_folder_is_the_same():
+    """Runs and pictures of one folder are made once: another config's of the same name would be taken for its own."""
+    runs, drawn = {}, {}
+    for path in (*sorted(CONFIGS.glob("tables/shapes_*.yaml")), CONFIGS / "shapes/experiment.yaml"):
+        experiment = load_config(Experiment, path)
+        for name, one in experiment.runs.items():
+            key = (experiment.runs_folder, name)
+            settings = run_settings(name, one, experiment, 0)
+            assert runs.setdefault(key, (one.stage, one.config, settings)) == (one.stage, one.config, settings), key
+        arms = [load_arm(file) for file in experiment.arms]
+        arms += [replace(arm, name=name) for name, arm in experiment.more_arms.items()]
+        for arm in arms:
+            for one in arm.each_seed(experiment.runs_folder):
+                key, value = (experiment.folder, one.name), (one.settings(), experiment.image_seeds)
+                assert drawn.setdefault(key, value) == value, key
+
+
+def test_the_committed_weights_are_there_and_fit():
+    sd = load_stable_diffusion("shapes")
+    experiment = load_config(Experiment, CONFIGS / "shapes/committed.yaml")
+    arms = [one for arm in experiment.more_arms.values() for one in arm.each_seed()]
+    assert {arm.lora or arm.dpt for arm in arms} >= {"ckpt/shapes-dpt", "ckpt/shapes-dpt/seeds/dpt-5"}
+    for arm in arms:
+        if arm.dpt:
+            load_checkpoint(arm.dpt).attach(sd)
+        else:
+            load_external_lora(sd.unet, Path(arm.lora))
+    own, first = (load_file(Path("ckpt/shapes-dpt") / folder / LORA_FILE) for folder in ("lora", "seeds/dpt-0"))
+    assert own.keys() == first.keys()
+    assert all(torch.equal(value, first[name]) for name, value in own.items())
