@@ -90,7 +90,7 @@ def test_every_flag_changes_the_picture_and_is_recorded(tmp_path, weights):
         "lora": [*weights, "--correction_factor", "0"],
         "factor": [*weights, "--correction_factor", "500"],
         "norm": strong,
-        "target": [*strong, "--correction_target", "latent"],
+        "target": [*strong, "--correction_target", "conditional"],
         "start": [*strong, "--correction_start", "0.5"],
         "stop": [*strong, "--correction_stop", "0.5"],
         "parity": [*weights, "--correction_factor", "500", "--parity"],
@@ -105,7 +105,7 @@ def test_every_flag_changes_the_picture_and_is_recorded(tmp_path, weights):
             assert (pictures[a] != pictures[b]).any(), (a, b)
     (record,) = read_metadata(tmp_path / "target")
     correction = record["settings"]["correction"]
-    assert (correction["norm"], correction["target"]) == (0.1, "latent")
+    assert (correction["norm"], correction["target"]) == (0.1, "conditional")
     assert len(record["settings"]["dpt"]) == 16
     assert record["dpt_source"] == weights[1]
     chunks = Image.open(tmp_path / "target" / record["file"]).text
