@@ -117,8 +117,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--ddim_steps is {args.steps}; it must be between 1 and 500")
     if args.correction_norm is not None and args.correction_factor is not None:
         raise ValueError("--correction_factor and --correction_norm exclude each other: pass one of them")
-    plain = (args.correction_norm, args.correction_target, args.correction_start, args.correction_stop)
-    if args.parity and plain not in ((None, None, 0.0, 1.0), (None, "conditional", 0.0, 1.0)):
+    target = args.correction_target or "conditional"
+    plain = (args.correction_norm, target, args.correction_start, args.correction_stop)
+    if args.parity and plain != (None, "conditional", 0.0, 1.0):
         raise ValueError(
             "--parity is the reference's sampling, which has no --correction_norm, --correction_target latent, "
             "--correction_start or --correction_stop: leave them out"

@@ -24,8 +24,8 @@ def reset_peak(device: torch.device | str = "cpu") -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif Path("/proc/self/clear_refs").exists():
-        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)  # what was freed and kept is none of what follows
+        if malloc_trim := _libc("malloc_trim"):
+            malloc_trim(0)  # what was freed and kept is none of what follows
         Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -44,14 +44,17 @@ def keep_freed_memory() -> None:
 
     By default every large tensor's pages are returned to the system and cleared anew.
     """
-    if sys.platform != "linux" or torch.accelerator.is_available():
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
+    mallopt = _libc("mallopt")
+    if mallopt and not torch.accelerator.is_available():
         trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, -1)
-        libc.mallopt(top_pad, 2**28)
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)
+        mallopt(top_pad, 2**28)
+
+
+def _libc(name: str):
+    """The C library's function of that name; None where it has none, and off Linux."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 class PeakBytes(TorchDispatchMode):
