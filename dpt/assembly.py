@@ -9,7 +9,7 @@ from dpt.lora import add_lora, load_lora, lora_state
 from dpt.model import DPT
 from dpt.rec_text import RecTextEncoder
 from dpt.stable_diffusion import StableDiffusion
-from dpt.unet_features import block_channels, parse_feature
+from dpt.unet_features import block_channels, parse_feature, set_cpu_attention
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """of the frozen weights; what is trained is float32"""
@@ -74,6 +74,7 @@ def make_model(
         raise ValueError(f"{start.source} holds LoRA; a probe is of the model as it is")
     if stage == "tune":
         _add_lora(config, sd, start)
+        set_cpu_attention(sd.unet)
     loss = config.loss
     return DPT(
         sd.unet,

@@ -10,6 +10,7 @@ import copy
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
 LATENTS = "latents"
@@ -116,3 +117,21 @@ def _truncated(unet: UNet2DConditionModel, blocks: tuple[str, ...]) -> UNet2DCon
     twin.conv_norm_out = None
     twin.conv_out = nn.Identity()
     return twin
+
+
+def set_cpu_attention(unet: UNet2DConditionModel) -> None:
+    """Chooses the attention that trains faster on a CPU; on other devices leaves the U-Net as it is.
+
+    Fused for the largest map's self-attention; plain matrix products for cross-attention and smaller maps, where the
+    fused backward is 2 to 8 times slower (measured on the embedded model, bf16: pretraining 0.85 s a step instead of
+    1.04, a tuning step's passes to `up2` 1.12 s instead of 1.43).
+    """
+    if unet.device.type != "cpu":
+        return
+    largest = ("down_blocks.0.", f"up_blocks.{len(unet.up_blocks) - 1}.")
+    unet.set_attn_processor(
+        {
+            name: AttnProcessor2_0() if ".attn1." in name and name.startswith(largest) else AttnProcessor()
+            for name in unet.attn_processors
+        }
+    )

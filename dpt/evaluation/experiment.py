@@ -36,7 +36,7 @@ PUBLISHED = SCRIPTS / "configs/tables/published.yaml"
 
 @dataclass
 class Run:
-    """Training runs that differ in their seed alone; settings may hold "{seed}", "{folder}" (of runs) and "{data}"."""
+    """Training runs that differ in their seed alone; settings may hold "{seed}", "{folder}" and "{data}"."""
 
     stage: str = "tune"
     """probe or tune"""
@@ -67,8 +67,6 @@ class Experiment:
 
     folder: str = "outputs/experiment"
     """for pictures and tables, and for training runs"""
-    runs_folder: str | None = None
-    """for training runs instead, such as another experiment's, whose runs of the same names then serve here too"""
     data: str = "DATA"
     """what "{data}" stands for in settings and prompts: the folder of users' files"""
     runs: dict[str, Run] = field(default_factory=dict)
@@ -79,6 +77,8 @@ class Experiment:
     """by name, in this file"""
     prompts: str = "shapes:val"
     """a prompt set of `dpt.evaluation.prompts`"""
+    per_category: int | None = None
+    """only the first so many prompts a category; they have folders of their own"""
     image_seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3])
     metrics: list[str] = field(default_factory=lambda: ["oracle", "shapes-clip"])
     quality: bool = True
@@ -95,7 +95,6 @@ class Experiment:
     """a table of configs/tables/published.yaml to show beside"""
 
     def __post_init__(self):
-        self.runs_folder = self.runs_folder or self.folder
         for name, source in self.protocol.items():
             if source not in SOURCES:
                 raise ValueError(f"protocol: {name} is of {source!r}; sources are {', '.join(SOURCES)}")
@@ -105,7 +104,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's flags."""
     parser.add_argument("config", type=Path, help="a YAML file: what differs from the defaults of `Experiment`")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--per_category", type=int, help="only the first so many prompts a category")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument(
         "--jobs", type=int, default=1, help="trainings side by side, the cores shared out: on a CPU faster than in turn"
@@ -138,9 +136,10 @@ def run(args: argparse.Namespace) -> dict:
     align.add_arguments(scoring)
     if unknown := set(experiment.metrics) - scorers.METRICS.keys():
         raise ValueError(f"metrics names {sorted(unknown)[0]!r}; there are {', '.join(scorers.METRICS)}")
-    drawn = [one for arm in arms.values() for one in arm.each_seed(experiment.runs_folder)]
+    drawn = [one for arm in arms.values() for one in arm.each_seed(experiment.folder)]
     prompts = experiment.prompts.replace("{data}", experiment.data)
     label = prompts.replace(":", "-").replace("/", "-")
+    label += f"-{experiment.per_category}" if experiment.per_category else ""
     root = Path(experiment.folder) / label
     tables = Path(experiment.folder) / "tables" / args.config.stem
     folders = [root / one.name for one in drawn]
@@ -159,7 +158,7 @@ def run(args: argparse.Namespace) -> dict:
             prompts,
             experiment.image_seeds,
             root,
-            per_category=args.per_category,
+            per_category=experiment.per_category,
             batch_size=args.batch_size,
             compbench=experiment.compbench,
         )
@@ -182,7 +181,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def train(runs: dict[str, Run], experiment: Experiment, *, jobs: int = 1) -> None:
-    """Trains the runs `<runs_folder>/<name>-<seed>` that are not finished, a process each, `jobs` at once.
+    """Trains the runs `<folder>/<name>-<seed>` that are not finished, a process each, `jobs` at once.
 
     Raises:
         ValueError: a run that failed; what it said stands above.
@@ -194,7 +193,7 @@ def train(runs: dict[str, Run], experiment: Experiment, *, jobs: int = 1) -> Non
         for seed in one.seeds:
             settings = [*run_settings(name, one, experiment, seed), "resume=true"]
             config = load_config(TrainConfig, one.config, settings)
-            newest = checkpoints(Path(experiment.runs_folder) / config.run_name)
+            newest = checkpoints(Path(experiment.folder) / config.run_name)
             if newest and int(newest[0].name.removeprefix("step_")) >= config.optim.steps:
                 continue
             if generate.process_state().num_processes > 1:
@@ -215,8 +214,8 @@ def train(runs: dict[str, Run], experiment: Experiment, *, jobs: int = 1) -> Non
 
 def run_settings(name: str, one: Run, experiment: Experiment, seed: int) -> list[str]:
     """The run's settings as the training script takes them."""
-    values = {"{seed}": str(seed), "{folder}": experiment.runs_folder, "{data}": experiment.data}
-    places = [f"run_name={name}-{seed}", f"output_folder={experiment.runs_folder}", f"seed={seed}"]
+    values = {"{seed}": str(seed), "{folder}": experiment.folder, "{data}": experiment.data}
+    places = [f"run_name={name}-{seed}", f"output_folder={experiment.folder}", f"seed={seed}"]
     return [*places, *(_filled(text, values) for text in one.settings)]
 
 
@@ -235,7 +234,7 @@ def measure(experiment: Experiment, output: Path) -> None:
 
 
 def _measure_words(experiment: Experiment, output: Path, task: str) -> list[str]:
-    settings, values = experiment.measure, {"{folder}": experiment.runs_folder, "{data}": experiment.data}
+    settings, values = experiment.measure, {"{folder}": experiment.folder, "{data}": experiment.data}
     words = [_filled(path, values) for path in settings.checkpoints]
     words += ["--config", settings.config, "--split", settings.split, "--num_samples", str(settings.num_samples)]
     words += ["--output", str(output)]
@@ -260,7 +259,6 @@ def commands(experiment: Experiment, runs: dict[str, Run], draws: bool, args: ar
     if draws:
         words = ["accelerate", "launch", "evaluate.py", "experiment", str(args.config), *args.overrides]
         words += ["--only", *args.only] if args.only else []
-        words += ["--per_category", str(args.per_category)] if args.per_category else []
         lines.append(shlex.join([*words, "--batch_size", str(args.batch_size), "--steps", "draw", "table"]))
     return lines
 

@@ -1,6 +1,6 @@
 """`evaluate.py pareto`: correctness against network passes, as one figure.
 
-    python evaluate.py pareto outputs/tables/shapes-test/s* --ceiling outputs/tables/shapes-test/s20 \\
+    python evaluate.py pareto outputs/tables/shapes-test-20/s* --ceiling outputs/tables/shapes-test-20/s20 \\
         --output docs/pareto.png
 
 A point an arm: the share of correct pictures with its 95 % interval against the U-Net passes that a picture takes,

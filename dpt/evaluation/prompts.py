@@ -28,20 +28,22 @@ def load_prompt_set(name: str, *, per_category: int | None = None) -> list[Promp
     """The distinct prompts of a set, in the files' order.
 
     Args:
-        per_category: only the first so many of each category.
+        per_category: only the first so many of each category; their numbers, and so their noise, are the whole set's.
 
     Raises:
         ValueError: no such set, or a file that does not hold what it should; it is named.
     """
     kind, _, where = name.partition(":")
     groups = READERS[kind](where) if kind in READERS else _lines("prompts", Path(name))
-    categories: dict[str, dict[str, None]] = {}  # of each text, in order
+    categories: dict[str, dict[str, None]] = {}  # of each text, in order, those that it is chosen for
     for category, texts in groups.items():
-        for text in texts[:per_category]:
-            categories.setdefault(text, {})[category] = None
+        for k, text in enumerate(texts):
+            found = categories.setdefault(text, {})
+            if per_category is None or k < per_category:
+                found[category] = None
     if not categories:
         raise ValueError(f"prompts {name}: nothing there")
-    return [Prompt(number, tuple(found), text) for number, (text, found) in enumerate(categories.items())]
+    return [Prompt(number, tuple(found), text) for number, (text, found) in enumerate(categories.items()) if found]
 
 
 def _shapes(split: str) -> dict[str, tuple[str, ...]]:

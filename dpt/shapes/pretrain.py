@@ -34,10 +34,11 @@ from dpt.shapes.clip import (
 from dpt.shapes.quality import LABELS, judge_prompts
 from dpt.shapes.scenes import IMAGE_SIZE, render
 from dpt.shapes.training import save_folder, train_stage
-from dpt.shapes.unet import Latents, denoising_losses, make_scheduler, make_unet, set_cpu_attention, validation_losses
+from dpt.shapes.unet import Latents, denoising_losses, make_scheduler, make_unet, validation_losses
 from dpt.shapes.vae import cache_latents, make_vae, measure_scaling_factor, reconstruction_error, vae_losses, whiten
 from dpt.shapes.world import PROMPT_CATEGORIES, ShapesWorld, load_prompts
 from dpt.stable_diffusion import StableDiffusion
+from dpt.unet_features import set_cpu_attention
 
 
 @dataclass

@@ -4,7 +4,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from dpt.data.loader import step_indices
 from dpt.shapes.captions import caption_text
@@ -27,21 +26,6 @@ def make_unet(*, channels: list[int], heads: list[int], context_width: int, samp
         cross_attention_dim=context_width,
         use_linear_projection=True,
         norm_num_groups=16,
-    )
-
-
-def set_cpu_attention(unet: UNet2DConditionModel) -> None:
-    """Chooses the faster attention for a bf16 training step of batch 64 on a CPU.
-
-    Fused for the largest map's self-attention; plain matrix products for cross-attention and smaller maps, where the
-    fused backward is 2 to 8 times slower (measured: 0.85 s a step instead of 1.04 s).
-    """
-    largest = ("down_blocks.0.", f"up_blocks.{len(unet.up_blocks) - 1}.")
-    unet.set_attn_processor(
-        {
-            name: AttnProcessor2_0() if ".attn1." in name and name.startswith(largest) else AttnProcessor()
-            for name in unet.attn_processors
-        }
     )
 
 

@@ -151,12 +151,12 @@ def test_an_experiment_from_training_to_table(tmp_path, capsys):
     }
     config = tmp_path / "experiment.yaml"
     config.write_text(json.dumps(experiment))
-    call = ["experiment", str(config), "image_seeds=[0, 1]", "--per_category", "1"]
+    call = ["experiment", str(config), "image_seeds=[0, 1]", "per_category=1"]
     assert evaluate.main([*call, "--jobs", "2"]) == 0
-    table = json.loads((tmp_path / "out/tables/experiment/shapes-val/table.json").read_text())
+    table = json.loads((tmp_path / "out/tables/experiment/shapes-val-1/table.json").read_text())
     assert table["arms"]["dpt"]["training_seeds"] == 2
     assert "correct_difference" in table["arms"]["dpt"]
-    text = (tmp_path / "out/tables/experiment/shapes-val/table.md").read_text()
+    text = (tmp_path / "out/tables/experiment/shapes-val-1/table.md").read_text()
     assert "| 2 steps | our choice |" in text
     assert "| GORS on it | 0.6603 |" in text
     assert "left empty: DPT (its paper)" in text
@@ -262,14 +262,15 @@ def test_what_shares_a_name_and_a_folder_is_the_same():
     for path in (*sorted(CONFIGS.glob("tables/shapes_*.yaml")), CONFIGS / "shapes/experiment.yaml"):
         experiment = load_config(Experiment, path)
         for name, one in experiment.runs.items():
-            key = (experiment.runs_folder, name)
+            key = (experiment.folder, name)
             settings = run_settings(name, one, experiment, 0)
             assert runs.setdefault(key, (one.stage, one.config, settings)) == (one.stage, one.config, settings), key
         arms = [load_arm(file) for file in experiment.arms]
         arms += [replace(arm, name=name) for name, arm in experiment.more_arms.items()]
         for arm in arms:
-            for one in arm.each_seed(experiment.runs_folder):
-                key, value = (experiment.folder, one.name), (one.settings(), experiment.image_seeds)
+            for one in arm.each_seed(experiment.folder):
+                key = (experiment.folder, experiment.prompts, experiment.per_category, one.name)
+                value = (one.settings(), experiment.image_seeds)
                 assert drawn.setdefault(key, value) == value, key
 
 
