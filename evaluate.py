@@ -17,7 +17,7 @@ import sys
 
 import torch
 
-from dpt.evaluation import align, experiment, generate, itm, pareto, probe_map, quality, rec, report, table
+from dpt.evaluation import align, experiment, figures, generate, itm, pareto, probe_map, quality, rec, report, table
 from dpt.memory import keep_freed_memory
 
 COMMANDS = {
@@ -29,6 +29,7 @@ COMMANDS = {
     "rec": rec,
     "probe-map": probe_map,
     "experiment": experiment,
+    "pack": figures,
     "report": report,
     "pareto": pareto,
 }
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         result = COMMANDS[args.command].run(args)
-        if args.command in ("generate", "align", "quality", "report", "pareto"):
+        if args.command in ("generate", "align", "quality", "pack", "report", "pareto"):
             print(json.dumps(result, indent=1))
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -27,6 +27,8 @@ from dpt.config import TrainConfig, load_config
 from dpt.engine import STAGES
 from dpt.evaluation import align, generate, itm, quality, rec, scorers, table
 from dpt.evaluation.arms import Arm, check_names, load_arm
+from dpt.evaluation.figures import read_arm, read_packed
+from dpt.results import RESULTS, record_section
 
 STEPS = ("train", "measure", "draw", "table")
 SOURCES = ("paper", "reference code", "our choice")
@@ -79,6 +81,8 @@ class Experiment:
     """a prompt set of `dpt.evaluation.prompts`"""
     per_category: int | None = None
     """only the first so many prompts a category; they have folders of their own"""
+    packed: str | None = None
+    """a file of `evaluate.py pack`: arms in it are not drawn, if they are to be drawn alike, and tabled from there"""
     image_seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3])
     metrics: list[str] = field(default_factory=lambda: ["oracle", "shapes-clip"])
     quality: bool = True
@@ -110,6 +114,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--only", nargs="+", help="names of runs and arms")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
+    parser.add_argument(
+        "--record", nargs="?", const=RESULTS, type=Path, metavar="FILE", help="put the tables into docs/results.md too"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands that it stands for, and stop")
 
 
@@ -136,7 +143,9 @@ def run(args: argparse.Namespace) -> dict:
     align.add_arguments(scoring)
     if unknown := set(experiment.metrics) - scorers.METRICS.keys():
         raise ValueError(f"metrics names {sorted(unknown)[0]!r}; there are {', '.join(scorers.METRICS)}")
-    drawn = [one for arm in arms.values() for one in arm.each_seed(experiment.folder)]
+    wanted = [one for arm in arms.values() for one in arm.each_seed(experiment.folder)]
+    packed = kept_arms(experiment.packed, wanted)
+    drawn = [one for one in wanted if one.name not in packed]
     prompts = experiment.prompts.replace("{data}", experiment.data)
     label = prompts.replace(":", "-").replace("/", "-")
     label += f"-{experiment.per_category}" if experiment.per_category else ""
@@ -162,22 +171,53 @@ def run(args: argparse.Namespace) -> dict:
             batch_size=args.batch_size,
             compbench=experiment.compbench,
         )
-    if not drawn or not generate.process_state().is_main_process:
+    if not generate.process_state().is_main_process:
         return {}
-    if "draw" in args.steps:
+    if "draw" in args.steps and drawn:
         align.run(scores)
         if experiment.quality:
             quality.run(argparse.Namespace(folders=folders))
-    if "table" not in args.steps:
-        return {}
-    return table.make_tables(
-        folders,
-        against=experiment.against if experiment.against in arms else None,
-        against_of={name: arm.against for name, arm in arms.items() if arm.against in arms},
-        by=experiment.by,
-        notes=notes,
-        output=tables / (f"{label}-part" if args.only else label),
-    )
+    rows, output = {}, tables / (f"{label}-part" if args.only else label)
+    if "table" in args.steps and wanted:
+        rows = table.make_tables(
+            {one.name: packed.get(one.name) or read_arm(root / one.name) for one in wanted},
+            against=experiment.against if experiment.against in arms else None,
+            against_of={name: arm.against for name, arm in arms.items() if arm.against in arms},
+            by=experiment.by,
+            notes=notes,
+            output=output,
+        )
+    if args.record:
+        split = tables / (experiment.measure or Measurement()).split
+        record(args, [split / "itm.md", split / "rec.md", output / "table.md"], "" if wanted else notes)
+    return rows
+
+
+def kept_arms(path: str | None, arms: list[Arm]) -> dict[str, dict]:
+    """Those of the arms that the packed file holds.
+
+    Raises:
+        ValueError: a file that cannot be read, or an arm that was drawn with other settings.
+    """
+    packed = read_packed(Path(path)) if path and Path(path).exists() else {}
+    for arm in arms:
+        before = packed.get(arm.name, {}).get("settings", {})
+        differing = [
+            f"{key} {before[key]} (now {value})"
+            for key, value in arm.settings().items()
+            if key in before and before[key] != value
+        ]
+        if differing:
+            raise ValueError(f"{path}: {arm.name} was drawn with {', '.join(differing)}; pack it again")
+    return {arm.name: packed[arm.name] for arm in arms if arm.name in packed}
+
+
+def record(args: argparse.Namespace, tables: list[Path], notes: str) -> None:
+    """Puts those of the tables that there are into a section of docs/results.md, and notes behind them."""
+    command = ["python", "evaluate.py", "experiment", str(args.config), *args.overrides]
+    command += ["--only", *args.only] if args.only else []
+    text = "\n".join(path.read_text() for path in tables if path.exists()) + notes
+    record_section(args.record, " ".join(["experiment", args.config.stem, *args.overrides]), shlex.join(command), text)
 
 
 def train(runs: dict[str, Run], experiment: Experiment, *, jobs: int = 1) -> None:

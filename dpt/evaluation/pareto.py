@@ -1,7 +1,6 @@
 """`evaluate.py pareto`: correctness against network passes, as one figure.
 
-    python evaluate.py pareto outputs/tables/shapes-test-20/s* --ceiling outputs/tables/shapes-test-20/s20 \\
-        --output docs/pareto.png
+    python evaluate.py pareto outputs/tables/shapes-test-20/s* --ceiling s20 --output docs/pareto.png
 
 A point an arm: the share of correct pictures with its 95 % interval against the U-Net passes that a picture takes,
 whole and truncated ones counted alike. --ceiling names an arm drawn from several noise seeds: the line of best-of-N if
@@ -16,15 +15,15 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from dpt.evaluation.arms import folder_name
-from dpt.evaluation.table import APART, read_arm
+from dpt.evaluation.figures import read_arms
+from dpt.evaluation.table import APART
 from dpt.metrics import crossed_bootstrap
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's flags."""
-    parser.add_argument("folders", nargs="+", type=Path, help="folders of arms")
-    parser.add_argument("--ceiling", type=Path, help="an arm of several noise seeds, from which the oracle chooses")
+    parser.add_argument("folders", nargs="+", type=Path, help="folders of arms, or files of `pack`")
+    parser.add_argument("--ceiling", help="the arm of several noise seeds from which the oracle chooses")
     parser.add_argument("--output", type=Path, required=True, help="a PNG")
 
 
@@ -34,37 +33,41 @@ def run(args: argparse.Namespace) -> dict:
     Raises:
         ValueError: folders without the oracle's verdicts or without their passes.
     """
-    names = [folder_name(folder) for folder in args.folders]
-    if len(set(names)) < len(names):
-        raise ValueError(f"two folders are of one arm: {', '.join(names)}")
-    points = {name: point(folder) for name, folder in zip(names, args.folders, strict=True)}
-    if args.ceiling:
-        points |= ceiling(args.ceiling)
+    arms: dict[str, dict] = {}
+    for path in args.folders:
+        found = read_arms(path)
+        if again := arms.keys() & found.keys():
+            raise ValueError(f"two folders are of one arm: {sorted(again)[0]}")
+        arms |= found
+    if args.ceiling is not None and args.ceiling not in arms:
+        raise ValueError(f"--ceiling is {args.ceiling!r}; the arms are {', '.join(arms)}")
+    points = {name: point(name, arm) for name, arm in arms.items()}
+    if args.ceiling is not None:
+        points |= ceiling(args.ceiling, arms[args.ceiling])
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.with_suffix(".json").write_text(json.dumps(points, indent=1) + "\n")
     draw_points(points, args.output)
     return points
 
 
-def _correct(folder: Path) -> tuple[dict[tuple, float], float]:
-    arm = read_arm(folder)
+def _correct(name: str, arm: dict) -> tuple[dict[tuple, float], float]:
     apart = {prompt for prompt, categories in arm["categories"].items() if categories == [APART]}
     values = {key: row.get("correct") for key, row in arm["values"].items() if key[0] not in apart}
     if None in values.values() or "whole_passes" not in arm["costs"]:
-        raise ValueError(f"{folder} lacks the oracle's verdicts, or the passes that generate records")
+        raise ValueError(f"{name} lacks the oracle's verdicts, or the passes that generate records")
     return values, arm["costs"]["whole_passes"] + arm["costs"]["truncated_passes"]
 
 
-def point(folder: Path) -> dict:
+def point(name: str, arm: dict) -> dict:
     """An arm's passes a picture and share of correct pictures."""
-    values, passes = _correct(folder)
+    values, passes = _correct(name, arm)
     prompts = np.array([prompt for prompt, _ in values])
     return {"passes": passes, "correct": crossed_bootstrap(np.array(list(values.values()))[None], prompts)}
 
 
-def ceiling(folder: Path) -> dict:
+def ceiling(name: str, arm: dict) -> dict:
     """Best-of-N if the oracle chose: N times the passes, the share of prompts of which one of N pictures is correct."""
-    values, passes = _correct(folder)
+    values, passes = _correct(name, arm)
     groups: dict[str, list[float]] = {}
     for (prompt, _), value in values.items():
         groups.setdefault(prompt, []).append(value)

@@ -10,6 +10,8 @@ kill the same command goes on. The config is a training config: model, adapter, 
 
 import argparse
 import json
+import shlex
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +33,7 @@ from dpt.evaluation.probes import check_timesteps, load_base
 from dpt.metrics import bootstrap_interval
 from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
+from dpt.results import RESULTS, record_section
 from dpt.shapes.training import train_stage
 from dpt.stable_diffusion import StableDiffusion
 from dpt.unet_features import parse_feature
@@ -60,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timesteps", type=int, nargs="+", default=TIMESTEPS, help="that are measured")
     parser.add_argument("--num_samples", type=int, default=500, help="val samples that are measured (default: 500)")
     parser.add_argument("--output", type=Path, required=True, help="a folder")
+    parser.add_argument(
+        "--record", nargs="?", const=RESULTS, type=Path, metavar="FILE", help="put the map into docs/results.md too"
+    )
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -96,8 +102,18 @@ def run(args: argparse.Namespace) -> dict:
     (args.output / "probe_map.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.output / "probe_map.md").write_text(markdown(result))
     draw_maps(result, args.output / "probe_map.png")
+    if args.record:
+        record(args, result)
     print(markdown(result))
     return result
+
+
+def record(args: argparse.Namespace, result: dict) -> None:
+    """Puts the map into a section of docs/results.md, its figure beside it."""
+    shutil.copy(args.output / "probe_map.png", args.record.with_name("probe_map.png"))
+    command = ["python", "evaluate.py", "probe-map", str(args.config), *args.overrides, "--output", str(args.output)]
+    text = f"![Blocks and timesteps](probe_map.png)\n\n{markdown(result)}"
+    record_section(args.record, "probe map", shlex.join(command), text)
 
 
 def check_settings(config: TrainConfig) -> None:

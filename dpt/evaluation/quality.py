@@ -17,7 +17,7 @@ import torch
 from scipy.linalg import sqrtm
 
 from dpt.evaluation.align import file_hashes, pictures, read_image
-from dpt.evaluation.table import pictures_hash
+from dpt.evaluation.figures import pictures_hash
 from dpt.images import to_pixels
 from dpt.shapes.captions import parse
 from dpt.shapes.scenes import render

@@ -10,23 +10,23 @@ categories. Writes table.md, table.tex and table.json into --output.
 """
 
 import argparse
-import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 
-from dpt.evaluation.align import file_hashes, pictures, read_scores
+from dpt.evaluation.figures import read_arms
 from dpt.metrics import bootstrap_p, crossed_bootstrap, holm
 from dpt.shapes.quality import LABELS
 
-COSTS = ("seconds", "whole_passes", "truncated_passes", "peak_mb")
 APART = "unseen"  # a category that overall figures leave out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's flags."""
-    parser.add_argument("folders", nargs="+", type=Path, help="folders of arms, or of an arm's training seeds")
+    parser.add_argument(
+        "folders", nargs="+", type=Path, help="folders of arms, or of an arm's training seeds, or files of `pack`"
+    )
     parser.add_argument("--against", help="name of the arm that others are compared with")
     parser.add_argument("--categories", nargs="+", help="only these (default: all but unseen)")
     parser.add_argument("--by", nargs="*", default=[], metavar="FIGURE", help="figures to show by category")
@@ -35,11 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Writes the tables; see `make_tables`."""
-    return make_tables(args.folders, against=args.against, categories=args.categories, by=args.by, output=args.output)
+    arms = collect(args.folders)
+    return make_tables(arms, against=args.against, categories=args.categories, by=args.by, output=args.output)
 
 
 def make_tables(
-    folders: list[Path],
+    figures: dict[str, dict],
     *,
     against: str | None,
     by: list[str],
@@ -51,13 +52,14 @@ def make_tables(
     """Writes the tables; returns the rows by arm, and those of a category under `<figure> by category`.
 
     Args:
+        figures: of arms as `read_arm` gives them, by name; `arm/0`, `arm/1`, ... are training seeds of one.
         against_of: arms to compare single arms with, instead of `against`.
         notes: Markdown that follows the tables.
 
     Raises:
-        ValueError: folders without scores, arms of different pictures, or a name that is not there.
+        ValueError: arms of different pictures or scores, or a name that is not there.
     """
-    arms = collect(folders)
+    arms = by_training_seed(figures)
     if against is not None and against not in arms:
         raise ValueError(f"--against is {against!r}; the arms are {', '.join(arms)}")
     first, *others = [(name, seed) for name, seeds in arms.items() for seed in seeds]
@@ -98,51 +100,34 @@ def make_tables(
     return result
 
 
-def collect(folders: list[Path]) -> dict[str, list[dict]]:
-    """Name -> what `read_arm` finds in each folder of the arm, one a training seed.
+def collect(paths: list[Path]) -> dict[str, dict]:
+    """Figures of arms by name, of folders and packed files.
 
     Raises:
-        ValueError: two arms of one name.
+        ValueError: folders without scores, or two arms of one name.
     """
-    places: dict[str, set[Path]] = {}
+    places: dict[str, Path] = {}
+    found: dict[str, dict] = {}
+    for path in paths:
+        for name, arm in read_arms(path).items():
+            first, place = name.partition("/")[0], path.parent if "/" in name else path
+            if name in found or (path.is_dir() and places.setdefault(first, place) != place):
+                raise ValueError(
+                    f"two arms are named {first!r}: {place} and {places.get(first, path)}; rename a folder"
+                )
+            found[name] = arm
+    return found
+
+
+def by_training_seed(figures: dict[str, dict]) -> dict[str, list[dict]]:
+    """Name -> the figures of each of the arm's training seeds. Raises ValueError where two arms have one name."""
     arms: dict[str, list[dict]] = {}
-    for folder in folders:
-        name, place = (folder.parent.name, folder.parent) if folder.name.isdigit() else (folder.name, folder)
-        if name in arms and (places[name] != {place} or not folder.name.isdigit()):
-            raise ValueError(f"two arms are named {name!r}: {place} and {places[name].pop()}; rename a folder")
-        places.setdefault(name, set()).add(place)
-        arms.setdefault(name, []).append(read_arm(folder))
+    for full, arm in figures.items():
+        name, _, seed = full.partition("/")
+        if name in arms and (not seed or name in figures):
+            raise ValueError(f"two arms are named {name!r}; rename a folder")
+        arms.setdefault(name, []).append(arm)
     return arms
-
-
-def read_arm(folder: Path) -> dict:
-    """An arm's figures by (prompt, seed), the categories of its prompts, its costs, and what `quality` found."""
-    records, values = pictures(folder), {}
-    hashes = file_hashes(folder, records)
-    scores = read_scores(folder, hashes)
-    for record in records:
-        row = values.setdefault((record["prompt"], record["seed"]), {})
-        for scored in (found.get(record["file"], {}) for found in scores.values()):
-            row |= {label: float(scored["label"] == label) for label in LABELS} if "label" in scored else {}
-            row |= {key: value for key, value in scored.items() if isinstance(value, float)}
-    figures = {figure for row in values.values() for figure in row}
-    if not figures:
-        raise ValueError(f"{folder} holds no scores: run evaluate.py align first")
-    if lacking := [record["file"] for record in records if figures - values[record["prompt"], record["seed"]].keys()]:
-        raise ValueError(f"{folder}: {len(lacking)} pictures lack a score, such as {lacking[0]}: run evaluate.py align")
-    known = [cost for cost in COSTS if all(cost in r for r in records)]
-    costs = {cost: float(np.mean([r[cost] for r in records])) for cost in known}
-    categories = {r["prompt"]: r.get("categories", [r["category"]]) for r in records}
-    quality = folder / "quality.json"
-    found = json.loads(quality.read_text()) if quality.exists() else {}
-    if found.pop("pictures", None) == pictures_hash(hashes):
-        costs |= found
-    return {"values": values, "figures": figures, "categories": categories, "costs": costs}
-
-
-def pictures_hash(hashes: dict[str, str]) -> str:
-    """One hash of all pictures whose hashes `file_hashes` gives."""
-    return hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()[:12]
 
 
 def _matrix(seeds: list[dict], pairs: list[tuple], figure: str) -> np.ndarray:

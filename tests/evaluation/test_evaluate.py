@@ -136,6 +136,41 @@ def test_a_table_of_arms(drawn, tmp_path, capsys):
     assert "the arms are base, own" in capsys.readouterr().err
 
 
+def test_packed_figures_stand_for_their_pictures(drawn, tmp_path, capsys):
+    _, _, folders = drawn
+    packed = tmp_path / "packed.json"
+    assert evaluate.main(["pack", *folders[:2], "--output", str(packed)]) == 0
+    assert evaluate.main(["pack", folders[2], "--output", str(packed)]) == 0  # adds to it
+    tables = []
+    for name, given in (("packed", [str(packed)]), ("mixed", [*folders[:1], str(packed)]), ("folders", folders)):
+        code = evaluate.main(["table", *given, "--against", "base", "--output", str(tmp_path / name)])
+        assert code == (2 if name == "mixed" else 0)  # base is there twice
+        if not code:
+            tables.append(json.loads((tmp_path / name / "table.json").read_text())["arms"])
+    assert "two arms are named 'base'" in capsys.readouterr().err
+    of_packed, of_folders = (table["own"] for table in tables)
+    assert of_packed["correct_difference"] == of_folders["correct_difference"]
+    assert of_packed["cosine"] == pytest.approx(of_folders["cosine"], abs=1e-3)
+    assert of_packed["seconds"] == of_folders["seconds"]
+    experiment = {
+        "folder": str(tmp_path / "experiment"),
+        "more_arms": {"base": {"num_inference_steps": 2}},
+        "image_seeds": [0, 1],
+        "per_category": 1,
+        "packed": str(packed),
+    }
+    config = tmp_path / "experiment.yaml"
+    config.write_text(json.dumps(experiment))
+    assert evaluate.main(["experiment", str(config)]) == 0
+    assert not (tmp_path / "experiment/shapes-val-1").exists()  # nothing was drawn
+    assert (tmp_path / "experiment/tables/experiment/shapes-val-1/table.md").exists()
+    assert evaluate.main(["experiment", str(config), "more_arms.base.num_inference_steps=3"]) == 2
+    assert "base was drawn with num_inference_steps 2 (now 3)" in capsys.readouterr().err
+    packed.write_text("{}")
+    assert evaluate.main(["table", str(packed), "--output", str(tmp_path)]) == 2
+    assert f"{packed} cannot be read" in capsys.readouterr().err
+
+
 def test_figures_by_category_with_holms_correction(drawn, tmp_path, capsys):
     _, _, folders = drawn
     command = ["table", *folders, "--against", "base", "--output", str(tmp_path), "--by", "cosine"]
@@ -154,11 +189,11 @@ def test_figures_by_category_with_holms_correction(drawn, tmp_path, capsys):
 
 
 def test_correctness_against_passes(drawn, tmp_path):
-    root, _, folders = drawn
+    _, _, folders = drawn
     output = tmp_path / "pareto.png"
-    assert evaluate.main(["pareto", folders[1], "--ceiling", str(root / "out/base"), "--output", str(output)]) == 0
+    assert evaluate.main(["pareto", *folders[:2], "--ceiling", "base", "--output", str(output)]) == 0
     points = json.loads(output.with_suffix(".json").read_text())
-    assert list(points) == ["own/0", "best of 1 by the oracle", "best of 2 by the oracle"]
+    assert list(points) == ["base", "own/0", "best of 1 by the oracle", "best of 2 by the oracle"]
     assert points["own/0"]["passes"] == 6  # two steps of two halves, two truncated passes
     alone, best = (points[f"best of {n} by the oracle"] for n in (1, 2))
     assert (alone["passes"], best["passes"]) == (4, 8)

@@ -152,7 +152,12 @@ def test_an_experiment_from_training_to_table(tmp_path, capsys):
     config = tmp_path / "experiment.yaml"
     config.write_text(json.dumps(experiment))
     call = ["experiment", str(config), "image_seeds=[0, 1]", "per_category=1"]
-    assert evaluate.main([*call, "--jobs", "2"]) == 0
+    results = tmp_path / "results.md"
+    assert evaluate.main([*call, "--jobs", "2", "--record", str(results)]) == 0
+    recorded = results.read_text()
+    assert "<!-- begin experiment experiment image_seeds=[0, 1] per_category=1 -->" in recorded
+    assert "precision_at_1" in recorded
+    assert "GORS on it" in recorded
     table = json.loads((tmp_path / "out/tables/experiment/shapes-val-1/table.json").read_text())
     assert table["arms"]["dpt"]["training_seeds"] == 2
     assert "correct_difference" in table["arms"]["dpt"]
@@ -227,7 +232,9 @@ def test_the_map_of_blocks_and_timesteps(tmp_path, capsys):
     tiny += ["adapter.dim_feedforward=32", f"data.cache_folder={tmp_path}/cache"]
     output = tmp_path / "map"
     call = ["probe-map", "configs/shapes/probe_map.yaml", *tiny, "--num_samples", "4", "--timesteps", "100", "500"]
-    assert evaluate.main([*call, "--output", str(output)]) == 0
+    assert evaluate.main([*call, "--output", str(output), "--record", str(tmp_path / "results.md")]) == 0
+    assert "ITM accuracy, %" in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "probe_map.png").exists()
     result = json.loads((output / "probe_map.json").read_text())
     assert list(result) == ["none", "constant_text", "empty_prompt"]
     assert list(result["none"]) == [*(f"down{i}" for i in range(4)), "mid", *(f"up{i}" for i in range(4))]

@@ -1,0 +1,131 @@
+"""An arm's figures, from its folder or from a file of `evaluate.py pack`, which keeps them when the pictures are gone.
+
+    python evaluate.py pack outputs/experiment/shapes-test/{base,dpt/0} --output docs/shapes-test.json
+    python evaluate.py table docs/shapes-test.json --against base --output outputs/tables
+
+`table` and `pareto` take the file for the folders that went into it, and an experiment's `packed` for arms that need
+not be drawn again. The file grows with each call; an arm that is packed once more takes its own place.
+"""
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from dpt.evaluation.align import file_hashes, pictures, read_scores
+from dpt.evaluation.arms import folder_name
+from dpt.shapes.quality import LABELS
+
+COSTS = ("seconds", "whole_passes", "truncated_passes", "peak_mb")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The subcommand's flags."""
+    parser.add_argument("folders", nargs="+", type=Path, help="folders of arms, drawn and aligned")
+    parser.add_argument("--output", type=Path, required=True, help="a JSON file, new or to be added to")
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Packs the folders; returns the names of all arms in the file, and how many pictures each has.
+
+    Raises:
+        ValueError: a folder without scores, or of other pictures than the file's.
+    """
+    packed = read_packed(args.output) if args.output.exists() else {}
+    for folder in args.folders:
+        packed[folder_name(folder)] = read_arm(folder) | {"settings": json.loads((folder / "arm.json").read_text())}
+    write_packed(packed, args.output)
+    return {name: len(arm["values"]) for name, arm in packed.items()}
+
+
+def write_packed(packed: dict[str, dict], path: Path) -> None:
+    """Writes arms by name, as `read_arm` gives them with their `settings`; a line an arm.
+
+    Raises:
+        ValueError: arms of different pictures.
+    """
+    (first, arm), *others = packed.items()
+    for name, other in others:
+        if other["values"].keys() != arm["values"].keys():
+            raise ValueError(
+                f"{first} and {name} do not show the same prompts and seeds; pack them into files of their own"
+            )
+    pairs = sorted(arm["values"])
+    head = {"pictures": pairs, "categories": arm["categories"]}
+    lines = [json.dumps(head)]
+    for name, one in sorted(packed.items()):
+        figures = {key: _encoded([one["values"][pair][key] for pair in pairs]) for key in sorted(one["figures"])}
+        lines.append(json.dumps({"arm": name, "settings": one["settings"], "costs": one["costs"], "figures": figures}))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("\n".join(lines) + "\n")
+    temporary.replace(path)
+
+
+def _encoded(values: list[float]) -> str | list[float]:
+    """Yes and no as a string of 1 and 0, numbers to three places."""
+    if set(values) <= {0.0, 1.0}:
+        return "".join(str(int(value)) for value in values)
+    return [round(value, 3) for value in values]
+
+
+def read_packed(path: Path) -> dict[str, dict]:
+    """What `write_packed` was given, scores to three places.
+
+    Raises:
+        ValueError: a file that cannot be read as such.
+    """
+    try:
+        head, *arms = map(json.loads, path.read_text().splitlines())
+        pairs = [tuple(pair) for pair in head["pictures"]]
+        found = {}
+        for arm in arms:
+            columns = {key: [float(value) for value in row] for key, row in arm["figures"].items()}
+            values = {pair: {key: row[k] for key, row in columns.items()} for k, pair in enumerate(pairs)}
+            found[arm["arm"]] = {
+                "values": values,
+                "figures": set(columns),
+                "categories": head["categories"],
+                "costs": arm["costs"],
+                "settings": arm["settings"],
+            }
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as what evaluate.py pack writes ({error!r})") from error
+    return found
+
+
+def read_arms(path: Path) -> dict[str, dict]:
+    """Arms by the name of their folder, of a folder or a packed file."""
+    return read_packed(path) if path.is_file() else {folder_name(path): read_arm(path)}
+
+
+def read_arm(folder: Path) -> dict:
+    """An arm's figures by (prompt, seed), the categories of its prompts, its costs, and what `quality` found."""
+    records, values = pictures(folder), {}
+    hashes = file_hashes(folder, records)
+    scores = read_scores(folder, hashes)
+    for record in records:
+        row = values.setdefault((record["prompt"], record["seed"]), {})
+        for scored in (found.get(record["file"], {}) for found in scores.values()):
+            row |= {label: float(scored["label"] == label) for label in LABELS} if "label" in scored else {}
+            row |= {key: value for key, value in scored.items() if isinstance(value, float)}
+    figures = {figure for row in values.values() for figure in row}
+    if not figures:
+        raise ValueError(f"{folder} holds no scores: run evaluate.py align first")
+    if lacking := [record["file"] for record in records if figures - values[record["prompt"], record["seed"]].keys()]:
+        raise ValueError(f"{folder}: {len(lacking)} pictures lack a score, such as {lacking[0]}: run evaluate.py align")
+    known = [cost for cost in COSTS if all(cost in r for r in records)]
+    costs = {cost: float(np.mean([r[cost] for r in records])) for cost in known}
+    categories = {r["prompt"]: r.get("categories", [r["category"]]) for r in records}
+    quality = folder / "quality.json"
+    found = json.loads(quality.read_text()) if quality.exists() else {}
+    if found.pop("pictures", None) == pictures_hash(hashes):
+        costs |= found
+    return {"values": values, "figures": figures, "categories": categories, "costs": costs}
+
+
+def pictures_hash(hashes: dict[str, str]) -> str:
+    """One hash of all pictures whose hashes `file_hashes` gives."""
+    return hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()[:12]
