@@ -202,7 +202,11 @@ def test_bad_experiments_are_one_line_before_anything_is_trained(tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    "path", [*CONFIGS.glob("tables/*.yaml"), CONFIGS / "shapes/experiment.yaml", CONFIGS / "shapes/committed.yaml"]
+    "path",
+    [
+        *CONFIGS.glob("tables/*.yaml"),
+        *(CONFIGS / f"shapes/{name}.yaml" for name in ("experiment", "committed", "length")),
+    ],
 )
 def test_every_table_s_config_can_be_read(path):
     if path.name == "published.yaml":
@@ -222,7 +226,7 @@ def test_every_table_s_config_can_be_read(path):
         for seed in one.seeds:
             load_config(TrainConfig, one.config, run_settings(name, one, experiment, seed))
     twins = re.findall(r"configs/tables/shapes_\w+\.yaml", path.read_text())
-    assert path.name.startswith(("shapes_", "experiment", "committed")) or twins
+    assert path.name.startswith(("shapes_", "experiment", "committed", "length")) or twins
     assert all(Path(twin).exists() for twin in twins)
 
 
