@@ -8,6 +8,8 @@ python evaluate.py experiment configs/shapes/experiment.yaml
 python evaluate.py itm outputs/shapes-probe --config configs/shapes/probe.yaml --output outputs/evaluation/itm
 python evaluate.py rec outputs/shapes-probe --config configs/shapes/probe.yaml --output outputs/evaluation/rec
 python evaluate.py probe-map configs/shapes/probe_map.yaml --output outputs/probe-map
+python evaluate.py pack outputs/evaluation/base --output outputs/evaluation/figures.json
+python evaluate.py pareto outputs/evaluation/base --output pareto.png
 python evaluate.py report outputs/evaluation/base --tables outputs/evaluation/tables/table.json --output report.html
 """
 
@@ -43,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, module in COMMANDS.items():
         module.add_arguments(commands.add_parser(name, description=module.__doc__, formatter_class=formatter))
     args = parser.parse_args(argv)
+    args.words = sys.argv[1:] if argv is None else argv
     try:
         result = COMMANDS[args.command].run(args)
         if args.command in ("generate", "align", "quality", "pack", "report", "pareto"):

@@ -31,7 +31,7 @@ from dpt.model import DPT
 from dpt.results import RESULTS, record_section
 from dpt.sampling import CorrectionSettings, guided_steps
 from dpt.stable_diffusion import ARCHITECTURES, load_stable_diffusion
-from dpt.unet_features import block_channels, unet_features
+from dpt.unet_features import block_channels, set_cpu_attention, unet_features
 
 FEATURE = "up1"
 BATCH_SIZES = {"shapes": 8, "random-145m": 2, "random-sd21": 1}
@@ -200,6 +200,7 @@ def training_steps(name: str, batch_size: int) -> dict:
         if train_unet:
             if not getattr(unet, "peft_config", None):
                 add_lora(unet, rank=4, alpha=4)
+                set_cpu_attention(unet)
             (unet.enable_gradient_checkpointing if checkpointing else unet.disable_gradient_checkpointing)()
         model.train()
         with torch.autocast("cpu", torch.bfloat16, enabled=half):

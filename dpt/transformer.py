@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+PLAIN_LENGTH = 1024
+
 
 class FeedForward(nn.Sequential):
     """Linear, ReLU, dropout, linear."""
@@ -21,8 +23,12 @@ class FeedForward(nn.Sequential):
 
 
 def attend(attention: nn.MultiheadAttention, query, key, value) -> torch.Tensor:
-    """Attention by the fused kernel; on a CPU with gradients by plain products, whose backward is twice as fast."""
-    if query.device.type != "cpu" or not torch.is_grad_enabled():
+    """Attention by the fused kernel.
+
+    With gradients on a CPU by plain products, up to `PLAIN_LENGTH` cells: on 96 maps of 2 x 2 to 16 x 16 cells, width
+    128, bf16, an adapter's step was measured to take 0.4 to 0.7 of the time then.
+    """
+    if query.device.type != "cpu" or not torch.is_grad_enabled() or key.shape[1] > PLAIN_LENGTH:
         return attention(query, key, value, need_weights=False)[0]
     weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
     query, key, value = (  # (B, heads, length, D / heads)

@@ -10,6 +10,7 @@ from transformers import AutoModel
 from dpt.adapter import DiscriminativeAdapter, itm_score
 from dpt.checkpoint import adapter_key, infer_adapter_config
 from dpt.config import AdapterConfig
+from dpt.transformer import attend
 from dpt.unet_features import block_channels, parse_feature, unet_features
 
 CASES = ["up1", "mid", "bottom1_up0", "all"]
@@ -130,3 +131,16 @@ def test_learned_positions_end_at_their_table():
     adapter = DiscriminativeAdapter(small(position_embedding="learned"))
     with pytest.raises(ValueError, match="the feature map is 51x8"):
         adapter([torch.randn(1, 8, 51, 8)], torch.tensor([1]))
+
+
+def test_plain_attention_is_the_fused_one():
+    torch.manual_seed(0)
+    attention = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+    torch.nn.init.normal_(attention.in_proj_bias)
+    query, key, value = torch.randn(2, 3, 32), torch.randn(2, 7, 32), torch.randn(2, 7, 32)
+    plain = attend(attention, query, key, value)  # with gradients
+    fused = attention(query, key, value, need_weights=False)[0]
+    assert torch.allclose(plain, fused, atol=1e-6)
+    attention.dropout = 0.5
+    assert not torch.allclose(attend(attention, query, key, value), fused, atol=1e-2)
+    assert torch.allclose(attend(attention.eval(), query, key, value), fused, atol=1e-6)

@@ -28,6 +28,7 @@ from dpt.engine import STAGES
 from dpt.evaluation import align, generate, itm, quality, rec, scorers, table
 from dpt.evaluation.arms import Arm, check_names, load_arm
 from dpt.evaluation.figures import read_arm, read_packed
+from dpt.evaluation.prompts import load_prompt_set
 from dpt.results import RESULTS, record_section
 
 STEPS = ("train", "measure", "draw", "table")
@@ -82,7 +83,8 @@ class Experiment:
     per_category: int | None = None
     """only the first so many prompts a category; they have folders of their own"""
     packed: str | None = None
-    """a file of `evaluate.py pack`: arms in it are not drawn, if they are to be drawn alike, and tabled from there"""
+    """a file of `evaluate.py pack`: its arms are not drawn but tabled from there. Settings, prompts and seeds must be
+    the same; weights are not compared. What is in it is trained all the same: choose --steps draw table"""
     image_seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3])
     metrics: list[str] = field(default_factory=lambda: ["oracle", "shapes-clip"])
     quality: bool = True
@@ -135,6 +137,10 @@ def run(args: argparse.Namespace) -> dict:
         raise ValueError(f"against is {experiment.against!r}; the arms are {', '.join(arms)}")
     runs = {name: one for name, one in experiment.runs.items() if not args.only or name in args.only}
     arms = {name: arm for name, arm in arms.items() if not args.only or name in args.only}
+    if args.record and (args.only or set(args.steps) != set(STEPS)):
+        raise ValueError(
+            "--record puts all of an experiment's tables into docs/results.md: leave out --only and --steps"
+        )
     if args.dry_run:
         print("\n".join(commands(experiment, runs, bool(arms), args)))
         return {}
@@ -144,9 +150,9 @@ def run(args: argparse.Namespace) -> dict:
     if unknown := set(experiment.metrics) - scorers.METRICS.keys():
         raise ValueError(f"metrics names {sorted(unknown)[0]!r}; there are {', '.join(scorers.METRICS)}")
     wanted = [one for arm in arms.values() for one in arm.each_seed(experiment.folder)]
-    packed = kept_arms(experiment.packed, wanted)
-    drawn = [one for one in wanted if one.name not in packed]
     prompts = experiment.prompts.replace("{data}", experiment.data)
+    packed = packed_arms(experiment, wanted, prompts)
+    drawn = [one for one in wanted if one.name not in packed]
     label = prompts.replace(":", "-").replace("/", "-")
     label += f"-{experiment.per_category}" if experiment.per_category else ""
     root = Path(experiment.folder) / label
@@ -193,31 +199,36 @@ def run(args: argparse.Namespace) -> dict:
     return rows
 
 
-def kept_arms(path: str | None, arms: list[Arm]) -> dict[str, dict]:
-    """Those of the arms that the packed file holds.
+def packed_arms(experiment: Experiment, arms: list[Arm], prompt_set: str) -> dict[str, dict]:
+    """Those of the arms that the experiment's `packed` holds.
 
     Raises:
-        ValueError: a file that cannot be read, or an arm that was drawn with other settings.
+        ValueError: a file that cannot be read, of other pictures, or an arm that was drawn with other settings.
     """
-    packed = read_packed(Path(path)) if path and Path(path).exists() else {}
+    path = experiment.packed
+    if path is None:
+        return {}
+    found = read_packed(Path(path))
+    kept = {arm.name: found[arm.name] for arm in arms if arm.name in found}
+    prompts = load_prompt_set(prompt_set, per_category=experiment.per_category)
+    pictures = {(prompt.text, seed) for prompt in prompts for seed in experiment.image_seeds}
+    if any(one["values"].keys() != pictures for one in kept.values()):
+        raise ValueError(f"packed is {path}, which is of other prompts or image_seeds; leave it out, or name another")
     for arm in arms:
-        before = packed.get(arm.name, {}).get("settings", {})
-        differing = [
-            f"{key} {before[key]} (now {value})"
-            for key, value in arm.settings().items()
-            if key in before and before[key] != value
-        ]
+        before = kept.get(arm.name, {"settings": arm.settings()})["settings"]
+        differing = [f"{k} {before.get(k)} (now {v})" for k, v in arm.settings().items() if before.get(k) != v]
         if differing:
-            raise ValueError(f"{path}: {arm.name} was drawn with {', '.join(differing)}; pack it again")
-    return {arm.name: packed[arm.name] for arm in arms if arm.name in packed}
+            raise ValueError(
+                f"packed is {path}, for which {arm.name} was drawn with {', '.join(differing)}; leave it out"
+            )
+    return kept
 
 
 def record(args: argparse.Namespace, tables: list[Path], notes: str) -> None:
     """Puts those of the tables that there are into a section of docs/results.md, and notes behind them."""
-    command = ["python", "evaluate.py", "experiment", str(args.config), *args.overrides]
-    command += ["--only", *args.only] if args.only else []
     text = "\n".join(path.read_text() for path in tables if path.exists()) + notes
-    record_section(args.record, " ".join(["experiment", args.config.stem, *args.overrides]), shlex.join(command), text)
+    name = " ".join(["experiment", args.config.stem, *args.overrides])
+    record_section(args.record, name, shlex.join(["python", "evaluate.py", *args.words]), text)
 
 
 def train(runs: dict[str, Run], experiment: Experiment, *, jobs: int = 1) -> None:

@@ -35,7 +35,9 @@ def run(args: argparse.Namespace) -> dict:
     """
     packed = read_packed(args.output) if args.output.exists() else {}
     for folder in args.folders:
-        packed[folder_name(folder)] = read_arm(folder) | {"settings": json.loads((folder / "arm.json").read_text())}
+        settings = folder / "arm.json"
+        found = json.loads(settings.read_text()) if settings.exists() else {}  # others' pictures have none
+        packed[folder_name(folder)] = read_arm(folder) | {"settings": found}
     write_packed(packed, args.output)
     return {name: len(arm["values"]) for name, arm in packed.items()}
 
@@ -91,14 +93,30 @@ def read_packed(path: Path) -> dict[str, dict]:
                 "costs": arm["costs"],
                 "settings": arm["settings"],
             }
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read as what evaluate.py pack writes ({error!r})") from error
     return found
 
 
-def read_arms(path: Path) -> dict[str, dict]:
-    """Arms by the name of their folder, of a folder or a packed file."""
-    return read_packed(path) if path.is_file() else {folder_name(path): read_arm(path)}
+def collect(paths: list[Path]) -> dict[str, dict]:
+    """Figures of arms by name, as `read_arm` gives them, of folders and packed files.
+
+    Raises:
+        ValueError: folders without scores, or two arms of one name.
+    """
+    places: dict[str, Path] = {}  # of each arm; training seeds of one lie together
+    found: dict[str, dict] = {}
+    for path in paths:
+        arms = read_packed(path) if path.is_file() else {folder_name(path): read_arm(path)}
+        for full, arm in arms.items():
+            name, _, seed = full.partition("/")
+            place = path.parent if seed and path.is_dir() else path
+            if full in found or places.get(name, place) != place:
+                raise ValueError(
+                    f"two arms are named {name!r}: {places[name]} and {place}; rename a folder, or name one"
+                )
+            places[name], found[full] = place, arm
+    return found
 
 
 def read_arm(folder: Path) -> dict:

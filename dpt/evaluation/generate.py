@@ -189,15 +189,20 @@ def generate(
     _claim(folder, arm.settings() | {"weights": artist.fingerprint}, state)
     if state.is_main_process:
         _remove_unrecorded(folder)
-    there = {(record["prompt"], record["seed"]) for record in read_metadata(folder)}
+    there = {(record["prompt"], record["seed"]): record["noise_seed"] for record in read_metadata(folder)}
     state.wait_for_everyone()  # all have read what is there before any adds to it
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    for prompt, seed in jobs:
+        if (noise := there.get((prompt.text, seed), _noise_seed(prompt, seed))) != _noise_seed(prompt, seed):
+            raise ValueError(
+                f"{folder} holds {prompt.text!r} drawn from noise {noise}, of another prompt set; choose another"
+            )
     missing = [job for job in jobs if (job[0].text, job[1]) not in there]
     own = missing[state.process_index :: state.num_processes]
     for start in tqdm(range(0, len(own), batch_size), desc=arm.name, mininterval=2):
         batch, began = own[start : start + batch_size], time.perf_counter()
         artist.passes = dict.fromkeys(artist.passes, 0)
-        noise_seeds = [prompt.number * SEEDS_APART + seed for prompt, seed in batch]
+        noise_seeds = [_noise_seed(prompt, seed) for prompt, seed in batch]
         images, traces = artist.draw([prompt.text for prompt, _ in batch], noise_seeds)
         cost = {"seconds": (time.perf_counter() - began) / len(batch), "peak_mb": peak_mb(state.device)}
         cost |= {f"{kind}_passes": count / len(batch) for kind, count in artist.passes.items()}
@@ -214,6 +219,10 @@ def generate(
             append_metadata(folder, record | cost | traces[k])
     state.wait_for_everyone()
     return {"pictures": len(jobs), "new": len(missing)}
+
+
+def _noise_seed(prompt: Prompt, seed: int) -> int:
+    return prompt.number * SEEDS_APART + seed
 
 
 def _remove_unrecorded(folder: Path) -> None:

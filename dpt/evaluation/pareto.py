@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from dpt.evaluation.figures import read_arms
+from dpt.evaluation.figures import collect
 from dpt.evaluation.table import APART
 from dpt.metrics import crossed_bootstrap
 
@@ -33,12 +33,7 @@ def run(args: argparse.Namespace) -> dict:
     Raises:
         ValueError: folders without the oracle's verdicts or without their passes.
     """
-    arms: dict[str, dict] = {}
-    for path in args.folders:
-        found = read_arms(path)
-        if again := arms.keys() & found.keys():
-            raise ValueError(f"two folders are of one arm: {sorted(again)[0]}")
-        arms |= found
+    arms = collect(args.folders)
     if args.ceiling is not None and args.ceiling not in arms:
         raise ValueError(f"--ceiling is {args.ceiling!r}; the arms are {', '.join(arms)}")
     points = {name: point(name, arm) for name, arm in arms.items()}

@@ -104,14 +104,15 @@ def run(args: argparse.Namespace) -> dict:
     draw_maps(result, args.output / "probe_map.png")
     if args.record:
         record(args, result)
-    print(markdown(result))
+    else:
+        print(markdown(result))
     return result
 
 
 def record(args: argparse.Namespace, result: dict) -> None:
     """Puts the map into a section of docs/results.md, its figure beside it."""
     shutil.copy(args.output / "probe_map.png", args.record.with_name("probe_map.png"))
-    command = ["python", "evaluate.py", "probe-map", str(args.config), *args.overrides, "--output", str(args.output)]
+    command = ["python", "evaluate.py", *args.words]
     text = f"![Blocks and timesteps](probe_map.png)\n\n{markdown(result)}"
     record_section(args.record, "probe map", shlex.join(command), text)
 

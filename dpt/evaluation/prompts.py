@@ -33,6 +33,8 @@ def load_prompt_set(name: str, *, per_category: int | None = None) -> list[Promp
     Raises:
         ValueError: no such set, or a file that does not hold what it should; it is named.
     """
+    if per_category is not None and per_category < 1:
+        raise ValueError(f"per_category is {per_category}; it must be at least 1")
     kind, _, where = name.partition(":")
     groups = READERS[kind](where) if kind in READERS else _lines("prompts", Path(name))
     categories: dict[str, dict[str, None]] = {}  # of each text, in order, those that it is chosen for

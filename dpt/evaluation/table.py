@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpt.evaluation.figures import read_arms
+from dpt.evaluation.figures import collect
 from dpt.metrics import bootstrap_p, crossed_bootstrap, holm
 from dpt.shapes.quality import LABELS
 
@@ -98,25 +98,6 @@ def make_tables(
         (output / f"table.{suffix}").write_text(content)
     print(text)
     return result
-
-
-def collect(paths: list[Path]) -> dict[str, dict]:
-    """Figures of arms by name, of folders and packed files.
-
-    Raises:
-        ValueError: folders without scores, or two arms of one name.
-    """
-    places: dict[str, Path] = {}
-    found: dict[str, dict] = {}
-    for path in paths:
-        for name, arm in read_arms(path).items():
-            first, place = name.partition("/")[0], path.parent if "/" in name else path
-            if name in found or (path.is_dir() and places.setdefault(first, place) != place):
-                raise ValueError(
-                    f"two arms are named {first!r}: {place} and {places.get(first, path)}; rename a folder"
-                )
-            found[name] = arm
-    return found
 
 
 def by_training_seed(figures: dict[str, dict]) -> dict[str, list[dict]]:

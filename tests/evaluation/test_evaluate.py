@@ -166,6 +166,15 @@ def test_packed_figures_stand_for_their_pictures(drawn, tmp_path, capsys):
     assert (tmp_path / "experiment/tables/experiment/shapes-val-1/table.md").exists()
     assert evaluate.main(["experiment", str(config), "more_arms.base.num_inference_steps=3"]) == 2
     assert "base was drawn with num_inference_steps 2 (now 3)" in capsys.readouterr().err
+    assert evaluate.main(["experiment", str(config), "image_seeds=[0]"]) == 2
+    assert "of other prompts or image_seeds" in capsys.readouterr().err
+    assert evaluate.main(["experiment", str(config), f"packed={tmp_path}/none.json"]) == 2
+    assert "none.json cannot be read" in capsys.readouterr().err
+    assert evaluate.main(["experiment", str(config), "--only", "base", "--record", str(tmp_path / "r.md")]) == 2
+    assert "leave out --only" in capsys.readouterr().err
+    assert evaluate.main(["pareto", str(packed), "--ceiling", "base", "--output", str(tmp_path / "p.png")]) == 0
+    assert evaluate.main(["pareto", str(packed), "--ceiling", "nobody", "--output", str(tmp_path / "p.png")]) == 2
+    assert "the arms are base, own/0, own/1" in capsys.readouterr().err
     packed.write_text("{}")
     assert evaluate.main(["table", str(packed), "--output", str(tmp_path)]) == 2
     assert f"{packed} cannot be read" in capsys.readouterr().err
@@ -295,7 +304,13 @@ def test_bad_folders_are_one_line(tmp_path, capsys):
 
 
 def test_prompt_sets(tmp_path):
-    assert len(load_prompt_set("shapes:test")) == 620
+    whole = load_prompt_set("shapes:test")
+    assert len(whole) == 620
+    assert [p for p in whole if p in load_prompt_set("shapes:test", per_category=2)] == load_prompt_set(
+        "shapes:test", per_category=2
+    )
+    with pytest.raises(ValueError, match="per_category is 0"):
+        load_prompt_set("shapes:test", per_category=0)
     (tmp_path / "five_category.json").write_text(json.dumps([{"captions": "a dog", "img_id": 1}]))
     (tmp_path / "only_numeral.json").write_text(json.dumps([{"caption": "two dogs"}]))
     found = [(*p.categories, p.text) for p in load_prompt_set(f"nss1k:{tmp_path}")]
