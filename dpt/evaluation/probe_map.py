@@ -37,10 +37,15 @@ from dpt.results import RESULTS, record_section
 from dpt.shapes.training import train_stage
 from dpt.stable_diffusion import StableDiffusion
 from dpt.unet_features import parse_feature
-from dpt.validation import itm_records, rec_records
+from dpt.validation import PAPER_TIMESTEP, itm_records, rec_records
 
 SAME_FEATURES = ("constant_text", "shuffled_labels")  # controls that read what the probe reads
 CONTROLS = ("constant_text", "empty_prompt")
+CONTROL_NAMES = {
+    "none": "the probe",
+    "constant_text": "a constant vector for the pooled text",
+    "empty_prompt": "the empty prompt for the U-Net",
+}
 TIMESTEPS = (50, 200, 350, 500, 650, 800, 950)
 PANELS = {
     "itm": "ITM accuracy, %",
@@ -278,13 +283,21 @@ def grids(result: dict) -> dict[str, np.ndarray]:
 
 
 def markdown(result: dict) -> str:
-    """A table a panel: timesteps down, blocks across."""
+    """A table a panel: timesteps down, blocks across; and one of the controls beside the probe."""
     blocks, parts = list(result["none"]), []
     timesteps = list(result["none"][blocks[0]])
     for panel, grid in grids(result).items():
         lines = [f"| {PANELS[panel]} | " + " | ".join(blocks) + " |", "|---" * (len(blocks) + 1) + "|"]
         for timestep, row in zip(timesteps, grid, strict=True):
             lines.append(f"| t = {timestep} | " + " | ".join(f"{value:.1f}" for value in row) + " |")
+        parts.append("\n".join(lines) + "\n")
+    if str(PAPER_TIMESTEP) in timesteps:  # what selectivity is the difference of, with intervals
+        lines = [f"| ITM accuracy at t = {PAPER_TIMESTEP}, % | " + " | ".join(blocks) + " |"]
+        lines.append("|---" * (len(blocks) + 1) + "|")
+        for control, row in result.items():
+            cells = [[100 * value for value in row[block][str(PAPER_TIMESTEP)]["itm"]] for block in blocks]
+            texts = [f"{mean:.1f} ({low:.1f} to {high:.1f})" for mean, low, high in cells]
+            lines.append(f"| {CONTROL_NAMES.get(control, control)} | " + " | ".join(texts) + " |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 

@@ -238,7 +238,7 @@ def test_the_map_of_blocks_and_timesteps(tmp_path, capsys):
     call = ["probe-map", "configs/shapes/probe_map.yaml", *tiny, "--num_samples", "4", "--timesteps", "100", "500"]
     assert evaluate.main([*call, "--output", str(output), "--record", str(tmp_path / "results.md")]) == 0
     assert "--num_samples 4" in (tmp_path / "results.md").read_text()
-    assert "ITM accuracy, %" in (tmp_path / "results.md").read_text()
+    assert "| a constant vector for the pooled text | " in (tmp_path / "results.md").read_text()
     assert (tmp_path / "probe_map.png").exists()
     result = json.loads((output / "probe_map.json").read_text())
     assert list(result) == ["none", "constant_text", "empty_prompt"]
