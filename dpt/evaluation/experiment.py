@@ -215,7 +215,9 @@ def packed_arms(experiment: Experiment, arms: list[Arm], prompt_set: str) -> dic
     if any(one["values"].keys() != pictures for one in kept.values()):
         raise ValueError(f"packed is {path}, which is of other prompts or image_seeds; leave it out, or name another")
     for arm in arms:
-        before = kept.get(arm.name, {"settings": arm.settings()})["settings"]
+        if arm.name not in kept:
+            continue
+        before = kept[arm.name]["settings"]
         differing = [f"{k} {before.get(k)} (now {v})" for k, v in arm.settings().items() if before.get(k) != v]
         if differing:
             raise ValueError(
