@@ -338,11 +338,10 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(result, indent=1))
         return 0
     sentence = sentence_of(args.what, result, args.threads)
+    print(sentence)
     if args.record:
         command = f"python -m dpt.benchmark {shlex.join(sys.argv[1:] if argv is None else argv)}"
         record_section(RESULTS, f"{args.what} {args.model}", command, sentence)
-    else:
-        print(sentence)
     return 0
 
 

@@ -13,6 +13,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpt.files import write_text
+
 T = TypeVar("T")
 
 
@@ -67,10 +69,7 @@ def config_keys(schema, prefix: str = "") -> list[str]:
 
 def save_config(config, path: str | Path) -> None:
     """Writes a config dataclass, every value included, as YAML, at once or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-    temporary.replace(path)
+    write_text(path, yaml.safe_dump(asdict(config), sort_keys=False))
 
 
 FREE_ON_RESUME = (

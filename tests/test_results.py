@@ -11,4 +11,4 @@ def test_a_section_replaces_the_one_of_its_name(tmp_path, capsys):
     assert content.count("begin a (x)") == content.count("begin b") == 1
     assert "second \\1" in content
     assert "first" not in content
-    assert "second \\1" in capsys.readouterr().out
+    assert f"recorded in {path}, section 'a (x)'" in capsys.readouterr().out

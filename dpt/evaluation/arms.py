@@ -4,7 +4,7 @@ A file in configs/shapes/arms names what differs from these defaults; `dpt` and 
 seed, and then stand for one set of weights for each of `train_seeds`, and "{folder}", that of the training runs.
 """
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from dpt.config import load_config
@@ -47,6 +47,8 @@ class Arm:
     """instead of self-correction; see `dpt.evaluation.rivals`"""
     attention_resolution: int | None = None
     """side of the attention maps that it reads; by default a quarter of the latent's"""
+    parity: bool = False
+    """end the sampling as the reference does"""
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -113,6 +115,12 @@ class Arm:
     def settings(self) -> dict:
         """What a picture depends on, but for weights: all fields that are no labels."""
         return {k: v for k, v in asdict(self).items() if k not in ("name", "about", "against", "train_seeds")}
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    """What differs between two arms' `settings` (and further keys), in words; what `before` lacks has its default."""
+    before = {entry.name: entry.default for entry in fields(Arm)} | before
+    return [f"{key} {before.get(key)} (now {value})" for key, value in now.items() if before.get(key) != value]
 
 
 def load_arm(path: Path, overrides: list[str] = ()) -> Arm:

@@ -26,7 +26,7 @@ from dpt.checkpoint import checkpoints
 from dpt.config import TrainConfig, load_config
 from dpt.engine import STAGES
 from dpt.evaluation import align, generate, itm, quality, rec, scorers, table
-from dpt.evaluation.arms import Arm, check_names, load_arm
+from dpt.evaluation.arms import Arm, check_names, differences, load_arm
 from dpt.evaluation.figures import read_arm, read_packed
 from dpt.evaluation.prompts import load_prompt_set
 from dpt.results import RESULTS, record_section
@@ -217,9 +217,7 @@ def packed_arms(experiment: Experiment, arms: list[Arm], prompt_set: str) -> dic
     for arm in arms:
         if arm.name not in kept:
             continue
-        before = kept[arm.name]["settings"]
-        differing = [f"{k} {before.get(k)} (now {v})" for k, v in arm.settings().items() if before.get(k) != v]
-        if differing:
+        if differing := differences(kept[arm.name]["settings"], arm.settings()):
             raise ValueError(
                 f"packed is {path}, for which {arm.name} was drawn with {', '.join(differing)}; leave it out"
             )

@@ -16,6 +16,7 @@ import numpy as np
 
 from dpt.evaluation.align import file_hashes, pictures, read_scores
 from dpt.evaluation.arms import folder_name
+from dpt.files import write_text
 from dpt.shapes.quality import LABELS
 
 COSTS = ("seconds", "whole_passes", "truncated_passes", "peak_mb")
@@ -60,10 +61,7 @@ def write_packed(packed: dict[str, dict], path: Path) -> None:
     for name, one in sorted(packed.items()):
         figures = {key: _encoded([one["values"][pair][key] for pair in pairs]) for key in sorted(one["figures"])}
         lines.append(json.dumps({"arm": name, "settings": one["settings"], "costs": one["costs"], "figures": figures}))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("\n".join(lines) + "\n")
-    temporary.replace(path)
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def _encoded(values: list[float]) -> str | list[float]:

@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from dpt.adapter import DiscriminativeAdapter
 from dpt.checkpoint import load_checkpoint
-from dpt.evaluation.arms import Arm, check_names, load_arm
+from dpt.evaluation.arms import Arm, check_names, differences, load_arm
 from dpt.evaluation.prompts import Prompt, load_prompt_set
 from dpt.evaluation.rivals import AttendAndExcite, subject_tokens
+from dpt.files import write_text
 from dpt.images import append_metadata, compbench_stem, numbered, read_metadata, save_new, to_pixels
 from dpt.lora import load_external_lora
 from dpt.memory import peak_mb, reset_peak
@@ -150,6 +151,7 @@ class Artist:
             scorer=self.scorer,
             correction=arm.correction,
             correction_prompts=[self.another[prompt] for prompt in prompts] if arm.correct_for_another else None,
+            parity=arm.parity,
             trace=trace,
             observe=False,
             corrector=self._attend_and_excite if arm.attend_and_excite else None,
@@ -238,11 +240,7 @@ def _claim(folder: Path, settings: dict, state: PartialState) -> None:
     path = folder / "arm.json"
     if state.is_main_process and not path.exists():
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(settings, indent=1) + "\n")
-        temporary.replace(path)
+        write_text(path, json.dumps(settings, indent=1) + "\n")
     state.wait_for_everyone()
-    found = json.loads(path.read_text())
-    differing = [f"{key} {found.get(key)} (now {value})" for key, value in settings.items() if found.get(key) != value]
-    if differing:
+    if differing := differences(json.loads(path.read_text()), settings):
         raise ValueError(f"{folder} holds pictures of other settings: {', '.join(differing)}; choose another --outdir")

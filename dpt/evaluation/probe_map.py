@@ -107,10 +107,9 @@ def run(args: argparse.Namespace) -> dict:
     (args.output / "probe_map.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.output / "probe_map.md").write_text(markdown(result))
     draw_maps(result, args.output / "probe_map.png")
+    print(markdown(result))
     if args.record:
         record(args, result)
-    else:
-        print(markdown(result))
     return result
 
 

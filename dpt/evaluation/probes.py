@@ -20,6 +20,7 @@ from dpt.controls import control_unet
 from dpt.data.sources import validation_samples
 from dpt.evaluation import table
 from dpt.evaluation.generate import process_state
+from dpt.files import write_text
 from dpt.metrics import crossed_bootstrap
 from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
@@ -167,10 +168,7 @@ def kept(args: argparse.Namespace, name: str, config: TrainConfig, weights: str,
         if found["identity"] == identity:
             return found["records"]
     records = compute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"identity": identity, "records": records}))
-    temporary.replace(path)
+    write_text(path, json.dumps({"identity": identity, "records": records}))
     return records
 
 

@@ -282,6 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    print(text)
     record_section(args.output, args.section, f"python -m dpt.shapes.quality {shlex.join(argv)}", text)
     return 0
 

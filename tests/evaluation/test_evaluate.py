@@ -79,6 +79,21 @@ def test_nothing_is_drawn_twice_and_settings_are_not_mixed(drawn, capsys):
     assert np.abs(pixels[-1].astype(int) - np.array(Image.open(lost))).max() <= 2
     assert generate(arms[:1], root / "out", "guidance_scale=2") == 2
     assert "guidance_scale 7.5 (now 2.0)" in capsys.readouterr().err
+    settings = root / "out/base/arm.json"
+    content = settings.read_text()
+    settings.write_text(json.dumps({k: v for k, v in json.loads(content).items() if k != "parity"}))  # an older one
+    assert generate(arms[:1], root / "out", "parity=true") == 2
+    assert "parity False (now True)" in capsys.readouterr().err
+    assert generate(arms[:1], root / "out") == 0
+    settings.write_text(content)
+
+
+def test_parity_ends_the_sampling_otherwise(drawn, tmp_path):
+    root, arms, _ = drawn
+    assert generate(arms[:1], tmp_path, "parity=true") == 0
+    name = read_metadata(root / "out/base")[0]["file"]
+    ours, theirs = (np.array(Image.open(f / "base" / name)).astype(int) for f in (root / "out", tmp_path))
+    assert np.abs(ours - theirs).max() > 10
 
 
 @pytest.mark.slow
