@@ -129,18 +129,7 @@ def run(args: argparse.Namespace) -> dict:
         ValueError: a file or name that cannot be used.
     """
     experiment = load_config(Experiment, args.config, args.overrides)
-    more = [replace(arm, name=name) for name, arm in experiment.more_arms.items()]
-    arms = check_names([*map(load_arm, experiment.arms), *more])
-    if unknown := set(args.only or ()) - experiment.runs.keys() - arms.keys():
-        raise ValueError(f"--only names {sorted(unknown)[0]!r}; there are {', '.join([*experiment.runs, *arms])}")
-    if arms and experiment.against not in arms:
-        raise ValueError(f"against is {experiment.against!r}; the arms are {', '.join(arms)}")
-    runs = {name: one for name, one in experiment.runs.items() if not args.only or name in args.only}
-    arms = {name: arm for name, arm in arms.items() if not args.only or name in args.only}
-    if args.record and (args.only or set(args.steps) != set(STEPS)):
-        raise ValueError(
-            "--record puts all of an experiment's tables into docs/results.md: leave out --only and --steps"
-        )
+    runs, arms = chosen(experiment, args)
     if args.dry_run:
         print("\n".join(commands(experiment, runs, bool(arms), args)))
         return {}
@@ -197,6 +186,28 @@ def run(args: argparse.Namespace) -> dict:
         split = tables / (experiment.measure or Measurement()).split
         record(args, [split / "itm.md", split / "rec.md", output / "table.md"], "" if wanted else notes)
     return rows
+
+
+def chosen(experiment: Experiment, args: argparse.Namespace) -> tuple[dict[str, Run], dict[str, Arm]]:
+    """Those of its runs and arms that --only leaves, by name.
+
+    Raises:
+        ValueError: names that are not there, or that do not go together.
+    """
+    more = [replace(arm, name=name) for name, arm in experiment.more_arms.items()]
+    arms = check_names([*map(load_arm, experiment.arms), *more])
+    if unknown := set(args.only or ()) - experiment.runs.keys() - arms.keys():
+        raise ValueError(f"--only names {sorted(unknown)[0]!r}; there are {', '.join([*experiment.runs, *arms])}")
+    if arms and experiment.against not in arms:
+        raise ValueError(f"against is {experiment.against!r}; the arms are {', '.join(arms)}")
+    if args.record and (args.only or set(args.steps) != set(STEPS)):
+        raise ValueError(
+            "--record puts all of an experiment's tables into docs/results.md: leave out --only and --steps"
+        )
+    return tuple(
+        {name: one for name, one in kind.items() if not args.only or name in args.only}
+        for kind in (experiment.runs, arms)
+    )
 
 
 def packed_arms(experiment: Experiment, arms: list[Arm], prompt_set: str) -> dict[str, dict]:

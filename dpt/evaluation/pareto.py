@@ -1,6 +1,6 @@
 """`evaluate.py pareto`: correctness against network passes, as one figure.
 
-    python evaluate.py pareto outputs/tables/shapes-test-20/s* --ceiling s20 --output docs/pareto.png
+    python evaluate.py pareto outputs/tables/shapes-test-15/s* --ceiling s20 --output docs/pareto.png
 
 A point an arm: the share of correct pictures with its 95 % interval against the U-Net passes that a picture takes,
 whole and truncated ones counted alike. --ceiling names an arm drawn from several noise seeds: the line of best-of-N if
