@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 from PIL import Image
 
 import evaluate
+from dpt.evaluation.align import score
 from dpt.evaluation.arms import Arm
 from dpt.evaluation.prompts import load_prompt_set
 from dpt.evaluation.quality import frechet_distance, render_prompt, spread
+from dpt.evaluation.scorers import Scorer
 from dpt.images import read_lines, read_metadata
 from dpt.metrics import bootstrap_interval, bootstrap_p, crossed_bootstrap, holm
 from dpt.shapes.oracle import judge
@@ -94,6 +97,43 @@ def test_parity_ends_the_sampling_otherwise(drawn, tmp_path):
     name = read_metadata(root / "out/base")[0]["file"]
     ours, theirs = (np.array(Image.open(f / "base" / name)).astype(int) for f in (root / "out", tmp_path))
     assert np.abs(ours - theirs).max() > 10
+
+
+def test_a_kill_loses_what_is_being_drawn_alone(drawn, tmp_path, capsys):
+    root, arms, _ = drawn
+    words = [
+        "generate",
+        "--arms",
+        arms[0],
+        "--prompts",
+        "shapes:val",
+        *FEW,
+        "--batch_size",
+        "1",
+        "--outdir",
+        str(tmp_path),
+    ]
+    child = subprocess.Popen([sys.executable, "evaluate.py", *words], stderr=subprocess.DEVNULL)
+    while len(read_metadata(tmp_path / "base")) < 3:
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    before = {
+        record["file"]: (tmp_path / "base" / record["file"]).read_bytes() for record in read_metadata(tmp_path / "base")
+    }
+    (tmp_path / "base/samples/killed before its record.png").write_bytes(b"")
+    with (tmp_path / "base/metadata.jsonl").open("a") as file:
+        file.write('{"file": "samp')  # a record cut short
+    capsys.readouterr()
+    assert evaluate.main(words) == 0
+    assert json.loads(capsys.readouterr().out)["base"] == {"pictures": 14, "new": 14 - len(before)}
+    records = read_metadata(tmp_path / "base")
+    assert len(records) == len(list((tmp_path / "base/samples").iterdir())) == 14
+    assert all((tmp_path / "base" / name).read_bytes() == content for name, content in before.items())
+    for record in records:
+        ours, theirs = (np.array(Image.open(f / "base" / record["file"])).astype(int) for f in (tmp_path, root / "out"))
+        assert np.abs(ours - theirs).max() <= 2
 
 
 @pytest.mark.slow
@@ -316,6 +356,20 @@ def test_bad_folders_are_one_line(tmp_path, capsys):
     Image.new("RGB", (128, 128), "white").save(tmp_path / "empty/a red circle_000000.png")
     assert evaluate.main(["table", str(tmp_path / "empty"), "--output", str(tmp_path)]) == 2
     assert "holds no scores" in capsys.readouterr().err
+
+
+def test_bad_pictures_and_scores_are_one_line(drawn, tmp_path, capsys):
+    root, _, _ = drawn
+    folder = tmp_path / "base"
+    shutil.copytree(root / "out/base", folder)
+    name = read_metadata(folder)[4]["file"]
+    (folder / name).unlink()
+    assert evaluate.main(["align", str(folder), "--metrics", "oracle"]) == 2
+    assert f"1 pictures are missing, such as {name}; generate them again" in capsys.readouterr().err
+    shutil.copy(root / "out/base" / name, folder / name)
+    scorer = Scorer("oracle", "no number", lambda images, prompts: [{"score": float("nan")} for _ in images])
+    with pytest.raises(ValueError, match=f"{folder}.*oracle gives no number for score"):
+        score(folder, scorer, 8)
 
 
 def test_prompt_sets(tmp_path):
