@@ -312,8 +312,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, help=f"default: {BATCH_SIZES}")
     parser.add_argument("--repeats", type=int, default=7, help="interleaved runs of each kind (default: 7)")
     parser.add_argument("--threads", type=int, default=1, help="default: 1")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a sentence")
-    parser.add_argument("--record", action="store_true", help="put the sentence into docs/results.md")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print JSON instead of a sentence")
+    output.add_argument("--record", action="store_true", help="put the sentence into docs/results.md")
     parser.add_argument("--peak_of", metavar="KIND", help="print one kind of step's peak memory in MB alone (Linux)")
     args = parser.parse_args(argv)
     args.model = args.model or {"sampling": "shapes", "training": "random-145m"}[args.what]

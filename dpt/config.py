@@ -121,14 +121,27 @@ def check_stage(config: "TrainConfig", stage: str, num_train_timesteps: int, *, 
 
 def check_resumption(config: "TrainConfig", saved: "TrainConfig") -> None:
     """Raises ValueError where a run that goes on would not be the run that began; what differs is named."""
+    if differing := differing_settings(config, saved, FREE_ON_RESUME):
+        raise ValueError(f"resume=true with other settings than the run began with: {', '.join(differing)}")
+
+
+def check_finished(config: "TrainConfig", saved: "TrainConfig") -> None:
+    """Raises ValueError where the weights of a finished run are not what this config would train."""
+    free = tuple(key for key in FREE_ON_RESUME if key not in ("init_from", "optim.steps"))
+    if differing := differing_settings(config, saved, free):
+        raise ValueError(
+            f"{config.run_name} is there, trained with {', '.join(differing)}; remove it, or choose another name"
+        )
+
+
+def differing_settings(config: "TrainConfig", saved: "TrainConfig", free: tuple[str, ...]) -> list[str]:
+    """What differs, in words, but for keys that begin with one of `free`."""
     now, before = flatten(config), flatten(saved)
-    differing = [
+    return [
         f"{key} {before[key]} (now {value})"
         for key, value in now.items()
-        if before[key] != value and not key.startswith(FREE_ON_RESUME)
+        if before[key] != value and not key.startswith(free)
     ]
-    if differing:
-        raise ValueError(f"resume=true with other settings than the run began with: {', '.join(differing)}")
 
 
 def flatten(config, prefix: str = "") -> dict[str, str | int | float | bool]:

@@ -11,8 +11,9 @@ RESULTS = Path(__file__).resolve().parents[1] / "docs/results.md"
 
 def record_section(path: Path, name: str, command: str, text: str) -> None:
     """Puts a section, with its command and commit, in place of the section of that name, or at the end; says where."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True)
-    body = f"`{command}`, on the code of commit {commit.stdout.strip() or 'unknown'}:\n\n{text}"
+    describe = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    commit = subprocess.run(describe, cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip() or "unknown"
+    body = f"`{command}`, recorded at commit {commit}:\n\n{text}"
     block = f"<!-- begin {name} -->\n{body}\n<!-- end {name} -->"
     old = path.read_text() if path.exists() else "# Results\n"
     pattern = re.compile(rf"<!-- begin {re.escape(name)} -->.*?<!-- end {re.escape(name)} -->", re.DOTALL)

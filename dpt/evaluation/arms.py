@@ -70,6 +70,9 @@ class Arm:
             raise ValueError("attend_and_excite and self-correction exclude each other")
         if not self.dpt and (self.best_of > 1 or corrects):
             raise ValueError("dpt is missing: correcting oneself and choosing by score need an adapter")
+        plain = CorrectionSettings(factor=self.correction_factor)
+        if self.parity and (self.attend_and_excite or self.correction != plain):
+            raise ValueError("parity is set; the reference's sampling has no other correction than correction_factor's")
         controls = {
             "correction_direction": self.correction_direction != "gradient",
             "correct_for_another": self.correct_for_another,
@@ -118,8 +121,8 @@ class Arm:
 
 
 def differences(before: dict, now: dict) -> list[str]:
-    """What differs between two arms' `settings` (and further keys), in words; what `before` lacks has its default."""
-    before = {entry.name: entry.default for entry in fields(Arm)} | before
+    """What differs between two arms' `settings` (and further keys), in words; a key added since has its default."""
+    before = {entry.name: entry.default for entry in fields(Arm) if before} | before
     return [f"{key} {before.get(key)} (now {value})" for key, value in now.items() if before.get(key) != value]
 
 

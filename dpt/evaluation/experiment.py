@@ -23,7 +23,7 @@ from pathlib import Path
 import yaml
 
 from dpt.checkpoint import checkpoints
-from dpt.config import TrainConfig, load_config
+from dpt.config import TrainConfig, check_finished, load_config
 from dpt.engine import STAGES
 from dpt.evaluation import align, generate, itm, quality, rec, scorers, table
 from dpt.evaluation.arms import Arm, check_names, differences, load_arm
@@ -204,10 +204,8 @@ def chosen(experiment: Experiment, args: argparse.Namespace) -> tuple[dict[str, 
         raise ValueError(
             "--record puts all of an experiment's tables into docs/results.md: leave out --only and --steps"
         )
-    return tuple(
-        {name: one for name, one in kind.items() if not args.only or name in args.only}
-        for kind in (experiment.runs, arms)
-    )
+    runs = {name: one for name, one in experiment.runs.items() if not args.only or name in args.only}
+    return runs, {name: arm for name, arm in arms.items() if not args.only or name in args.only}
 
 
 def packed_arms(experiment: Experiment, arms: list[Arm], prompt_set: str) -> dict[str, dict]:
@@ -246,7 +244,7 @@ def train(runs: dict[str, Run], experiment: Experiment, *, jobs: int = 1) -> Non
     """Trains the runs `<folder>/<name>-<seed>` that are not finished, a process each, `jobs` at once.
 
     Raises:
-        ValueError: a run that failed; what it said stands above.
+        ValueError: a finished run of other settings, or a run that failed; what it said stands above.
     """
     if jobs < 1:
         raise ValueError(f"--jobs is {jobs}; it must be at least 1")
@@ -255,8 +253,10 @@ def train(runs: dict[str, Run], experiment: Experiment, *, jobs: int = 1) -> Non
         for seed in one.seeds:
             settings = [*run_settings(name, one, experiment, seed), "resume=true"]
             config = load_config(TrainConfig, one.config, settings)
-            newest = checkpoints(Path(experiment.folder) / config.run_name)
+            folder = Path(experiment.folder) / config.run_name
+            newest = checkpoints(folder)
             if newest and int(newest[0].name.removeprefix("step_")) >= config.optim.steps:
+                check_finished(config, load_config(TrainConfig, folder / "config.yaml"))
                 continue
             if generate.process_state().num_processes > 1:
                 raise ValueError(

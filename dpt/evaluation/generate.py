@@ -228,9 +228,9 @@ def _noise_seed(prompt: Prompt, seed: int) -> int:
 
 
 def _remove_unrecorded(folder: Path) -> None:
-    """Removes pictures that a kill left without their record; they are drawn again."""
+    """Removes what a kill left of pictures without their record; they are drawn again."""
     known = {record["file"] for record in read_metadata(folder)}
-    for path in folder.rglob("*.png"):
+    for path in [*folder.rglob("*.png"), *folder.rglob(".*.tmp")]:
         if str(path.relative_to(folder)) not in known:
             path.unlink()
 
@@ -238,7 +238,7 @@ def _remove_unrecorded(folder: Path) -> None:
 def _claim(folder: Path, settings: dict, state: PartialState) -> None:
     """Makes the folder this arm's. Raises ValueError where it is another's."""
     path = folder / "arm.json"
-    if state.is_main_process and not path.exists():
+    if state.is_main_process and not (path.exists() and read_metadata(folder)):
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(settings, indent=1) + "\n")
     state.wait_for_everyone()

@@ -215,8 +215,10 @@ def markdown(result: dict, measured: list[Measured]) -> str:
     controls, parts = {one.name: one.control for one in measured}, []
     for key, rows in result.items():
         (name, *header), cells = laid_out(rows)
-        without = [[row[0], controls[row[0]].replace("none", ""), *row[1:]] for row in cells]
-        parts.append((f"**{key}**\n\n" if key else "") + table.markdown([name, "without", *header], without))
+        if set(controls.values()) != {"none"}:
+            header.insert(0, "without")
+            cells = [[row[0], controls[row[0]].replace("none", ""), *row[1:]] for row in cells]
+        parts.append((f"**{key}**\n\n" if key else "") + table.markdown([name, *header], cells))
     return "\n".join(parts)
 
 

@@ -18,6 +18,7 @@ from scipy.linalg import sqrtm
 
 from dpt.evaluation.align import file_hashes, pictures, read_image
 from dpt.evaluation.figures import pictures_hash
+from dpt.files import write_text
 from dpt.images import to_pixels
 from dpt.shapes.captions import parse
 from dpt.shapes.scenes import render
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> dict:
         if between := spread(renders[prompts], prompts):  # else every prompt has one picture
             figures["diversity"] = spread(drawn, prompts) / between
         identity = {"pictures": pictures_hash(file_hashes(folder, records))}
-        (folder / "quality.json").write_text(json.dumps(figures | identity) + "\n")
+        write_text(folder / "quality.json", json.dumps(figures | identity) + "\n")
         results[str(folder)] = figures
     return results
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from dpt.evaluation.figures import collect
+from dpt.files import write_text
 from dpt.metrics import bootstrap_p, crossed_bootstrap, holm
 from dpt.shapes.quality import LABELS
 
@@ -95,7 +96,7 @@ def make_tables(
         ("md", text),
         ("tex", "\n".join(latex(*table) for table in tables)),
     ):
-        (output / f"table.{suffix}").write_text(content)
+        write_text(output / f"table.{suffix}", content)
     print(text)
     return result
 

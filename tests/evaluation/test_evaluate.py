@@ -99,6 +99,7 @@ def test_parity_ends_the_sampling_otherwise(drawn, tmp_path):
     assert np.abs(ours - theirs).max() > 10
 
 
+@pytest.mark.slow
 def test_a_kill_loses_what_is_being_drawn_alone(drawn, tmp_path, capsys):
     root, arms, _ = drawn
     words = [
@@ -113,16 +114,19 @@ def test_a_kill_loses_what_is_being_drawn_alone(drawn, tmp_path, capsys):
         "--outdir",
         str(tmp_path),
     ]
-    child = subprocess.Popen([sys.executable, "evaluate.py", *words], stderr=subprocess.DEVNULL)
+    with (tmp_path / "errors.txt").open("w") as errors:
+        child = subprocess.Popen([sys.executable, "evaluate.py", *words], stderr=errors)
     while len(read_metadata(tmp_path / "base")) < 3:
-        assert child.poll() is None
+        assert child.poll() is None, (tmp_path / "errors.txt").read_text()[-3000:]
         time.sleep(0.01)
     child.kill()
     child.wait()
     before = {
         record["file"]: (tmp_path / "base" / record["file"]).read_bytes() for record in read_metadata(tmp_path / "base")
     }
-    (tmp_path / "base/samples/killed before its record.png").write_bytes(b"")
+    assert len(before) < 14
+    for name in ("killed before its record.png", ".killed before its name.tmp"):
+        (tmp_path / "base/samples" / name).write_bytes(b"")
     with (tmp_path / "base/metadata.jsonl").open("a") as file:
         file.write('{"file": "samp')  # a record cut short
     capsys.readouterr()
@@ -230,6 +234,11 @@ def test_packed_figures_stand_for_their_pictures(drawn, tmp_path, capsys):
     assert evaluate.main(["pareto", str(packed), "--ceiling", "base", "--output", str(tmp_path / "p.png")]) == 0
     assert evaluate.main(["pareto", str(packed), "--ceiling", "nobody", "--output", str(tmp_path / "p.png")]) == 2
     assert "the arms are base, own/0, own/1" in capsys.readouterr().err
+    foreign = [json.loads(line) for line in packed.read_text().splitlines()]
+    foreign[1]["settings"] = {}  # pictures of others
+    packed.write_text("".join(json.dumps(line) + "\n" for line in foreign))
+    assert evaluate.main(["experiment", str(config)]) == 2
+    assert "base was drawn with model None (now shapes)" in capsys.readouterr().err
     packed.write_text("{}")
     assert evaluate.main(["table", str(packed), "--output", str(tmp_path)]) == 2
     assert f"{packed} cannot be read" in capsys.readouterr().err
@@ -335,6 +344,7 @@ def test_controls_and_best_of_change_the_pictures(tmp_path, shapes_dpt):
         ({"a": {"correction_norm": -1}}, "correction_norm is -1"),
         ({"a": {"untrained_adapter": True}}, "untrained_adapter is set"),
         ({"a": {"attention_resolution": 4}}, "attention_resolution is set"),
+        ({"a": {"parity": True, "dpt": "x", "correction_norm": 0.1}}, "parity is set"),
         ({"a": {"dpt": "nowhere"}}, "nowhere is not there"),
         ({"a": {"lora": "nowhere"}}, "lora nowhere is not there"),
         ({"a": {"dpt": "x", "lora": "y"}}, "exclude each other"),

@@ -201,11 +201,14 @@ def test_bad_experiments_are_one_line_before_anything_is_trained(tmp_path, capsy
     assert not (tmp_path / "probe-0").exists()
 
 
+SEARCHES = ("length", "balance", "high_noise", "quirks")
+
+
 @pytest.mark.parametrize(
     "path",
     [
         *CONFIGS.glob("tables/*.yaml"),
-        *(CONFIGS / f"shapes/{name}.yaml" for name in ("experiment", "committed", "length")),
+        *(CONFIGS / f"shapes/{name}.yaml" for name in ("experiment", "committed", *SEARCHES)),
     ],
 )
 def test_every_table_s_config_can_be_read(path):
@@ -220,13 +223,14 @@ def test_every_table_s_config_can_be_read(path):
     trained = {f"{name}-{seed}" for name, one in experiment.runs.items() for seed in one.seeds}
     for arm in arms.values():
         for one in arm.each_seed("X"):
-            assert not (one.dpt or "").startswith("X/") or one.dpt.removeprefix("X/") in trained
+            for weights in (one.dpt or "", one.lora or ""):
+                assert not weights.startswith("X/") or weights.split("/")[1] in trained
     assert all(metric in METRICS for metric in experiment.metrics)
     for name, one in experiment.runs.items():
         for seed in one.seeds:
             load_config(TrainConfig, one.config, run_settings(name, one, experiment, seed))
     twins = re.findall(r"configs/tables/shapes_\w+\.yaml", path.read_text())
-    assert path.name.startswith(("shapes_", "experiment", "committed", "length")) or twins
+    assert path.parent.name == "shapes" or path.name.startswith("shapes_") or twins
     assert all(Path(twin).exists() for twin in twins)
 
 
