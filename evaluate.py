@@ -50,6 +50,9 @@ def main(argv: list[str] | None = None) -> int:
         result = COMMANDS[args.command].run(args)
         if args.command in ("generate", "align", "quality", "pack", "report", "pareto"):
             print(json.dumps(result, indent=1))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

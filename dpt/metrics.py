@@ -69,10 +69,13 @@ def resampled_means(
 
 
 def bootstrap_p(values: np.ndarray, prompts: np.ndarray, other: np.ndarray, *, num_resamples: int = 10_000) -> float:
-    """Two-sided p of no difference between arms, by `crossed_bootstrap`'s resamples: twice the smaller tail."""
+    """Two-sided p of no difference between arms, by `crossed_bootstrap`'s resamples: twice the smaller tail.
+
+    So few prompts that resamples say nothing have at least the p of a sign test that they all agree in.
+    """
     _, means = resampled_means(values, prompts, other, num_resamples=num_resamples, seed=0)
     tail = min(np.mean(means <= 0), np.mean(means >= 0))
-    return float(min(1.0, 2 * max(tail, 1 / num_resamples)))
+    return float(min(1.0, 2 * max(tail, 1 / num_resamples, 0.5 ** len(np.unique(prompts)))))
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's flags."""
     parser.add_argument("folders", nargs="+", type=Path, help="folders of arms")
     parser.add_argument("--metrics", nargs="+", choices=tuple(METRICS), required=True)
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=64, help="pictures at once (default: 64)")
     add_scorers(parser)
 
 
@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> dict:
     Raises:
         ValueError: a folder without pictures, a picture that cannot be read, or a score that is no number.
     """
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size is {args.batch_size}; it must be at least 1")
     scorers = [METRICS[name](args) for name in args.metrics]
     return {
         str(folder): {scorer.name: score(folder, scorer, args.batch_size) for scorer in scorers}
@@ -104,6 +106,8 @@ def pictures(folder: Path) -> list[dict]:
         for name, match in matches.items()
         if match
     ]
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not there, or no folder")
     if not records:
         raise ValueError(
             f"{folder} holds no pictures: neither a {METADATA_FILE} nor files named <prompt>_<6 digits>.png"

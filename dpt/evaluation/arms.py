@@ -4,6 +4,7 @@ A file in configs/shapes/arms names what differs from these defaults; `dpt` and 
 seed, and then stand for one set of weights for each of `train_seeds`, and "{folder}", that of the training runs.
 """
 
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -62,6 +63,10 @@ class Arm:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
         if self.dpt and self.lora:
             raise ValueError("dpt and lora exclude each other: an arm has one set of weights")
+        if self.name and not re.fullmatch(r"\w[\w.+-]*(/\d+)?", self.name):
+            raise ValueError(f"name is {self.name!r}; it names a folder: letters, digits and . _ + - alone")
+        if not 0 <= self.guidance_scale < 1000:
+            raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be a number from 0 to 1000")
         for name in ("best_of", "num_inference_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

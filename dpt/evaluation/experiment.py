@@ -101,6 +101,14 @@ class Experiment:
     """a table of configs/tables/published.yaml to show beside"""
 
     def __post_init__(self):
+        generate.check_seeds(self.image_seeds, "image_seeds")
+        if self.per_category is not None and self.per_category < 1:
+            raise ValueError(f"per_category is {self.per_category}; it must be at least 1")
+        if unknown := set(self.metrics) - scorers.METRICS.keys():
+            raise ValueError(f"metrics names {sorted(unknown)[0]!r}; there are {', '.join(scorers.METRICS)}")
+        published_table(self.published)
+        if untrained := [name for name, one in self.runs.items() if not one.seeds]:
+            raise ValueError(f"runs.{untrained[0]}.seeds is empty; leave the run out, or name seeds")
         for name, source in self.protocol.items():
             if source not in SOURCES:
                 raise ValueError(f"protocol: {name} is of {source!r}; sources are {', '.join(SOURCES)}")
@@ -109,10 +117,13 @@ class Experiment:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's flags."""
     parser.add_argument("config", type=Path, help="a YAML file: what differs from the defaults of `Experiment`")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="before any --flag")
+    parser.add_argument("--batch_size", type=int, default=32, help="pictures at once (default: 32)")
     parser.add_argument(
-        "--jobs", type=int, default=1, help="trainings side by side, the cores shared out: on a CPU faster than in turn"
+        "--jobs",
+        type=int,
+        default=1,
+        help="trainings side by side, the cores shared out (default: 1): on a CPU faster than in turn",
     )
     parser.add_argument("--only", nargs="+", help="names of runs and arms")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
@@ -136,8 +147,6 @@ def run(args: argparse.Namespace) -> dict:
     notes = protocol_table(experiment.protocol) + published_table(experiment.published)
     scoring = argparse.ArgumentParser()
     align.add_arguments(scoring)
-    if unknown := set(experiment.metrics) - scorers.METRICS.keys():
-        raise ValueError(f"metrics names {sorted(unknown)[0]!r}; there are {', '.join(scorers.METRICS)}")
     wanted = [one for arm in arms.values() for one in arm.each_seed(experiment.folder)]
     prompts = experiment.prompts.replace("{data}", experiment.data)
     packed = packed_arms(experiment, wanted, prompts)
@@ -200,6 +209,10 @@ def chosen(experiment: Experiment, args: argparse.Namespace) -> tuple[dict[str, 
         raise ValueError(f"--only names {sorted(unknown)[0]!r}; there are {', '.join([*experiment.runs, *arms])}")
     if arms and experiment.against not in arms:
         raise ValueError(f"against is {experiment.against!r}; the arms are {', '.join(arms)}")
+    if args.jobs < 1:
+        raise ValueError(f"--jobs is {args.jobs}; it must be at least 1")
+    if args.record and args.record.is_dir():
+        raise ValueError(f"--record is {args.record}, a folder; name a file")
     if args.record and (args.only or set(args.steps) != set(STEPS)):
         raise ValueError(
             "--record puts all of an experiment's tables into docs/results.md: leave out --only and --steps"
@@ -246,8 +259,6 @@ def train(runs: dict[str, Run], experiment: Experiment, *, jobs: int = 1) -> Non
     Raises:
         ValueError: a finished run of other settings, or a run that failed; what it said stands above.
     """
-    if jobs < 1:
-        raise ValueError(f"--jobs is {jobs}; it must be at least 1")
     commands = []
     for name, one in runs.items():
         for seed in one.seeds:

@@ -65,14 +65,14 @@ def write_packed(packed: dict[str, dict], path: Path) -> None:
 
 
 def _encoded(values: list[float]) -> str | list[float]:
-    """Yes and no as a string of 1 and 0, numbers to three places."""
+    """Yes and no as a string of 1 and 0, numbers to five places."""
     if set(values) <= {0.0, 1.0}:
         return "".join(str(int(value)) for value in values)
-    return [round(value, 3) for value in values]
+    return [round(value, 5) for value in values]
 
 
 def read_packed(path: Path) -> dict[str, dict]:
-    """What `write_packed` was given, scores to three places.
+    """What `write_packed` was given, scores to five places.
 
     Raises:
         ValueError: a file that cannot be read as such.

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", required=True, help="a prompt set; see `dpt.evaluation.prompts`")
     parser.add_argument("--per_category", type=int, help="only the first so many prompts a category")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="of the noise (default: 0 1 2 3)")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batch_size", type=int, default=32, help="pictures at once (default: 32)")
     parser.add_argument("--outdir", type=Path, required=True)
     parser.add_argument("--compbench", action="store_true", help="name files as T2I-CompBench does")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes every arm")
@@ -83,12 +83,19 @@ def draw_arms(
 ) -> dict:
     """`run`, of arms that are loaded already, one for each set of weights."""
     prompts = load_prompt_set(prompt_set, per_category=per_category)
-    if max(seeds) >= SEEDS_APART:
-        raise ValueError(f"--seeds holds {max(seeds)}; they must be below {SEEDS_APART}")
+    check_seeds(seeds, "--seeds")
+    if batch_size < 1:
+        raise ValueError(f"--batch_size is {batch_size}; it must be at least 1")
     return {
         arm.name: generate(arm, prompts, seeds, outdir / arm.name, batch_size=batch_size, compbench=compbench)
         for arm in arms
     }
+
+
+def check_seeds(seeds: list[int], name: str) -> None:
+    """Raises ValueError unless there are seeds, each once, below `SEEDS_APART`; `name` is what they are called."""
+    if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < SEEDS_APART for seed in seeds):
+        raise ValueError(f"{name} is {seeds}; it must hold different seeds from 0 to {SEEDS_APART - 1}")
 
 
 def process_state() -> PartialState:
@@ -243,4 +250,4 @@ def _claim(folder: Path, settings: dict, state: PartialState) -> None:
         write_text(path, json.dumps(settings, indent=1) + "\n")
     state.wait_for_everyone()
     if differing := differences(json.loads(path.read_text()), settings):
-        raise ValueError(f"{folder} holds pictures of other settings: {', '.join(differing)}; choose another --outdir")
+        raise ValueError(f"{folder} holds pictures of other settings: {', '.join(differing)}; choose another folder")

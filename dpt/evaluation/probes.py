@@ -211,14 +211,15 @@ def _values(found: dict[int, dict[int, dict]], column: str, timesteps: list[int]
 
 
 def markdown(result: dict, measured: list[Measured]) -> str:
-    """The summary as tables, one a set, in percent."""
+    """The summary as tables, one a set, in percent; "without" is what a control lacks."""
     controls, parts = {one.name: one.control for one in measured}, []
     for key, rows in result.items():
         (name, *header), cells = laid_out(rows)
         if set(controls.values()) != {"none"}:
             header.insert(0, "without")
             cells = [[row[0], controls[row[0]].replace("none", ""), *row[1:]] for row in cells]
-        parts.append((f"**{key}**\n\n" if key else "") + table.markdown([name, *header], cells))
+        samples = len({record["id"] for record in measured[0].records[key]})
+        parts.append(f"**{key or 'all'}**, {samples} samples\n\n{table.markdown([name, *header], cells)}")
     return "\n".join(parts)
 
 

@@ -58,7 +58,7 @@ def _lines(category: str, path: Path) -> dict[str, list[str]]:
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompts {path} cannot be read as UTF-8 text: {error}") from error
+        raise ValueError(f"prompts {path} cannot be read as UTF-8 text, save it as such: {error}") from error
     return {category: [line.strip() for line in lines if line.strip()]}
 
 

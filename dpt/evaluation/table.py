@@ -90,7 +90,11 @@ def make_tables(
     tables = [arms_table(result["arms"])]
     tables += [category_table(figure, result[f"{figure} by category"]) for figure in by]
     output.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(markdown(*table) for table in tables) + notes
+    text = "\n".join(markdown(*table) for table in tables)
+    text += f"\nFigures of an arm are of all categories but `{APART}`.\n" * (
+        not categories and APART in known - {*chosen}
+    )
+    text += notes
     for suffix, content in (
         ("json", json.dumps(result, indent=1) + "\n"),
         ("md", text),
@@ -117,10 +121,11 @@ def _matrix(seeds: list[dict], pairs: list[tuple], figure: str) -> np.ndarray:
 
 
 def _row(seeds: list[dict], against: list[dict] | None, name: str | None, pairs: list[tuple]) -> dict:
-    prompts, row = np.array([prompt for prompt, _ in pairs]), {"training_seeds": len(seeds)}
+    prompts = np.array([prompt for prompt, _ in pairs])
+    row = {"training_seeds": len(seeds), "prompts": len(set(prompts))}
     if against is not None:
         row["against"] = name
-    for figure in seeds[0]["values"][pairs[0]]:
+    for figure in sorted(seeds[0]["figures"], key=lambda figure: (figure not in LABELS, figure)):
         matrix = _matrix(seeds, pairs, figure)
         row[figure] = crossed_bootstrap(matrix, prompts)
         if against is not None:
@@ -136,7 +141,7 @@ def _by_category(arms: dict[str, list[dict]], reference: dict, figure: str, cate
         for category in categories:
             pairs = sorted(pair for pair in seeds[0]["values"] if category in seeds[0]["categories"][pair[0]])
             prompts, matrix = np.array([prompt for prompt, _ in pairs]), _matrix(seeds, pairs, figure)
-            rows[category] = {"mean": crossed_bootstrap(matrix, prompts)}
+            rows[category] = {"prompts": len(set(prompts)), "mean": crossed_bootstrap(matrix, prompts)}
             if reference[name] not in (None, name):
                 other = _matrix(arms[reference[name]], pairs, figure)
                 rows[category]["difference"] = crossed_bootstrap(matrix, prompts, other)
@@ -151,15 +156,16 @@ def arms_table(rows: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the rows by arm; shares in percent."""
     figures = [key for row in rows.values() for key in row if isinstance(row[key], tuple)]
     costs = [key for row in rows.values() for key in row if isinstance(row[key], float)]
-    columns = ["training_seeds", *dict.fromkeys(figures), *dict.fromkeys(costs)]
+    columns = ["training_seeds", "prompts", *dict.fromkeys(figures), *dict.fromkeys(costs)]
     columns += ["against"] * any("against" in row for row in rows.values())
     cells = [[name, *(_cell(column, row.get(column)) for column in columns)] for name, row in rows.items()]
     return ["arm", *columns], cells
 
 
 def category_table(figure: str, arms: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of a figure by category, each with its difference and p where there is one."""
-    categories, cells = list(next(iter(arms.values()))), []
+    """Header and cells of a figure by category (and its prompts), each with its difference and p where there is one."""
+    categories = [f"{category} ({row['prompts']})" for category, row in next(iter(arms.values())).items()]
+    cells = []
     for name, rows in arms.items():
         cells.append([name])
         for row in rows.values():

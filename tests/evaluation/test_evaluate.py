@@ -188,7 +188,10 @@ def test_a_table_of_arms(drawn, tmp_path, capsys):
         assert sum(row[label][0] for label in ("correct", "misaligned", "malformed")) == pytest.approx(1)
     difference = rows["own"]["cosine"][0] - rows["base"]["cosine"][0]
     assert rows["own"]["cosine_difference"][0] == pytest.approx(difference)
-    assert (tmp_path / "table.md").read_text().count("\n") == 4
+    assert rows["own"]["prompts"] == 6
+    text = (tmp_path / "table.md").read_text()
+    assert text.count("\n") == 6
+    assert text.endswith("all categories but `unseen`.\n")
     assert r"training\_seeds" in (tmp_path / "table.tex").read_text()
     assert evaluate.main([*command[:-1], str(tmp_path / "all"), "--categories", "unseen"]) == 0
     assert evaluate.main([*command, "--against", "nobody"]) == 2
@@ -281,6 +284,7 @@ def test_holms_correction_and_bootstrap_p():
     values, prompts = rng.random((1, 40)), np.arange(40)
     assert bootstrap_p(values, prompts, values + 0.5) < 0.001
     assert bootstrap_p(values, prompts, values[:, ::-1]) > 0.5
+    assert bootstrap_p(values[:, :1], prompts[:1], values[:, :1] + 0.5) == 1  # one prompt says nothing
 
 
 def test_the_quality_guard_tells_renders_from_worse(drawn, tmp_path):
@@ -338,6 +342,8 @@ def test_controls_and_best_of_change_the_pictures(tmp_path, shapes_dpt):
         ({"a": {"name": "x"}, "b": {"name": "x"}}, "two arms are named 'x'"),
         ({"a": {"guidance": 3}}, "did you mean guidance_scale?"),
         ({"a": {"best_of": 0}}, "best_of is 0"),
+        ({"a": {"guidance_scale": float("nan")}}, "guidance_scale is nan"),
+        ({"a": {"name": "../a"}}, "name is '../a'"),
         ({"a": {"best_of": 2}}, "dpt is missing"),
         ({"a": {"correction_norm": 0.1}}, "dpt is missing"),
         ({"a": {"correction_direction": "up"}}, "correction_direction is 'up'"),
@@ -357,7 +363,25 @@ def test_bad_arms_are_one_line(tmp_path, capsys, arms, message):
     assert message in error
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds", "0", "0"], "--seeds is [0, 0]"),
+        (["--seeds", "-1"], "--seeds is [-1]"),
+        (["--batch_size", "0"], "--batch_size is 0"),
+    ],
+)
+def test_bad_flags_of_a_drawing_are_one_line(tmp_path, capsys, words, message):
+    assert generate(write_arms(tmp_path, base={}), tmp_path / "out", *words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_folders_are_one_line(tmp_path, capsys):
+    assert evaluate.main(["align", str(tmp_path / "empty"), "--metrics", "oracle"]) == 2
+    assert "empty is not there" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert evaluate.main(["align", str(tmp_path / "empty"), "--metrics", "oracle"]) == 2
     assert "holds no pictures" in capsys.readouterr().err

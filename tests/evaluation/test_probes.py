@@ -171,6 +171,11 @@ def test_an_experiment_from_training_to_table(tmp_path, capsys):
     log = (tmp_path / "out/dpt-1/log.txt").read_text()
     assert evaluate.main(call) == 0  # nothing is left to do
     assert (tmp_path / "out/dpt-1/log.txt").read_text() == log
+    assert evaluate.main([*call, "runs.dpt.settings=[init_from=new]", "--steps", "train"]) == 2
+    error = capsys.readouterr().err
+    assert "dpt-0 is there, trained with " in error
+    assert "data.num_samples 8 (now 10000)" in error
+    assert "/out/probe-0 (now new)" in error
     assert evaluate.main([*call, "--only", "nobody"]) == 2
     assert "there are probe, dpt, base" in capsys.readouterr().err
     capsys.readouterr()
@@ -187,6 +192,11 @@ def test_an_experiment_from_training_to_table(tmp_path, capsys):
         (["metrics=[beauty]"], "metrics names 'beauty'"),
         (["metrics=[clip]"], "--metrics clip needs weights"),
         (["published=nowhere"], "published is 'nowhere'"),
+        (["per_category=0"], "per_category is 0"),
+        (["image_seeds=[]"], "image_seeds is []"),
+        (["runs.probe.seeds=[]"], "runs.probe.seeds is empty"),
+        (["--jobs", "0"], "--jobs is 0"),
+        (["--record", "tests"], "--record is tests, a folder"),
         (["protocol={x: rumour}"], "sources are paper"),
         (["more_arms={base: {}}"], "two arms are named 'base'"),
         (["arms=[]", "more_arms={a: {best_of: 2}}", "against=a"], "dpt is missing"),
@@ -217,7 +227,8 @@ def test_every_table_s_config_can_be_read(path):
             assert "|" in published_table(entry)
         return
     experiment = load_config(Experiment, path)
-    arms = {load_arm(path).name: load_arm(path) for path in experiment.arms} | experiment.more_arms
+    arms = {load_arm(path).name: load_arm(path) for path in experiment.arms}
+    arms |= {name: replace(arm, name=name) for name, arm in experiment.more_arms.items()}
     assert experiment.against in arms or not arms
     assert all(arm.against in {None, *arms} for arm in arms.values())
     trained = {f"{name}-{seed}" for name, one in experiment.runs.items() for seed in one.seeds}
