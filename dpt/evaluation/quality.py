@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Writes every folder's figures; returns them by folder.
+    """Writes every folder's figures, where they are not those of the same pictures; returns them by folder.
 
     Raises:
         ValueError: a folder without pictures, a picture that cannot be read, or a prompt outside the shapes grammar.
@@ -43,15 +43,19 @@ def run(args: argparse.Namespace) -> dict:
     sd, results, renders = load_stable_diffusion("shapes"), {}, {}
     for folder in args.folders:
         records = sorted(pictures(folder), key=lambda record: (record["prompt"], record["seed"]))
-        prompts = tuple(record["prompt"] for record in records)
+        prompts, path = tuple(record["prompt"] for record in records), folder / "quality.json"
+        identity = {"pictures": pictures_hash(file_hashes(folder, records))}
+        found = json.loads(path.read_text()) if path.exists() else {}
+        if identity.items() <= found.items():  # of these very pictures
+            results[str(folder)] = {key: value for key, value in found.items() if key not in identity}
+            continue
         if prompts not in renders:
             renders[prompts] = embed(sd, [render_prompt(prompt, k) for k, prompt in enumerate(prompts)])
         drawn = embed(sd, [read_image(folder / record["file"]) for record in records])
         figures = {"frechet": frechet_distance(drawn, renders[prompts])}
         if between := spread(renders[prompts], prompts):  # else every prompt has one picture
             figures["diversity"] = spread(drawn, prompts) / between
-        identity = {"pictures": pictures_hash(file_hashes(folder, records))}
-        write_text(folder / "quality.json", json.dumps(figures | identity) + "\n")
+        write_text(path, json.dumps(figures | identity) + "\n")
         results[str(folder)] = figures
     return results
 

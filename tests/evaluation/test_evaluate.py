@@ -290,7 +290,11 @@ def test_holms_correction_and_bootstrap_p():
 def test_the_quality_guard_tells_renders_from_worse(drawn, tmp_path):
     _, _, folders = drawn
     assert evaluate.main(["quality", folders[0]]) == 0
-    assert json.loads((Path(folders[0]) / "quality.json").read_text())["frechet"] > 0
+    path = Path(folders[0]) / "quality.json"
+    assert json.loads(path.read_text())["frechet"] > 0
+    written = path.stat().st_mtime_ns
+    assert evaluate.main(["quality", folders[0]]) == 0
+    assert path.stat().st_mtime_ns == written  # not measured again
     assert evaluate.main(["table", folders[0], "--output", str(tmp_path)]) == 0
     assert "frechet" in (tmp_path / "table.md").read_text()
 
