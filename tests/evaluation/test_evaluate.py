@@ -96,7 +96,8 @@ def test_parity_ends_the_sampling_otherwise(drawn, tmp_path):
     assert generate(arms[:1], tmp_path, "parity=true") == 0
     name = read_metadata(root / "out/base")[0]["file"]
     ours, theirs = (np.array(Image.open(f / "base" / name)).astype(int) for f in (root / "out", tmp_path))
-    assert np.abs(ours - theirs).max() > 10
+    assert (ours != theirs).mean() > 0.01  # noise of the last timestep
+    assert np.abs(ours - theirs).max() < 50
 
 
 @pytest.mark.slow

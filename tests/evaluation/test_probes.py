@@ -171,7 +171,7 @@ def test_an_experiment_from_training_to_table(tmp_path, capsys):
     log = (tmp_path / "out/dpt-1/log.txt").read_text()
     assert evaluate.main(call) == 0  # nothing is left to do
     assert (tmp_path / "out/dpt-1/log.txt").read_text() == log
-    assert evaluate.main([*call, "runs.dpt.settings=[init_from=new]", "--steps", "train"]) == 2
+    assert evaluate.main([*call, "runs.dpt.settings=[init_from=new, optim.steps=2]", "--steps", "train"]) == 2
     error = capsys.readouterr().err
     assert "dpt-0 is there, trained with " in error
     assert "data.num_samples 8 (now 10000)" in error
@@ -304,7 +304,7 @@ def test_what_shares_a_name_and_a_folder_is_the_same():
 def test_the_committed_weights_are_there_and_fit():
     sd = load_stable_diffusion("shapes")
     experiment = load_config(Experiment, CONFIGS / "shapes/committed.yaml")
-    arms = [one for arm in experiment.more_arms.values() for one in arm.each_seed()]
+    arms = [one for name, arm in experiment.more_arms.items() for one in replace(arm, name=name).each_seed()]
     assert {arm.lora or arm.dpt for arm in arms} >= {"ckpt/shapes-dpt", "ckpt/shapes-dpt/seeds/dpt-5"}
     for arm in arms:
         if arm.dpt:
