@@ -136,12 +136,13 @@ def check_finished(config: "TrainConfig", saved: "TrainConfig") -> None:
 
 def differing_settings(config: "TrainConfig", saved: "TrainConfig", free: tuple[str, ...]) -> list[str]:
     """What differs, in words, but for keys that begin with one of `free`."""
-    now, before = flatten(config), flatten(saved)
-    return [
-        f"{key} {before[key]} (now {value})"
-        for key, value in now.items()
-        if before[key] != value and not key.startswith(free)
-    ]
+    now = {key: value for key, value in flatten(config).items() if not key.startswith(free)}
+    return differences(flatten(saved), now)
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    """What of `now` was otherwise before, in words."""
+    return [f"{key} {before.get(key)} (now {value})" for key, value in now.items() if before.get(key) != value]
 
 
 def flatten(config, prefix: str = "") -> dict[str, str | int | float | bool]:

@@ -89,6 +89,8 @@ def pictures(folder: Path) -> list[dict]:
     Raises:
         ValueError: there are none, or the metadata names pictures that are not there.
     """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not there, or no folder")
     if (folder / METADATA_FILE).exists():
         records, there = read_lines(folder / METADATA_FILE), read_metadata(folder)
         known = {record["file"] for record in there}
@@ -106,8 +108,6 @@ def pictures(folder: Path) -> list[dict]:
         for name, match in matches.items()
         if match
     ]
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not there, or no folder")
     if not records:
         raise ValueError(
             f"{folder} holds no pictures: neither a {METADATA_FILE} nor files named <prompt>_<6 digits>.png"

@@ -8,7 +8,7 @@ import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from dpt.config import load_config
+from dpt.config import differences, load_config
 from dpt.sampling import CORRECTION_DIRECTIONS, CORRECTION_TARGETS, CorrectionSettings
 
 
@@ -125,10 +125,9 @@ class Arm:
         return {k: v for k, v in asdict(self).items() if k not in ("name", "about", "against", "train_seeds")}
 
 
-def differences(before: dict, now: dict) -> list[str]:
+def differing_settings(before: dict, now: dict) -> list[str]:
     """What differs between two arms' `settings` (and further keys), in words; a key added since has its default."""
-    before = {entry.name: entry.default for entry in fields(Arm) if before} | before
-    return [f"{key} {before.get(key)} (now {value})" for key, value in now.items() if before.get(key) != value]
+    return differences({entry.name: entry.default for entry in fields(Arm) if before} | before, now)
 
 
 def load_arm(path: Path, overrides: list[str] = ()) -> Arm:

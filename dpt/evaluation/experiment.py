@@ -26,7 +26,7 @@ from dpt.checkpoint import checkpoints
 from dpt.config import TrainConfig, check_finished, load_config
 from dpt.engine import STAGES
 from dpt.evaluation import align, generate, itm, quality, rec, scorers, table
-from dpt.evaluation.arms import Arm, check_names, differences, load_arm
+from dpt.evaluation.arms import Arm, check_names, differing_settings, load_arm
 from dpt.evaluation.figures import read_arm, read_packed
 from dpt.evaluation.prompts import load_prompt_set
 from dpt.results import RESULTS, record_section
@@ -239,7 +239,7 @@ def packed_arms(experiment: Experiment, arms: list[Arm], prompt_set: str) -> dic
     for arm in arms:
         if arm.name not in kept:
             continue
-        if differing := differences(kept[arm.name]["settings"], arm.settings()):
+        if differing := differing_settings(kept[arm.name]["settings"], arm.settings()):
             raise ValueError(
                 f"packed is {path}, for which {arm.name} was drawn with {', '.join(differing)}; leave it out"
             )

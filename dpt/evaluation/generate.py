@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dpt.adapter import DiscriminativeAdapter
 from dpt.checkpoint import load_checkpoint
-from dpt.evaluation.arms import Arm, check_names, differences, load_arm
+from dpt.evaluation.arms import Arm, check_names, differing_settings, load_arm
 from dpt.evaluation.prompts import Prompt, load_prompt_set
 from dpt.evaluation.rivals import AttendAndExcite, subject_tokens
 from dpt.files import write_text
@@ -249,5 +249,5 @@ def _claim(folder: Path, settings: dict, state: PartialState) -> None:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(settings, indent=1) + "\n")
     state.wait_for_everyone()
-    if differing := differences(json.loads(path.read_text()), settings):
+    if differing := differing_settings(json.loads(path.read_text()), settings):
         raise ValueError(f"{folder} holds pictures of other settings: {', '.join(differing)}; choose another folder")

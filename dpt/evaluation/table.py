@@ -91,9 +91,7 @@ def make_tables(
     tables += [category_table(figure, result[f"{figure} by category"]) for figure in by]
     output.mkdir(parents=True, exist_ok=True)
     text = "\n".join(markdown(*table) for table in tables)
-    text += f"\nFigures of an arm are of all categories but `{APART}`.\n" * (
-        not categories and APART in known - {*chosen}
-    )
+    text += f"\nFigures of an arm are of all categories but `{APART}`.\n" * (not categories and APART in known - chosen)
     text += notes
     for suffix, content in (
         ("json", json.dumps(result, indent=1) + "\n"),
