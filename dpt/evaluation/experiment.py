@@ -236,9 +236,7 @@ def packed_arms(experiment: Experiment, arms: list[Arm], prompt_set: str) -> dic
     pictures = {(prompt.text, seed) for prompt in prompts for seed in experiment.image_seeds}
     if any(one["values"].keys() != pictures for one in kept.values()):
         raise ValueError(f"packed is {path}, which is of other prompts or image_seeds; leave it out, or name another")
-    for arm in arms:
-        if arm.name not in kept:
-            continue
+    for arm in (arm for arm in arms if arm.name in kept):
         if differing := differing_settings(kept[arm.name]["settings"], arm.settings()):
             raise ValueError(
                 f"packed is {path}, for which {arm.name} was drawn with {', '.join(differing)}; leave it out"

@@ -135,11 +135,15 @@ def read_arm(folder: Path) -> dict:
     known = [cost for cost in COSTS if all(cost in r for r in records)]
     costs = {cost: float(np.mean([r[cost] for r in records])) for cost in known}
     categories = {r["prompt"]: r.get("categories", [r["category"]]) for r in records}
-    quality = folder / "quality.json"
-    found = json.loads(quality.read_text()) if quality.exists() else {}
-    if found.pop("pictures", None) == pictures_hash(hashes):
-        costs |= found
+    costs |= read_quality(folder, hashes)
     return {"values": values, "figures": figures, "categories": categories, "costs": costs}
+
+
+def read_quality(folder: Path, hashes: dict[str, str]) -> dict[str, float]:
+    """What `quality` found of the very pictures of these `file_hashes`; empty where it did not look at them."""
+    path = folder / "quality.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found if found.pop("pictures", None) == pictures_hash(hashes) else {}
 
 
 def pictures_hash(hashes: dict[str, str]) -> str:

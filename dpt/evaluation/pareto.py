@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from dpt.evaluation.figures import collect
 from dpt.evaluation.table import APART
+from dpt.files import write_text
 from dpt.metrics import crossed_bootstrap
 
 
@@ -39,8 +40,7 @@ def run(args: argparse.Namespace) -> dict:
     points = {name: point(name, arm) for name, arm in arms.items()}
     if args.ceiling is not None:
         points |= ceiling(args.ceiling, arms[args.ceiling])
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.with_suffix(".json").write_text(json.dumps(points, indent=1) + "\n")
+    write_text(args.output.with_suffix(".json"), json.dumps(points, indent=1) + "\n")
     draw_points(points, args.output)
     return points
 

@@ -28,8 +28,10 @@ from dpt.controls import control_batch, control_inputs, control_unet
 from dpt.data.collate import as_latents, collate, encode_batch
 from dpt.data.loader import micro_batches
 from dpt.data.sources import training_samples, validation_samples
+from dpt.evaluation import table
 from dpt.evaluation.generate import process_state
-from dpt.evaluation.probes import check_timesteps, load_base
+from dpt.evaluation.probes import cell, check_timesteps, load_base
+from dpt.files import write_text
 from dpt.metrics import bootstrap_interval
 from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
@@ -104,8 +106,8 @@ def run(args: argparse.Namespace) -> dict:
     rec_name = next(name for name in sets if name.startswith("rec_"))
     tasks = {"itm": sets["itm"], "rec": sets[rec_name]}
     result = probes.measure(tasks, list(args.timesteps), num_samples=args.num_samples)
-    (args.output / "probe_map.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.output / "probe_map.md").write_text(markdown(result))
+    write_text(args.output / "probe_map.json", json.dumps(result, indent=1) + "\n")
+    write_text(args.output / "probe_map.md", markdown(result))
     draw_maps(result, args.output / "probe_map.png")
     print(markdown(result))
     if args.record:
@@ -255,9 +257,9 @@ class ProbeMap(nn.Module):
                     }
         controls = [control for control in self.bases if control != "none"]
         for block, cells in result["none"].items():
-            for timestep, cell in cells.items() if controls else ():
+            for timestep, figures in cells.items() if controls else ():
                 best = max(result[control][block][timestep]["itm"][0] for control in controls)
-                cell["selectivity"] = cell["itm"][0] - best
+                figures["selectivity"] = figures["itm"][0] - best
         return result
 
 
@@ -286,18 +288,14 @@ def markdown(result: dict) -> str:
     blocks, parts = list(result["none"]), []
     timesteps = list(result["none"][blocks[0]])
     for panel, grid in grids(result).items():
-        lines = [f"| {PANELS[panel]} | " + " | ".join(blocks) + " |", "|---" * (len(blocks) + 1) + "|"]
-        for timestep, row in zip(timesteps, grid, strict=True):
-            lines.append(f"| t = {timestep} | " + " | ".join(f"{value:.1f}" for value in row) + " |")
-        parts.append("\n".join(lines) + "\n")
+        cells = [[f"t = {t}", *(f"{value:.1f}" for value in row)] for t, row in zip(timesteps, grid, strict=True)]
+        parts.append(table.markdown([PANELS[panel], *blocks], cells))
     if str(PAPER_TIMESTEP) in timesteps:  # what selectivity is the difference of, with intervals
-        lines = [f"| ITM accuracy at t = {PAPER_TIMESTEP}, % | " + " | ".join(blocks) + " |"]
-        lines.append("|---" * (len(blocks) + 1) + "|")
-        for control, row in result.items():
-            cells = [[100 * value for value in row[block][str(PAPER_TIMESTEP)]["itm"]] for block in blocks]
-            texts = [f"{mean:.1f} ({low:.1f} to {high:.1f})" for mean, low, high in cells]
-            lines.append(f"| {CONTROL_NAMES.get(control, control)} | " + " | ".join(texts) + " |")
-        parts.append("\n".join(lines) + "\n")
+        cells = [
+            [CONTROL_NAMES.get(control, control), *(cell(row[block][str(PAPER_TIMESTEP)], "itm") for block in blocks)]
+            for control, row in result.items()
+        ]
+        parts.append(table.markdown([f"ITM accuracy at t = {PAPER_TIMESTEP}, %", *blocks], cells))
     return "\n".join(parts)
 
 

@@ -245,10 +245,9 @@ def cell(figures: dict, label: str) -> str:
 
 def write(args: argparse.Namespace, task: str, result: dict, measured: list[Measured]) -> dict:
     """Writes `<task>.json` and `<task>.md` into the output folder."""
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / f"{task}.json").write_text(json.dumps(result, indent=1) + "\n")
     text = markdown(result, measured)
-    (args.output / f"{task}.md").write_text(text)
+    write_text(args.output / f"{task}.json", json.dumps(result, indent=1) + "\n")
+    write_text(args.output / f"{task}.md", text)
     print(text)
     return result
 

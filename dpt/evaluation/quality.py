@@ -17,7 +17,7 @@ import torch
 from scipy.linalg import sqrtm
 
 from dpt.evaluation.align import file_hashes, pictures, read_image
-from dpt.evaluation.figures import pictures_hash
+from dpt.evaluation.figures import pictures_hash, read_quality
 from dpt.files import write_text
 from dpt.images import to_pixels
 from dpt.shapes.captions import parse
@@ -43,11 +43,9 @@ def run(args: argparse.Namespace) -> dict:
     sd, results, renders = load_stable_diffusion("shapes"), {}, {}
     for folder in args.folders:
         records = sorted(pictures(folder), key=lambda record: (record["prompt"], record["seed"]))
-        prompts, path = tuple(record["prompt"] for record in records), folder / "quality.json"
-        identity = {"pictures": pictures_hash(file_hashes(folder, records))}
-        found = json.loads(path.read_text()) if path.exists() else {}
-        if identity.items() <= found.items():  # of these very pictures
-            results[str(folder)] = {key: value for key, value in found.items() if key not in identity}
+        prompts, hashes = tuple(record["prompt"] for record in records), file_hashes(folder, records)
+        if found := read_quality(folder, hashes):
+            results[str(folder)] = found
             continue
         if prompts not in renders:
             renders[prompts] = embed(sd, [render_prompt(prompt, k) for k, prompt in enumerate(prompts)])
@@ -55,7 +53,7 @@ def run(args: argparse.Namespace) -> dict:
         figures = {"frechet": frechet_distance(drawn, renders[prompts])}
         if between := spread(renders[prompts], prompts):  # else every prompt has one picture
             figures["diversity"] = spread(drawn, prompts) / between
-        write_text(path, json.dumps(figures | identity) + "\n")
+        write_text(folder / "quality.json", json.dumps(figures | {"pictures": pictures_hash(hashes)}) + "\n")
         results[str(folder)] = figures
     return results
 
