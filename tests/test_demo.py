@@ -1,16 +1,25 @@
+import socket
+import subprocess
+import sys
 import threading
 import time
+from concurrent.futures import Future
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from dpt import demo
+from dpt import studio as studios
 from dpt.checkpoint import load_checkpoint
-from dpt.demo import Stopped, Studio, find_phrase, in_steps
 from dpt.images import with_boxes
+from dpt.sampling import CORRECTION_TARGETS
 from dpt.stable_diffusion import load_stable_diffusion
+from dpt.studio import Stopped, Studio, find_phrase, in_steps
 from tests.browser import open_browser
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -65,19 +74,36 @@ def test_whoever_leaves_stops_their_drawing():
         list(in_steps(lambda report: 1 / 0))
 
 
-def test_missing_weights_are_one_line(tmp_path, capsys):
-    assert demo.main(["--dpt", str(tmp_path / "none")]) == 2
+@pytest.mark.parametrize(
+    ("words", "said"), [(["--dpt", "none-such"], "pass --dpt PATH"), (["--steps", "0"], "it must be at least 1")]
+)
+def test_bad_input_is_one_line_and_ends_the_page(words, said, capsys):
+    pytest.importorskip("gradio")
+    with socket.socket() as free:
+        free.bind((demo.LOOPBACK, 0))
+        port = free.getsockname()[1]
+    assert demo.main([*words, "--port", str(port)]) == 2
     error = capsys.readouterr().err
-    assert "pass --dpt PATH" in error
+    assert said in error
     assert error.count("\n") == 1
+    with socket.socket() as closed:
+        assert closed.connect_ex((demo.LOOPBACK, port)) != 0
+
+
+def test_the_page_needs_no_slow_imports():
+    code = "import sys, dpt.demo; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    assert demo.TARGETS == CORRECTION_TARGETS
 
 
 @pytest.fixture
 def url(studio):
     pytest.importorskip("gradio")
-    page = demo.make_page(studio)
+    opening = Future()
+    page = demo.make_page("shapes", opening)
     _, url, _ = page.launch(server_name=demo.LOOPBACK, server_port=None, prevent_thread_lock=True, quiet=True)
     torch.set_num_threads(1)
+    opening.set_result(studio)
     yield url
     page.close()
 
@@ -93,16 +119,17 @@ def test_the_page_in_a_browser(url, studio, monkeypatch):
     try:
         driver.get(url)
         wait = WebDriverWait(driver, 60)
-        wait.until(lambda d: d.find_element(By.ID, "draw")).click()
+        wait.until(lambda d: status() == "ready")
+        driver.find_element(By.ID, "draw").click()
         wait.until(lambda d: d.find_elements(By.CSS_SELECTOR, "#corrected img"))
         wait.until(lambda d: status() == "corrected: done")
         assert driver.find_elements(By.CSS_SELECTOR, "#plain img")
-        assert driver.find_elements(By.CSS_SELECTOR, "#trace svg, #trace canvas")
+        wait.until(lambda d: "corrected" in d.find_element(By.ID, "trace").text)  # not the first arm's line alone
         monkeypatch.setattr(studio, "num_inference_steps", 500)
         driver.find_element(By.ID, "draw").click()
         wait.until(lambda d: "of 500" in status())
         driver.get("about:blank")  # whoever leaves stops their drawing
-        wait.until(lambda d: all(thread.name != demo.THREAD for thread in threading.enumerate()))
+        wait.until(lambda d: all(thread.name != studios.THREAD for thread in threading.enumerate()))
     finally:
         driver.quit()
 

@@ -1,0 +1,164 @@
+"""What the demo's page draws with: a model and its adapter, step by step, until nobody waits any more."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dpt.adapter import Scorer
+from dpt.checkpoint import DPT_WEIGHTS, load_checkpoint
+from dpt.images import to_pixels, with_boxes
+from dpt.metrics import objectness
+from dpt.sampling import CorrectionSettings, draw, initial_noise
+from dpt.stable_diffusion import (
+    StableDiffusion,
+    known_name,
+    load_stable_diffusion,
+    sampling_defaults,
+    usable_device,
+)
+from dpt.unet_features import unet_features
+
+GROUNDING_TIMESTEP = 200
+THREAD = "drawing"
+COLORS = ("lime", "orange", "magenta")  # of boxes, the surest first
+
+
+class Stopped(Exception):
+    """Raised inside a drawing that nobody waits for any more."""
+
+
+def in_steps(work: Callable[[Callable], object]) -> Iterator[object]:
+    """Runs `work(report)` in a thread and yields what it reports, then its result; closing it stops the work.
+
+    Args:
+        work: calls `report(value)` now and then, which raises `Stopped` when the iterator was closed.
+    """
+    values, stop = queue.Queue(), threading.Event()
+
+    def report(value):
+        if stop.is_set():
+            raise Stopped
+        values.put((False, value))
+
+    def run():
+        try:
+            values.put((True, work(report)))
+        except Stopped:
+            pass
+        except Exception as error:
+            values.put((True, error))
+
+    thread = threading.Thread(target=run, daemon=True, name=THREAD)
+    thread.start()
+    try:
+        final = False
+        while not final:
+            final, value = values.get()
+            if isinstance(value, Exception):
+                raise value
+            yield value
+    finally:
+        stop.set()
+        thread.join()
+
+
+@torch.no_grad()
+def find_phrase(sd: StableDiffusion, scorer: Scorer, image: np.ndarray, phrase: str, count: int = 3) -> list[tuple]:
+    """The surest REC boxes of a phrase in a picture (H, W, 3) uint8: (objectness, cxcywh) each, surest first."""
+    latents = sd.encode_images(to_pixels([image]))
+    noise = initial_noise([0], tuple(latents.shape[1:])).to(latents.device)
+    timestep = torch.tensor(GROUNDING_TIMESTEP, device=latents.device)
+    noisy = sd.scheduler.add_noise(latents, noise, timestep[None])
+    context, _ = sd.encode_prompts([phrase])
+    features, _ = unet_features(sd.unet, scorer.blocks, noisy.to(sd.dtype), timestep, context)
+    outputs = scorer.adapter.rec_outputs(scorer.adapter([feature.float() for feature in features], timestep))
+    sureness = objectness(outputs["pred_logits"])[0]
+    return [
+        (sureness[k].item(), outputs["pred_boxes"][0, k].tolist()) for k in sureness.argsort(descending=True)[:count]
+    ]
+
+
+class Studio:
+    """A model with its adapter, as the page uses it."""
+
+    def __init__(self, sd: StableDiffusion, scorer: Scorer, *, guidance_scale: float, num_inference_steps: int):
+        self.sd, self.scorer = sd, scorer
+        self.guidance_scale, self.num_inference_steps = guidance_scale, num_inference_steps
+
+    def draw(self, prompt: str, seed: int, norm: float, target: str, phrase: str) -> Iterator[tuple]:
+        """(plain, corrected, points of the score, what to say) after every step; pictures are None until done.
+
+        Raises:
+            ValueError: an empty prompt.
+        """
+        if not prompt.strip():
+            raise ValueError("the prompt is empty; say what to draw")
+        if seed is None:
+            raise ValueError("the seed is empty; give a number")
+        images, points = {}, []
+        for arm, length in (("plain", 0.0), ("corrected", norm)):
+            correction = CorrectionSettings(norm=length, target=target)
+            for value in in_steps(lambda report, c=correction: self._draw_one(prompt, int(seed), c, report)):
+                if isinstance(value, dict):
+                    points.append((value["step"], value["score"][0], arm))
+                    say = f"{arm}: step {value['step'] + 1} of {self.num_inference_steps}"
+                else:
+                    images[arm] = value[0]
+                    say = f"{arm}: done"
+                yield images.get("plain"), images.get("corrected"), list(points), say
+        if phrase.strip():
+            for arm, image in images.items():
+                found = zip(find_phrase(self.sd, self.scorer, image, phrase), COLORS, strict=False)
+                images[arm] = with_boxes(image, [(box, color) for (_, box), color in found][::-1])  # the surest on top
+            yield images["plain"], images["corrected"], list(points), f"boxes for {phrase.strip()!r}, surest green"
+
+    def _draw_one(self, prompt, seed, correction, report):
+        trace = []
+
+        def on_step(step, latents):
+            report(trace[-1])
+
+        return draw(
+            self.sd,
+            [prompt],
+            [seed],
+            guidance_scale=self.guidance_scale,
+            num_inference_steps=self.num_inference_steps,
+            scorer=self.scorer,
+            correction=correction,
+            trace=trace,
+            on_step=on_step,
+        )
+
+
+def open_studio(
+    model: str,
+    *,
+    dpt: Path | None = None,
+    scale: float | None = None,
+    steps: int | None = None,
+    device: str | None = None,
+) -> Studio:
+    """Loads a model with its adapter; what is None is the model's own.
+
+    Raises:
+        ValueError: something that cannot be used; it is named.
+    """
+    weights = dpt or DPT_WEIGHTS.get(known_name(model))
+    if weights is None or not weights.exists():
+        raise ValueError(f"self-correction needs an adapter: {weights or model} is not there; pass --dpt PATH")
+    if steps is not None and steps < 1:
+        raise ValueError(f"--steps is {steps}; it must be at least 1")
+    place = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    sd = load_stable_diffusion(model, dtype=torch.float16 if place.type == "cuda" else torch.float32, device=place)
+    defaults = sampling_defaults(model)
+    return Studio(
+        sd,
+        load_checkpoint(weights).attach(sd),
+        guidance_scale=defaults.guidance_scale if scale is None else scale,
+        num_inference_steps=defaults.num_inference_steps if steps is None else steps,
+    )
