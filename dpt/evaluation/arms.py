@@ -4,6 +4,7 @@ A file in configs/shapes/arms names what differs from these defaults; `dpt` and 
 seed, and then stand for one set of weights for each of `train_seeds`, and "{folder}", that of the training runs.
 """
 
+import math
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -48,6 +49,8 @@ class Arm:
     """instead of self-correction; see `dpt.evaluation.rivals`"""
     attention_resolution: int | None = None
     """side of the attention maps that it reads; by default a quarter of the latent's"""
+    attention_step: float | None = None
+    """how far it moves the latent; by default 20, its authors' for Stable Diffusion"""
     parity: bool = False
     """end the sampling as the reference does"""
     dtype: str = "float32"
@@ -86,8 +89,12 @@ class Arm:
         for name, is_set in controls.items():
             if is_set and not corrects:
                 raise ValueError(f"{name} is set; it is a control of self-correction, which is off")
-        if self.attention_resolution is not None and not self.attend_and_excite:
-            raise ValueError("attention_resolution is set; it is for attend_and_excite, which is off")
+        for name in ("attention_resolution", "attention_step"):
+            value = getattr(self, name)
+            if value is not None and not self.attend_and_excite:
+                raise ValueError(f"{name} is set; it is for attend_and_excite, which is off")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be above 0")
 
     @property
     def correction(self) -> CorrectionSettings:

@@ -25,7 +25,7 @@ from dpt.adapter import DiscriminativeAdapter
 from dpt.checkpoint import load_checkpoint
 from dpt.evaluation.arms import Arm, check_names, differing_settings, load_arm
 from dpt.evaluation.prompts import Prompt, load_prompt_set
-from dpt.evaluation.rivals import AttendAndExcite, subject_tokens
+from dpt.evaluation.rivals import SCALE_FACTOR, AttendAndExcite, subject_tokens
 from dpt.files import write_text
 from dpt.images import append_metadata, compbench_stem, numbered, read_metadata, save_new, to_pixels
 from dpt.lora import load_external_lora
@@ -167,9 +167,9 @@ class Artist:
         return images, [{"scores": row} if row else {} for row in scores]
 
     def _attend_and_excite(self, prompts: list[str], context: torch.Tensor) -> AttendAndExcite:
-        side = self.sd.latent_shape()[-1]
+        resolution = self.arm.attention_resolution or self.sd.latent_shape()[-1] // 4
         tokens = [subject_tokens(self.sd, prompt) for prompt in prompts]
-        return AttendAndExcite(self.sd.unet, context, tokens, self.arm.attention_resolution or side // 4)
+        return AttendAndExcite(self.sd.unet, context, tokens, resolution, self.arm.attention_step or SCALE_FACTOR)
 
     @torch.no_grad()
     def _score(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:

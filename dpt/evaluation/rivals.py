@@ -21,6 +21,7 @@ from dpt.stable_diffusion import StableDiffusion, known_name
 
 FUNCTION_WORDS = """a an the of on in at to and or with by for from is are be it its this that there one two three four
     five some left right above below over under top bottom next near beside behind front photo picture image"""
+SCALE_FACTOR = 20.0
 SHARPNESS = 100  # what attention is multiplied by before its softmax over tokens
 SIGMA = 0.5
 
@@ -38,7 +39,8 @@ class AttendAndExcite:
     encoder_hidden_states: torch.Tensor
     token_indices: list[list[int]]
     resolution: int
-    scale_factor: float = 20.0
+    scale_factor: float = SCALE_FACTOR
+    """length of the first step, as a multiple of the gradient; later ones are shorter"""
     altered_share: float = 0.5
     """of the steps, from the first, in which the latent moves (the paper: 25 of 50)"""
     thresholds: dict[float, float] = field(default_factory=lambda: {0.0: 0.05, 0.2: 0.5, 0.4: 0.8})

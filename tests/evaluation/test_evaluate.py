@@ -326,6 +326,9 @@ def test_controls_and_best_of_change_the_pictures(tmp_path, shapes_dpt):
         "plain": {"dpt": str(shapes_dpt)},
         "external": {"lora": str(shapes_dpt / "lora")},
         "bf16": {"dpt": str(shapes_dpt), "dtype": "bfloat16"},
+        "attend": {"attend_and_excite": True},
+        "attend-step": {"attend_and_excite": True, "attention_step": 2},
+        "attend-maps": {"attend_and_excite": True, "attention_resolution": 8},
     }
     few = ["--prompts", "shapes:val", "--per_category", "1", "--seeds", "3", "--outdir", str(tmp_path / "out")]
     assert evaluate.main(["generate", "--arms", *write_arms(tmp_path, **arms), *few]) == 0
@@ -355,6 +358,10 @@ def test_controls_and_best_of_change_the_pictures(tmp_path, shapes_dpt):
         ({"a": {"correction_norm": -1}}, "correction_norm is -1"),
         ({"a": {"untrained_adapter": True}}, "untrained_adapter is set"),
         ({"a": {"attention_resolution": 4}}, "attention_resolution is set"),
+        (
+            {"a": {"attention_step": 5, "attend_and_excite": True, "attention_resolution": 0}},
+            "attention_resolution is 0",
+        ),
         ({"a": {"parity": True, "dpt": "x", "correction_norm": 0.1}}, "parity is set"),
         ({"a": {"dpt": "nowhere"}}, "nowhere is not there"),
         ({"a": {"lora": "nowhere"}}, "lora nowhere is not there"),
