@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> dict:
         "about": f"{len(rows)} prompts and seeds, {len(arms)} arms; {versions()}",
         "tables": [table for path in args.tables for table in tables(path)]
         + [table for path in args.probes for table in probe_tables(path)],
-        "figures": [{"title": f"{path.parent.name}: {path.stem}", "source": embedded(path)} for path in args.figures],
+        "figures": [{"title": f"{place(path)}: {path.stem}", "source": embedded(path)} for path in args.figures],
         "arms": arms,
         "categories": sorted({row["category"] for row in rows.values()}),
         "verdicts": list(LABELS),
@@ -112,6 +112,11 @@ def cells(folder: Path, seeds: list[int]) -> list[tuple]:
     return found
 
 
+def place(path: Path) -> str:
+    """A file's two last folders: an experiment's name and its prompt set, so that two experiments' tables differ."""
+    return "/".join(path.absolute().parts[-3:-1])
+
+
 def tables(path: Path) -> list[dict]:
     """The tables of a file that `table` wrote."""
     try:
@@ -122,7 +127,7 @@ def tables(path: Path) -> list[dict]:
                 parts.append((key, *category_table(key.removesuffix(" by category"), as_tuples(rows))))
     except (OSError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"--tables {path} is no table.json of evaluate.py table: {error!r}") from error
-    return [{"title": f"{path.parent.name}: {title}", "header": header, "rows": rows} for title, header, rows in parts]
+    return [{"title": f"{place(path)}: {title}", "header": header, "rows": rows} for title, header, rows in parts]
 
 
 def probe_tables(path: Path) -> list[dict]:
@@ -131,7 +136,7 @@ def probe_tables(path: Path) -> list[dict]:
         found = []
         for name, rows in json.loads(path.read_text()).items():
             header, cells = laid_out(rows)
-            found.append({"title": f"{path.stem}: {name}", "header": header, "rows": cells})
+            found.append({"title": f"{place(path)}: {path.stem}, {name}", "header": header, "rows": cells})
         return found
     except (OSError, json.JSONDecodeError, AttributeError, TypeError) as error:
         raise ValueError(f"--probes {path} is no itm.json or rec.json: {error!r}") from error

@@ -57,6 +57,7 @@ def test_the_page_stands_alone_and_takes_nothing_for_markup(report):
     data = json.loads(text.split('id="data">')[1].split("</script>")[0])
     assert {row["prompt"] for row in data["rows"]} == {"a red circle", HOSTILE}
     assert data["tables"][0]["rows"][0][0] == "base"
+    assert data["tables"][0]["title"].endswith("/t: arms")  # two folders, so that two experiments' tables differ
     assert page({"title": "</script>"}).count("</script>") == 2
 
 
