@@ -63,26 +63,19 @@ def make_tables(
     arms = by_training_seed(figures)
     if against is not None and against not in arms:
         raise ValueError(f"--against is {against!r}; the arms are {', '.join(arms)}")
-    first, *others = [(name, seed) for name, seeds in arms.items() for seed in seeds]
-    for name, seed in others:
-        if seed["values"].keys() != first[1]["values"].keys():
-            raise ValueError(
-                f"{first[0]} and {name} do not show the same prompts and seeds: generate and align both to the end"
-            )
-        if seed["figures"] != first[1]["figures"]:
-            odd = sorted(seed["figures"] ^ first[1]["figures"])[0]
-            raise ValueError(f"{first[0]} and {name} are not scored alike, {odd!r} is missing: align both")
-    of_prompt = first[1]["categories"]
+    check_alike(arms)
+    first = next(iter(arms.values()))[0]
+    of_prompt = first["categories"]
     known = {category for found in of_prompt.values() for category in found}
     chosen = set(categories or [category for category in known if category != APART] or [APART])
     if unknown := chosen - known:
         raise ValueError(f"--categories names {sorted(unknown)[0]!r}; there are {', '.join(sorted(known))}")
-    if unknown := set(by) - first[1]["figures"]:
-        raise ValueError(f"--by names {sorted(unknown)[0]!r}; the figures are {', '.join(sorted(first[1]['figures']))}")
+    if unknown := set(by) - first["figures"]:
+        raise ValueError(f"--by names {sorted(unknown)[0]!r}; the figures are {', '.join(sorted(first['figures']))}")
     reference = {name: (against_of or {}).get(name) or against for name in arms}
     result = {"arms": {}}
     for name, seeds in arms.items():
-        pairs = sorted(pair for pair in first[1]["values"] if chosen & set(of_prompt[pair[0]]))
+        pairs = sorted(pair for pair in first["values"] if chosen & set(of_prompt[pair[0]]))
         other = reference[name] if reference[name] != name else None
         result["arms"][name] = _row(seeds, arms.get(other), other, pairs)
     for figure in by:
@@ -101,6 +94,19 @@ def make_tables(
         write_text(output / f"table.{suffix}", content)
     print(text)
     return result
+
+
+def check_alike(arms: dict[str, list[dict]]) -> None:
+    """Raises ValueError unless all show the same prompts and seeds and are scored by the same metrics."""
+    first, *others = [(name, seed) for name, seeds in arms.items() for seed in seeds]
+    for name, seed in others:
+        if seed["values"].keys() != first[1]["values"].keys():
+            raise ValueError(
+                f"{first[0]} and {name} do not show the same prompts and seeds: generate and align both to the end"
+            )
+        if seed["figures"] != first[1]["figures"]:
+            odd = sorted(seed["figures"] ^ first[1]["figures"])[0]
+            raise ValueError(f"{first[0]} and {name} are not scored alike, {odd!r} is missing: align both")
 
 
 def by_training_seed(figures: dict[str, dict]) -> dict[str, list[dict]]:
