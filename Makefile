@@ -4,24 +4,28 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 export PROMPT ?= a blue square and an orange circle
 
-.PHONY: demo test fast lint clean
+.PHONY: environment demo test fast lint clean
 
-$(VENV)/installed: requirements.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
-	cp requirements.txt $@
+# Nothing to do while the packages are those that were installed, whatever the files' times say.
+environment:
+	@cmp -s requirements.txt $(VENV)/installed || { \
+		set -ex; \
+		test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+		$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt; \
+		cp requirements.txt $(VENV)/installed; \
+	}
 
-demo: $(VENV)/installed
+demo: environment
 	$(BIN)/python txt2img.py --model shapes --dpt none --prompt "$$PROMPT" --outdir outputs/demo/without
 	$(BIN)/python txt2img.py --model shapes --prompt "$$PROMPT" --outdir outputs/demo/with
 
-test: $(VENV)/installed
+test: environment
 	$(BIN)/python -m pytest -q
 
-fast: $(VENV)/installed
+fast: environment
 	$(BIN)/python -m pytest -q -m "not slow"
 
-lint: $(VENV)/installed
+lint: environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 

@@ -26,15 +26,14 @@ from dpt.checkpoint import DPT_WEIGHTS, load_checkpoint
 from dpt.images import append_metadata, compbench_stem, make_grid, numbered, read_metadata, save_new
 from dpt.lora import load_external_lora
 from dpt.sampling import CORRECTION_TARGETS, CorrectionSettings, draw
-from dpt.shapes.captions import parse
 from dpt.stable_diffusion import (
-    CKPT_FOLDER,
     DEFAULT_MODEL,
     DTYPES,
     MODELS,
     StableDiffusion,
     architecture,
     check_size,
+    grammar_note,
     known_name,
     load_stable_diffusion,
     sampling_defaults,
@@ -194,10 +193,10 @@ def choose_correction(args: argparse.Namespace) -> tuple[Path | None, Correction
     )
 
 
-def describe_correction(weights: Path | None, correction: CorrectionSettings) -> str:
+def describe_correction(weights: Path | None, correction: CorrectionSettings, lora: Path | None) -> str:
     """In words: which adapter and LoRA, and how far they correct."""
     if weights is None:
-        return "without DPT weights"
+        return f"LoRA {lora}, without DPT weights" if lora else "without DPT weights"
     if not correction.active:
         return f"DPT weights {weights}, no self-correction"
     length = f"factor {correction.factor:g}" if correction.norm is None else f"norm {correction.norm:g}"
@@ -227,14 +226,8 @@ def announce_limits(sd: StableDiffusion, prompts: list[str], negative_prompt: st
         if cut:
             limit = sd.tokenizer.model_max_length
             print(f"note: {sd.name} reads {limit} tokens a prompt; not read of {prompt[:40]!r}...: {cut[:60]!r}...")
-    if Path(sd.source).resolve() != (CKPT_FOLDER / "shapes").resolve():
-        return
-    for prompt in prompts:
-        try:
-            parse(prompt)
-        except ValueError as error:
-            print(f"note: this model only knows shapes, and {error}")
-            return
+    if note := grammar_note(sd, prompts):
+        print(f"note: {note}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -273,7 +266,7 @@ def run(args: argparse.Namespace) -> int:
         for k in range(per_prompt)
     ]
     weights, correction = choose_correction(args)
-    print(f"{args.model} on {device} in {dtype}, {describe_correction(weights, correction)}")
+    print(f"{args.model} on {device} in {dtype}, {describe_correction(weights, correction, args.lora)}")
     if args.gpuid is not None and device.type == "cpu":
         print("no CUDA device here: drawing on the CPU")
     print(f"{len(prompts)} prompt(s) x {per_prompt} = {len(jobs)} picture(s)")
@@ -316,6 +309,7 @@ def run(args: argparse.Namespace) -> int:
     }
     for job in jobs:
         job |= {"settings": settings, "dpt_source": checkpoint.source if checkpoint else None}
+        job |= {"lora": str(args.lora) if args.lora else None}
     announce_limits(sd, prompts, args.negative_prompt)
     if args.negative_prompt and args.scale <= 1:
         print("note: --negative_prompt has no effect at a --scale of 1 or less")
@@ -364,15 +358,14 @@ def draw_jobs(
             ]
             traces += image_traces(batch, arm_traces)
             for job, image in zip(batch, images, strict=True):
-                record = {name: job[name] for name in ("prompt", "seed", "settings", "dpt_source")} | {
-                    "versions": versions
-                }
+                record = {name: job[name] for name in ("prompt", "seed", "settings", "dpt_source", "lora")}
+                record |= {"versions": versions}
                 pattern = "{:05d}.png"
                 if args.compbench:
                     pattern = compbench_stem(job["prompt"]) + ".png"
                 candidates = numbered(args.outdir / "samples", pattern, job["number"])
                 chunks = record | {name: job["settings"][name] for name in ("model", "weights")}
-                chunks |= {"seed": str(job["seed"]), "dpt_source": job["dpt_source"] or "none"}
+                chunks |= {"seed": str(job["seed"])} | {name: job[name] or "none" for name in ("dpt_source", "lora")}
                 path = save_new(Image.fromarray(image), candidates, chunks)
                 append_metadata(args.outdir, {"file": str(path.relative_to(args.outdir))} | record)
                 row = rows.setdefault(job["row"], []) if job["row"] < GRID_ROWS else []

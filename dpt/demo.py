@@ -31,7 +31,7 @@ def make_page(model: str, opening: Future):
             for plain, corrected, points, say in opening.result().draw(prompt, seed, norm, target, phrase):
                 yield plain, corrected, pandas.DataFrame(KNOWN_ARMS + points, columns=["step", "score", "arm"]), say
         except (ValueError, FloatingPointError) as error:
-            raise gradio.Error(str(error)) from error
+            yield gradio.skip(), gradio.skip(), gradio.skip(), f"error: {error}"  # what was drawn stays
 
     with gradio.Blocks(title="dpt") as page:
         gradio.Markdown(f"## {model}, without and with self-correction")
@@ -43,9 +43,9 @@ def make_page(model: str, opening: Future):
             phrase = gradio.Textbox(label="phrase to find", elem_id="phrase")
         with gradio.Row():
             norm = gradio.Slider(
-                0, 0.1, value=0.01, step=0.001, label="correction's length, as a share of the latent's"
+                0, 0.1, value=0.012, step=0.001, label="correction's length, as a share of the latent's"
             )
-            target = gradio.Dropdown(TARGETS, label="what goes on from the correction")
+            target = gradio.Dropdown(TARGETS, value="latent", label="what goes on from the correction")
         button = gradio.Button("draw", variant="primary", elem_id="draw", interactive=False)
         with gradio.Row():
             plain = gradio.Image(label="without", elem_id="plain")
@@ -56,7 +56,7 @@ def make_page(model: str, opening: Future):
         inputs = [prompt, seed, norm, target, phrase]
         page.load(ready, None, [norm, target, button, status], api_name=False)
         button.click(run, inputs, outputs, concurrency_limit=1)
-        prompt.submit(run, inputs, outputs, concurrency_limit=1)
+        prompt.submit(run, inputs, outputs, concurrency_limit=1, api_name=False)
     return page.queue(max_size=20)
 
 
@@ -72,24 +72,43 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     opening, page = Future(), None
     try:
+        check(args)
         page = make_page(args.model, opening)
-        _, url, _ = page.launch(
-            server_name=LOOPBACK, server_port=args.port, share=False, prevent_thread_lock=True, quiet=True
-        )
+        try:
+            _, url, _ = page.launch(
+                server_name=LOOPBACK, server_port=args.port, share=False, prevent_thread_lock=True, quiet=True
+            )
+        except OSError as error:
+            raise ValueError(f"--port {args.port} is in use; pass another --port") from error
         print(f"{url}: open it in a browser; the model is being loaded")
         opening.set_result(load(args))
         page.block_thread()
     except ModuleNotFoundError as error:
         print(f"error: {error.name} is missing: pip install -r requirements-demo.txt", file=sys.stderr)
         return 2
-    except (ValueError, OSError) as error:  # such as a port in use
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
     finally:
         opening.cancel()  # if nothing came of it: whoever waits need not
         if page:
             page.close(verbose=False)
     return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be told before the page is up. Raises ValueError."""
+    if args.dpt and not args.dpt.exists():
+        raise ValueError(f"--dpt {args.dpt} is not there; pass an adapter's folder or file")
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"--steps is {args.steps}; it must be at least 1")
+    if args.scale is not None and not 0 <= args.scale < 1000:
+        raise ValueError(f"--scale is {args.scale}; it must be a number from 0 to 1000")
+    if not 0 <= args.port < 2**16:
+        raise ValueError(f"--port is {args.port}; it must be from 0 to 65535")
 
 
 def load(args: argparse.Namespace):

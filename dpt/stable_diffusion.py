@@ -20,6 +20,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from dpt.shapes.captions import parse
+
 CKPT_FOLDER = Path(__file__).resolve().parents[1] / "ckpt"
 
 MODELS = {
@@ -281,6 +283,18 @@ def known_name(model: str) -> str | None:
             return name
         if Path(model).exists() and Path(model).resolve() == (CKPT_FOLDER / name).resolve():
             return name
+    return None
+
+
+def grammar_note(sd: StableDiffusion, prompts: list[str]) -> str | None:
+    """In words, the first of the prompts that the embedded model does not know; None where it knows all."""
+    if known_name(sd.name) != "shapes":
+        return None
+    for prompt in prompts:
+        try:
+            parse(prompt)
+        except ValueError as error:
+            return f"this model only knows shapes, and {error}"
     return None
 
 

@@ -15,6 +15,7 @@ from dpt.metrics import objectness
 from dpt.sampling import CorrectionSettings, draw, initial_noise
 from dpt.stable_diffusion import (
     StableDiffusion,
+    grammar_note,
     known_name,
     load_stable_diffusion,
     sampling_defaults,
@@ -23,6 +24,7 @@ from dpt.stable_diffusion import (
 from dpt.unet_features import unet_features
 
 GROUNDING_TIMESTEP = 200
+MOST_SEEDS = 2**62
 THREAD = "drawing"
 COLORS = ("lime", "orange", "magenta")  # of boxes, the surest first
 
@@ -95,11 +97,13 @@ class Studio:
         Raises:
             ValueError: an empty prompt.
         """
-        if not prompt.strip():
+        if not (prompt or "").strip():
             raise ValueError("the prompt is empty; say what to draw")
-        if seed is None:
-            raise ValueError("the seed is empty; give a number")
-        images, points = {}, []
+        if seed is None or not 0 <= seed < MOST_SEEDS:
+            raise ValueError(f"the seed is {seed}; it must be a number from 0 to 2**62")
+        if norm is None:
+            raise ValueError("the correction's length is empty; give a number")
+        images, points, note = {}, [], grammar_note(self.sd, [prompt])
         for arm, length in (("plain", 0.0), ("corrected", norm)):
             correction = CorrectionSettings(norm=length, target=target)
             for value in in_steps(lambda report, c=correction: self._draw_one(prompt, int(seed), c, report)):
@@ -108,13 +112,15 @@ class Studio:
                     say = f"{arm}: step {value['step'] + 1} of {self.num_inference_steps}"
                 else:
                     images[arm] = value[0]
-                    say = f"{arm}: done"
+                    say = f"{arm}: done" + f" ({note})" * bool(note and arm == "corrected")
                 yield images.get("plain"), images.get("corrected"), list(points), say
-        if phrase.strip():
+        if (phrase or "").strip():
+            say = f"boxes for {phrase.strip()!r} and how sure they are (1: certain)"
             for arm, image in images.items():
-                found = zip(find_phrase(self.sd, self.scorer, image, phrase), COLORS, strict=False)
+                found = list(zip(find_phrase(self.sd, self.scorer, image, phrase), COLORS, strict=False))
+                say += f"; {arm}: " + ", ".join(f"{color} {sureness:.2f}" for (sureness, _), color in found)
                 images[arm] = with_boxes(image, [(box, color) for (_, box), color in found][::-1])  # the surest on top
-            yield images["plain"], images["corrected"], list(points), f"boxes for {phrase.strip()!r}, surest green"
+            yield images["plain"], images["corrected"], list(points), say
 
     def _draw_one(self, prompt, seed, correction, report):
         trace = []
@@ -149,10 +155,10 @@ def open_studio(
         ValueError: something that cannot be used; it is named.
     """
     weights = dpt or DPT_WEIGHTS.get(known_name(model))
-    if weights is None or not weights.exists():
-        raise ValueError(f"self-correction needs an adapter: {weights or model} is not there; pass --dpt PATH")
-    if steps is not None and steps < 1:
-        raise ValueError(f"--steps is {steps}; it must be at least 1")
+    if weights is None:
+        raise ValueError(f"--model is {model!r}, of which no adapter is known; pass --dpt PATH, or --model shapes")
+    if not weights.exists():
+        raise ValueError(f"self-correction needs an adapter: {weights} is not there; pass --dpt PATH")
     place = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     sd = load_stable_diffusion(model, dtype=torch.float16 if place.type == "cuda" else torch.float32, device=place)
     defaults = sampling_defaults(model)

@@ -39,8 +39,18 @@ def test_both_pictures_with_the_score_after_every_step(studio):
     assert {arm for _, _, arm in points} == {"plain", "corrected"}
     assert "done" in say
     assert (seen[-1][0] != plain).any()  # boxes on it
-    with pytest.raises(ValueError, match="prompt is empty"):
-        next(studio.draw("  ", 0, 0.0, "latent", ""))
+    assert "corrected: lime " in seen[-1][3]
+    for words, message in (
+        (("  ", 0, 0.0, "latent", ""), "prompt is empty"),
+        ((None, 0, 0.0, "latent", ""), "prompt is empty"),
+        (("a star", 1e30, 0.0, "latent", ""), "seed is 1e"),
+        (("a star", None, 0.0, "latent", ""), "seed is None"),
+        (("a star", 0, None, "latent", ""), "length is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            next(studio.draw(*words))
+    *_, (_, _, _, say) = studio.draw("a dog", 0, 0.0, "latent", "")
+    assert "only knows shapes" in say
 
 
 def test_boxes_are_sorted_and_drawn(studio):
@@ -74,20 +84,49 @@ def test_whoever_leaves_stops_their_drawing():
         list(in_steps(lambda report: 1 / 0))
 
 
-@pytest.mark.parametrize(
-    ("words", "said"), [(["--dpt", "none-such"], "pass --dpt PATH"), (["--steps", "0"], "it must be at least 1")]
-)
-def test_bad_input_is_one_line_and_ends_the_page(words, said, capsys):
-    pytest.importorskip("gradio")
+@pytest.fixture
+def free_port():
     with socket.socket() as free:
         free.bind((demo.LOOPBACK, 0))
-        port = free.getsockname()[1]
-    assert demo.main([*words, "--port", str(port)]) == 2
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--dpt", "none-such"], "--dpt none-such is not there"),
+        (["--steps", "0"], "--steps is 0"),
+        (["--scale", "-1"], "--scale is -1"),
+        (["--port", "99999"], "--port is 99999"),
+        (["--model", "none-such"], "no adapter is known"),  # told when the page is up already
+        (["--dpt", "ckpt/shapes"], "ckpt/shapes"),
+    ],
+)
+def test_bad_input_is_one_line_and_ends_the_page(words, said, free_port, capsys, monkeypatch):
+    pytest.importorskip("gradio")
+    monkeypatch.chdir(ROOT)
+    assert demo.main(["--port", str(free_port), *words]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
     with socket.socket() as closed:
-        assert closed.connect_ex((demo.LOOPBACK, port)) != 0
+        assert closed.connect_ex((demo.LOOPBACK, free_port)) != 0
+
+
+def test_a_port_in_use_and_an_interruption(free_port, capsys, monkeypatch):
+    pytest.importorskip("gradio")
+    with socket.socket() as taken:
+        taken.bind((demo.LOOPBACK, free_port))
+        taken.listen()
+        assert demo.main(["--port", str(free_port)]) == 2
+    assert f"--port {free_port} is in use" in capsys.readouterr().err
+
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "load", interrupted)
+    assert demo.main(["--port", str(free_port)]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
 
 
 def test_the_page_needs_no_slow_imports():

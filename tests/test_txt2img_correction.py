@@ -174,5 +174,7 @@ def test_another_method_s_lora(tmp_path, shapes_dpt, capsys):
     pixels = {name: np.array(Image.open(next((tmp_path / name / "samples").glob("*.png")))) for name in pictures}
     assert (pixels["lora"] == pixels["dpt"]).all()
     assert (pixels["lora"] != pixels["base"]).any()
+    assert f"LoRA {shapes_dpt / 'lora'}, without DPT weights" in capsys.readouterr().out
+    assert [read_metadata(tmp_path / name)[0]["lora"] for name in ("base", "lora")] == [None, str(shapes_dpt / "lora")]
     assert txt2img.main([*common, "--lora", "x", "--dpt", str(shapes_dpt), "--outdir", str(tmp_path / "both")]) == 2
     assert "exclude each other" in capsys.readouterr().err

@@ -109,15 +109,20 @@ def smooth(maps: torch.Tensor) -> torch.Tensor:
 
 
 class StoringProcessor:
-    """A cross-attention processor that keeps its probabilities, (B, heads, R, L), where they have R positions."""
+    """A cross-attention processor that keeps its probabilities, (B, heads, R, L), where they have R positions.
 
-    def __init__(self, maps: list[torch.Tensor], positions: int):
-        self.maps, self.positions = maps, positions
+    Args:
+        met: gets the numbers of positions that came by, whether kept or not.
+    """
+
+    def __init__(self, maps: list[torch.Tensor], positions: int, met: set[int]):
+        self.maps, self.positions, self.met = maps, positions, met
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, **kwargs):
         parts = (attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
         query, key, value = map(attn.head_to_batch_dim, parts)
         probabilities = attn.get_attention_scores(query, key)  # (B * heads, R, L), upcast where the model wants it
+        self.met.add(hidden_states.shape[1])
         if hidden_states.shape[1] == self.positions:
             self.maps.append(probabilities.unflatten(0, (len(hidden_states), -1)))
         return attn.to_out[0](attn.batch_to_head_dim(probabilities @ value))
@@ -130,9 +135,9 @@ def stored_attention(unet: UNet2DConditionModel, resolution: int):
     Raises:
         ValueError: no map of that side; said when the context ends.
     """
-    before, maps = unet.attn_processors, []
+    before, maps, met = unet.attn_processors, [], set()
     stores = {
-        name: StoringProcessor(maps, resolution**2) if name.endswith("attn2.processor") else processor
+        name: StoringProcessor(maps, resolution**2, met) if name.endswith("attn2.processor") else processor
         for name, processor in before.items()
     }
     unet.set_attn_processor(stores)
@@ -141,7 +146,8 @@ def stored_attention(unet: UNet2DConditionModel, resolution: int):
     finally:
         unet.set_attn_processor(before)
     if not maps:
-        raise ValueError(f"attention_resolution is {resolution}; the U-Net has no cross-attention of that side")
+        sides = ", ".join(f"{side**0.5:g}" for side in sorted(met))
+        raise ValueError(f"attention_resolution is {resolution}; the U-Net's cross-attention has the sides {sides}")
 
 
 def subject_tokens(sd: StableDiffusion, prompt: str) -> list[int]:

@@ -187,7 +187,7 @@ def _cell(column: str, value) -> str:
         percent = 100 if column.removesuffix("_difference") in LABELS else 1
         mean, low, high = (percent * x for x in value)
         return f"{mean:.3g} ({low:.3g} to {high:.3g})"
-    return f"{value:.3g}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def markdown(header: list[str], cells: list[list[str]]) -> str:
