@@ -75,23 +75,20 @@ def ceiling(name: str, arm: dict) -> dict:
 
 
 def draw_points(points: dict[str, dict], path: Path) -> None:
-    """The figure: points with their names, the oracle's choice as a line."""
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    """The figure: a point an arm, named at the side in the order of passes, the oracle's choice as a line."""
+    figure = Figure(figsize=(10, 6), layout="constrained")
     axis = figure.subplots()
     line = [p for name, p in points.items() if name.endswith("by the oracle")]
     if line:
         ends = [p["passes"] for p in line], [100 * p["correct"][0] for p in line]
         axis.plot(*ends, "--", color="gray", label="best of N, chosen by the oracle")
-        axis.legend()
     drawn = {name: p for name, p in points.items() if not name.endswith("by the oracle")}
-    arms = sorted((p["passes"], *p["correct"], name) for name, p in drawn.items())
-    for k, (passes, *interval, name) in enumerate(arms):
-        mean, low, high = (100 * value for value in interval)
-        axis.errorbar(passes, mean, [[mean - low], [high - mean]], fmt="o", capsize=3)
-        side = {"xytext": (-7, -3), "ha": "right"} if k % 2 else {"xytext": (7, 3)}  # neighbours on either side
-        axis.annotate(name, (passes, mean), textcoords="offset points", fontsize=8, **side)
+    for k, (name, p) in enumerate(sorted(drawn.items(), key=lambda item: item[1]["passes"])):
+        mean, low, high = (100 * value for value in p["correct"])
+        style = {"color": f"C{k % 10}", "fmt": "osD^v"[k // 10 % 5], "capsize": 3}
+        axis.errorbar(p["passes"], mean, [[mean - low], [high - mean]], label=f"{name}: {mean:.1f}", **style)
+    figure.legend(loc="outside right upper", fontsize=8, title="from few to many passes")
     axis.set(xlabel="U-Net passes a picture", ylabel="correct pictures, %", xscale="log")
-    axis.margins(x=0.15)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("{x:g}")
     axis.grid(alpha=0.3)
