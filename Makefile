@@ -20,10 +20,10 @@ demo: environment
 	$(BIN)/python txt2img.py --model shapes --prompt "$$PROMPT" --outdir outputs/demo/with
 
 test: environment
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 fast: environment
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 lint: environment
 	$(BIN)/ruff check .
