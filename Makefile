@@ -10,7 +10,7 @@ export PROMPT ?= a blue square and an orange circle
 environment:
 	@cmp -s requirements.txt $(VENV)/installed || { \
 		set -ex; \
-		test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+		$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV); \
 		$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt; \
 		cp requirements.txt $(VENV)/installed; \
 	}

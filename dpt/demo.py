@@ -6,7 +6,8 @@ is loaded meanwhile. Users are served one after the other; whoever closes the pa
 
 import argparse
 import sys
-from concurrent.futures import Future
+import threading
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
@@ -20,32 +21,49 @@ def make_page(model: str, opening: Future):
     import pandas
 
     def ready():
-        studio = opening.result()
+        try:
+            studio = opening.result()
+        except CancelledError:
+            return [gradio.skip()] * 4 + ["the model could not be loaded"]
         from dpt.stable_diffusion import sampling_defaults  # only now: two threads at one import can fail
 
         defaults = sampling_defaults(studio.sd.name)
-        return defaults.correction_norm or 0.01, defaults.correction_target, gradio.Button(interactive=True), "ready"
+        return [
+            gradio.Textbox(interactive=True),
+            gradio.Slider(value=defaults.correction_norm or 0.01, interactive=True),
+            gradio.Dropdown(value=defaults.correction_target, interactive=True),
+            gradio.Button(interactive=True),
+            "ready",
+        ]
 
     def run(prompt, seed, norm, target, phrase):
         try:
             for plain, corrected, points, say in opening.result().draw(prompt, seed, norm, target, phrase):
                 yield plain, corrected, pandas.DataFrame(KNOWN_ARMS + points, columns=["step", "score", "arm"]), say
-        except (ValueError, FloatingPointError) as error:
-            yield gradio.skip(), gradio.skip(), gradio.skip(), f"error: {error}"  # what was drawn stays
+        except (ValueError, FloatingPointError, CancelledError) as error:
+            say = f"error: {str(error) or 'the model could not be loaded'}"
+            yield gradio.skip(), gradio.skip(), gradio.skip(), say  # what was drawn stays
 
     with gradio.Blocks(title="dpt") as page:
         gradio.Markdown(f"## {model}, without and with self-correction")
         with gradio.Row():
             prompt = gradio.Textbox(
-                label="prompt", value="a red circle left of a blue square", elem_id="prompt", scale=3
+                label="prompt", value="a red circle left of a blue square", elem_id="prompt", scale=3, interactive=False
             )
             seed = gradio.Number(label="seed", value=0, precision=0, minimum=0)
             phrase = gradio.Textbox(label="phrase to find", elem_id="phrase")
         with gradio.Row():
             norm = gradio.Slider(
-                0, 0.1, value=0.012, step=0.001, label="correction's length, as a share of the latent's"
+                0,
+                0.1,
+                value=0.012,
+                step=0.001,
+                label="correction's length, as a share of the latent's",
+                interactive=False,
             )
-            target = gradio.Dropdown(TARGETS, value="latent", label="what goes on from the correction")
+            target = gradio.Dropdown(
+                TARGETS, value="latent", label="what goes on from the correction", interactive=False
+            )
         button = gradio.Button("draw", variant="primary", elem_id="draw", interactive=False)
         with gradio.Row():
             plain = gradio.Image(label="without", elem_id="plain")
@@ -54,7 +72,7 @@ def make_page(model: str, opening: Future):
         status = gradio.Textbox("loading the model", label="status", interactive=False, elem_id="status")
         outputs = [plain, corrected, plot, status]
         inputs = [prompt, seed, norm, target, phrase]
-        page.load(ready, None, [norm, target, button, status], api_name=False)
+        page.load(ready, None, [prompt, norm, target, button, status], api_name=False)
         button.click(run, inputs, outputs, concurrency_limit=1)
         prompt.submit(run, inputs, outputs, concurrency_limit=1, api_name=False)
     return page.queue(max_size=20)
@@ -79,12 +97,13 @@ def main(argv: list[str] | None = None) -> int:
                 server_name=LOOPBACK, server_port=args.port, share=False, prevent_thread_lock=True, quiet=True
             )
         except OSError as error:
-            raise ValueError(f"--port {args.port} is in use; pass another --port") from error
+            raise ValueError(f"--port {args.port} is in use, or not permitted; pass another --port") from error
         print(f"{url}: open it in a browser; the model is being loaded")
         opening.set_result(load(args))
-        page.block_thread()
+        wait_forever()
     except ModuleNotFoundError as error:
-        print(f"error: {error.name} is missing: pip install -r requirements-demo.txt", file=sys.stderr)
+        packages = "requirements.txt" if page else "requirements-demo.txt"
+        print(f"error: {error.name} is missing: pip install -r {packages}", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -107,8 +126,13 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--steps is {args.steps}; it must be at least 1")
     if args.scale is not None and not 0 <= args.scale < 1000:
         raise ValueError(f"--scale is {args.scale}; it must be a number from 0 to 1000")
-    if not 0 <= args.port < 2**16:
-        raise ValueError(f"--port is {args.port}; it must be from 0 to 65535")
+    if not 1 <= args.port < 2**16:
+        raise ValueError(f"--port is {args.port}; it must be from 1 to 65535")
+
+
+def wait_forever() -> None:
+    """Until Ctrl-C; the page is served by another thread."""
+    threading.Event().wait()
 
 
 def load(args: argparse.Namespace):

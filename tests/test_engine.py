@@ -201,6 +201,7 @@ def test_what_a_run_leaves_behind(tmp_path, cache):
     assert load_config(TrainConfig, folder / "config.yaml").optim.steps == 2
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, cache):
     """Stood for by a limit on the size of files, which a checkpoint exceeds."""
     assert run("probe", tmp_path, cache, "optim.steps=2") == 0

@@ -326,9 +326,6 @@ def test_controls_and_best_of_change_the_pictures(tmp_path, shapes_dpt):
         "plain": {"dpt": str(shapes_dpt)},
         "external": {"lora": str(shapes_dpt / "lora")},
         "bf16": {"dpt": str(shapes_dpt), "dtype": "bfloat16"},
-        "attend": {"attend_and_excite": True},
-        "attend-step": {"attend_and_excite": True, "attention_step": 2},
-        "attend-maps": {"attend_and_excite": True, "attention_resolution": 8},
     }
     few = ["--prompts", "shapes:val", "--per_category", "1", "--seeds", "3", "--outdir", str(tmp_path / "out")]
     assert evaluate.main(["generate", "--arms", *write_arms(tmp_path, **arms), *few]) == 0
@@ -342,6 +339,20 @@ def test_controls_and_best_of_change_the_pictures(tmp_path, shapes_dpt):
     for k, a in enumerate(names):
         assert all((pictures[a] != pictures[b]).any() for b in names[:k]), a
     assert read_metadata(tmp_path / "out/best")[0]["whole_passes"] == 8
+
+
+def test_step_and_maps_of_attend_and_excite_change_the_picture(tmp_path):
+    arms = {
+        "plain": {},
+        "attend": {"attend_and_excite": True},
+        "step": {"attend_and_excite": True, "attention_step": 2},
+        "maps": {"attend_and_excite": True, "attention_resolution": 8},
+    }
+    (tmp_path / "prompts.txt").write_text("a red circle and a blue square\n")
+    words = ["--prompts", str(tmp_path / "prompts.txt"), "--seeds", "3", "--outdir", str(tmp_path / "out")]
+    assert evaluate.main(["generate", "--arms", *write_arms(tmp_path, **arms), *words]) == 0
+    (files,) = zip(*[sorted((tmp_path / "out" / name / "samples").iterdir()) for name in arms], strict=True)
+    assert len({np.array(Image.open(file)).tobytes() for file in files}) == len(arms)
 
 
 @pytest.mark.parametrize(
