@@ -25,7 +25,7 @@ from dpt.adapter import Scorer
 from dpt.checkpoint import DPT_WEIGHTS, load_checkpoint
 from dpt.images import append_metadata, compbench_stem, make_grid, numbered, read_metadata, save_new
 from dpt.lora import load_external_lora
-from dpt.sampling import CORRECTION_TARGETS, CorrectionSettings, draw
+from dpt.sampling import CORRECTION_TARGETS, SEED_LIMIT, CorrectionSettings, draw
 from dpt.stable_diffusion import (
     DEFAULT_MODEL,
     DTYPES,
@@ -125,7 +125,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if not 0 <= args.scale < 1000:
         raise ValueError(f"--scale is {args.scale}; it must be a number from 0 to 1000")
-    if not 0 <= args.seed < 2**62:
+    if not 0 <= args.seed < SEED_LIMIT:
         raise ValueError(f"--seed is {args.seed}; it must be between 0 and 2**62")
     for name in ("H", "W"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -307,9 +307,9 @@ def run(args: argparse.Namespace) -> int:
         "width": w * sd.vae_scale_factor,
         "dtype": dtype,
     }
+    sources = {"dpt_source": checkpoint.source if checkpoint else None, "lora": str(args.lora) if args.lora else None}
     for job in jobs:
-        job |= {"settings": settings, "dpt_source": checkpoint.source if checkpoint else None}
-        job |= {"lora": str(args.lora) if args.lora else None}
+        job |= {"settings": settings} | sources
     announce_limits(sd, prompts, args.negative_prompt)
     if args.negative_prompt and args.scale <= 1:
         print("note: --negative_prompt has no effect at a --scale of 1 or less")

@@ -23,6 +23,7 @@ conditional half alone. All tensors are (B, C, h, w)."""
 Corrector = Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor | None]
 """Maps (latents, timestep, step, number of steps) to corrected latents, or None where there is nothing to correct."""
 
+SEED_LIMIT = 2**62  # seeds of noise are below it, so that seed + k is one of torch's too
 CORRECTION_TARGETS = ("conditional", "latent")
 CORRECTION_DIRECTIONS = ("gradient", "random")
 HALF_GRADIENT_SCALE = 2.0**10  # keeps float16 gradients of the score, about 1e-4, from underflowing

@@ -12,7 +12,7 @@ from dpt.adapter import Scorer
 from dpt.checkpoint import DPT_WEIGHTS, load_checkpoint
 from dpt.images import to_pixels, with_boxes
 from dpt.metrics import objectness
-from dpt.sampling import CorrectionSettings, draw, initial_noise
+from dpt.sampling import SEED_LIMIT, CorrectionSettings, draw, initial_noise
 from dpt.stable_diffusion import (
     StableDiffusion,
     grammar_note,
@@ -24,7 +24,6 @@ from dpt.stable_diffusion import (
 from dpt.unet_features import unet_features
 
 GROUNDING_TIMESTEP = 200
-MOST_SEEDS = 2**62
 THREAD = "drawing"
 COLORS = ("lime", "orange", "magenta")  # of boxes, the surest first
 
@@ -95,11 +94,11 @@ class Studio:
         """(plain, corrected, points of the score, what to say) after every step; pictures are None until done.
 
         Raises:
-            ValueError: an empty prompt.
+            ValueError: an empty prompt or length, or a seed that cannot be.
         """
         if not (prompt or "").strip():
             raise ValueError("the prompt is empty; say what to draw")
-        if seed is None or not 0 <= seed < MOST_SEEDS:
+        if seed is None or not 0 <= seed < SEED_LIMIT:
             raise ValueError(f"the seed is {seed}; it must be a number from 0 to 2**62")
         if norm is None:
             raise ValueError("the correction's length is empty; give a number")

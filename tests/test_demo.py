@@ -167,6 +167,7 @@ def test_the_page_in_a_browser(url, studio, monkeypatch):
         wait.until(lambda d: d.find_elements(By.CSS_SELECTOR, "#corrected img"))
         wait.until(lambda d: status() == "corrected: done")
         assert driver.find_elements(By.CSS_SELECTOR, "#plain img")
+        assert driver.find_elements(By.CSS_SELECTOR, "#trace svg, #trace canvas")
         assert "corrected" in driver.find_element(By.ID, "trace").text  # gradio draws no line that is not in its legend
         monkeypatch.setattr(studio, "num_inference_steps", 500)
         driver.find_element(By.ID, "draw").click()

@@ -82,7 +82,6 @@ def make_tables(
         result[f"{figure} by category"] = _by_category(arms, reference, figure, sorted(known))
     tables = [arms_table(result["arms"])]
     tables += [category_table(figure, result[f"{figure} by category"]) for figure in by]
-    output.mkdir(parents=True, exist_ok=True)
     text = "\n".join(markdown(*table) for table in tables)
     text += f"\nFigures of an arm are of all categories but `{APART}`.\n" * (not categories and APART in known - chosen)
     text += notes

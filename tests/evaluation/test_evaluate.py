@@ -373,6 +373,8 @@ def test_step_and_maps_of_attend_and_excite_change_the_picture(tmp_path):
             {"a": {"attention_step": 5, "attend_and_excite": True, "attention_resolution": 0}},
             "attention_resolution is 0",
         ),
+        ({"a": {"attention_step": -5, "attend_and_excite": True}}, "attention_step is -5"),
+        ({"a": {"attention_step": 5}}, "attention_step is set"),
         ({"a": {"parity": True, "dpt": "x", "correction_norm": 0.1}}, "parity is set"),
         ({"a": {"dpt": "nowhere"}}, "nowhere is not there"),
         ({"a": {"lora": "nowhere"}}, "lora nowhere is not there"),
