@@ -73,20 +73,26 @@ def test_golden_trajectories_in_parity_mode(golden, case):
 
 
 @pytest.mark.parametrize("case", [name for name, factor in CASES.items() if factor])
-def test_golden_gradients_of_the_score(golden, case):
+def test_golden_gradients_of_the_score(golden, case, monkeypatch):
+    """In double precision: in single, rounding decides on some CPUs on which side of zero a ReLU's input falls
+    (`cf05_lora`, step 3), which moves the gradient by 1e-3 of its largest value."""
     arrays, sd, _, correct = setting(golden, case)
+    sd.unet.double()
+    correct.scorer.adapter.double()
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     for step in range(10):
         _, gradient = score_gradient(
             sd.unet,
             correct.scorer,
             arrays["latents"][step],
             arrays["timesteps"][step],
-            encoder_hidden_states=correct.encoder_hidden_states,
-            pooled_prompt_embeds=correct.pooled_prompt_embeds,
+            encoder_hidden_states=correct.encoder_hidden_states.double(),
+            pooled_prompt_embeds=correct.pooled_prompt_embeds.double(),
         )
-        unconditional, expected = arrays["grad"][step].chunk(2)
+        assert gradient.dtype == torch.float64
+        unconditional, expected = arrays["grad"][step].double().chunk(2)
         assert not unconditional.any()
-        assert torch.allclose(gradient, expected, rtol=0, atol=1e-4 * expected.abs().max().item()), step
+        assert torch.allclose(gradient, expected, rtol=0, atol=5e-5 * expected.abs().max().item()), step
 
 
 @pytest.mark.parametrize("case", CASES)
