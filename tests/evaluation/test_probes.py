@@ -211,7 +211,7 @@ def test_bad_experiments_are_one_line_before_anything_is_trained(tmp_path, capsy
     assert not (tmp_path / "probe-0").exists()
 
 
-SEARCHES = ("length", "balance", "deep", "quirks")
+SEARCHES = ("length", "balance", "deep", "quirks", "sweep")
 
 
 @pytest.mark.parametrize(
