@@ -6,7 +6,7 @@ One row an arm: the share of each verdict and the mean of each score, with 95 % 
 difference to the arm named by --against, and what a picture cost. Folders `arm/0`, `arm/1`, ... are training seeds of
 one arm: the bootstrap is crossed over training seeds and prompts, each of which has noise of its own. --by names
 figures that are shown by category too, differences with p values that Holm's method corrects for the number of
-categories. Writes table.md, table.tex and table.json into --output.
+categories. Writes table.md, table.tex, table.json and, of the first figure, table.png into --output.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from dpt.evaluation.figures import collect
 from dpt.files import write_text
@@ -91,6 +92,7 @@ def make_tables(
         ("tex", "\n".join(latex(*table) for table in tables)),
     ):
         write_text(output / f"table.{suffix}", content)
+    draw_arms(result["arms"]).savefig(output / "table.png", dpi=110)
     print(text)
     return result
 
@@ -187,6 +189,29 @@ def _cell(column: str, value) -> str:
         mean, low, high = (percent * x for x in value)
         return f"{mean:.3g} ({low:.3g} to {high:.3g})"
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def draw_arms(rows: dict[str, dict]) -> Figure:
+    """The first figure of each arm with its 95 % interval, beside it the paired difference to the arm named there."""
+    first = next(key for key, value in next(iter(rows.values())).items() if isinstance(value, tuple))
+    percent = 100 if first in LABELS else 1
+    drawing = Figure(figsize=(10, 1.2 + 0.3 * len(rows)), layout="constrained")
+    left, right = drawing.subplots(1, 2, sharey=True)
+    for place, row in enumerate(rows.values()):
+        for axis, key in ((left, first), (right, f"{first}_difference")):
+            if key in row:
+                mean, low, high = (percent * value for value in row[key])
+                axis.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", color="C0", capsize=3)
+        if f"{first}_difference" in row:
+            right.annotate(f"to {row['against']}", (1.02, place), xycoords=("axes fraction", "data"), va="center")
+    left.set_yticks(range(len(rows)), rows)
+    left.invert_yaxis()
+    left.set_xlabel(f"{first}, %" if first in LABELS else first)
+    right.set_xlabel("difference, points" if first in LABELS else "difference")
+    right.axvline(0, color="gray", linewidth=1)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    return drawing
 
 
 def markdown(header: list[str], cells: list[list[str]]) -> str:

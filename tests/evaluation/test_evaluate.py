@@ -15,6 +15,7 @@ from dpt.evaluation.arms import Arm
 from dpt.evaluation.prompts import load_prompt_set
 from dpt.evaluation.quality import frechet_distance, render_prompt, spread
 from dpt.evaluation.scorers import Scorer
+from dpt.evaluation.table import draw_arms
 from dpt.images import read_lines, read_metadata
 from dpt.metrics import bootstrap_interval, bootstrap_p, crossed_bootstrap, holm
 from dpt.shapes.oracle import judge
@@ -194,9 +195,21 @@ def test_a_table_of_arms(drawn, tmp_path, capsys):
     assert text.count("\n") == 6
     assert text.endswith("all categories but `unseen`.\n")
     assert r"training\_seeds" in (tmp_path / "table.tex").read_text()
+    assert (tmp_path / "table.png").exists()
     assert evaluate.main([*command[:-1], str(tmp_path / "all"), "--categories", "unseen"]) == 0
     assert evaluate.main([*command, "--against", "nobody"]) == 2
     assert "the arms are base, own" in capsys.readouterr().err
+
+
+def test_the_figure_of_a_table():
+    own = {"prompts": 6, "against": "base", "correct": (0.5, 0.4, 0.7), "correct_difference": (0.1, -0.1, 0.2)}
+    left, right = draw_arms({"base": {"prompts": 6, "correct": (0.4, 0.3, 0.5)}, "own": own}).axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["base", "own"]
+    assert [point.lines[0].get_xdata().item() for point in left.containers] == [40, 50]
+    assert [point.lines[0].get_xdata().item() for point in right.containers] == [10]
+    (interval,) = right.containers[0].lines[2][0].get_segments()
+    assert interval == pytest.approx(np.array([[-10, 1], [20, 1]]))
+    assert [text.get_text() for text in right.texts] == ["to base"]
 
 
 def test_packed_figures_stand_for_their_pictures(drawn, tmp_path, capsys):
