@@ -1,13 +1,79 @@
-"""Files that are there whole or not at all."""
+"""Text files: written whole or not at all, and read with their content checked against a schema.
+
+A schema is a `msgspec.Struct`, or a type built of structs, lists and dicts. What does not fit it is a ValueError of one line
+that names the file, the record and the field.
+"""
 
 import os
+import re
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+T = TypeVar("T")
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes under a temporary name, then renames; the folder is made where it is missing."""
+    """Writes UTF-8 under a temporary name, then renames; the folder is made where it is missing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, "utf-8")
     temporary.replace(path)
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, without its byte-order mark. Raises ValueError naming the file where it has none."""
+    try:
+        return Path(path).read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise ValueError(f"{path} cannot be read: {reason}") from error
+
+
+def text_lines(text: str) -> list[str]:
+    """The lines of a text without their ends. A line ends with "\\n" alone, unlike in `str.splitlines`."""
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines if lines[-1] else lines[:-1]
+
+
+def decode(text: str | bytes, schema: type[T], where: str) -> T:
+    """JSON as an instance of the schema. Raises ValueError, beginning with `where`, that names the field and the fault."""
+    try:
+        return msgspec.json.decode(text, type=schema)
+    except RecursionError as error:
+        raise ValueError(f"{where}: nested too deeply") from error
+    except (msgspec.DecodeError, UnicodeError) as error:  # a ValidationError is a DecodeError
+        raise ValueError(f"{where}: {_in_words(str(error))}") from error
+
+
+def _in_words(message: str) -> str:
+    """msgspec's message with the field first: "Expected `str`, got `int` - at `$.caption`" -> "caption: expected ..."."""
+    reason, _, path = message.partition(" - at `$")
+    path = re.sub(r"\[\.\.\.\]", "[]", path.rstrip("`")).lstrip(".")
+    reason = reason.replace("`", "")
+    reason = reason.replace("Expected", "expected").replace("Object missing", "object is missing")
+    return f"{path}: {reason}" if path else reason
+
+
+def read_json(path: str | Path, schema: type[T]) -> T:
+    """A JSON file as an instance of the schema. Raises ValueError naming file and field."""
+    return decode(read_text(path), schema, str(path))
+
+
+def read_json_lines(path: str | Path, schema: type[T]) -> list[T]:
+    """The records of a file of JSON lines; blank lines are passed over, and so is a last line that a kill cut short.
+
+    Raises:
+        ValueError: a line that does not fit the schema; it names file, line and field.
+    """
+    lines = read_text(path).split("\n")
+    cut_short = lines.pop()  # what stands behind the last "\n": nothing, or a record without its end
+    records = [decode(line, schema, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if cut_short.strip():
+        try:
+            records.append(decode(cut_short, schema, str(path)))
+        except ValueError:
+            return records
+    return records
