@@ -1,7 +1,7 @@
 """Ranges of numbers, stated once beside the flag or the setting that they bound.
 
-    add("--steps", type=number(int, at_least=1, at_most=500), ...)          # a flag
-    steps: int = bounded(50, at_least=1, at_most=500)                       # a field of a dataclass that calls check_bounds
+add("--steps", type=number(int, at_least=1, at_most=500), ...)          # a flag
+steps: int = bounded(50, at_least=1, at_most=500)                       # a field of a dataclass
 """
 
 import argparse
@@ -60,7 +60,7 @@ def number(kind: type, **limits: float):
 
 
 def bounded(default, **limits: float):
-    """A dataclass field with bounds; a list's hold for each entry, and None, where it is the default, is let through."""
+    """A dataclass field with bounds. A list's hold for each entry; None passes where it is the default."""
     metadata = {"bounds": Bounds(**limits)}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)

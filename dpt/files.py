@@ -1,7 +1,7 @@
 """Text files: written whole or not at all, and read with their content checked against a schema.
 
-A schema is a `msgspec.Struct`, or a type built of structs, lists and dicts. What does not fit it is a ValueError of one line
-that names the file, the record and the field.
+A schema is a `msgspec.Struct`, or a type built of structs, lists and dicts. What does not fit it is a ValueError of one
+line that names the file, the record and the field.
 """
 
 import os
@@ -39,7 +39,7 @@ def text_lines(text: str) -> list[str]:
 
 
 def decode(text: str | bytes, schema: type[T], where: str) -> T:
-    """JSON as an instance of the schema. Raises ValueError, beginning with `where`, that names the field and the fault."""
+    """JSON as an instance of the schema. Raises ValueError that begins with `where` and names the field."""
     try:
         return msgspec.json.decode(text, type=schema)
     except RecursionError as error:
@@ -49,7 +49,7 @@ def decode(text: str | bytes, schema: type[T], where: str) -> T:
 
 
 def _in_words(message: str) -> str:
-    """msgspec's message with the field first: "Expected `str`, got `int` - at `$.caption`" -> "caption: expected ..."."""
+    """msgspec's message, the field first: "Expected `str`, got `int` - at `$.title`" -> "title: expected str, ..."."""
     reason, _, path = message.partition(" - at `$")
     path = re.sub(r"\[\.\.\.\]", "[]", path.rstrip("`")).lstrip(".")
     reason = reason.replace("`", "")
