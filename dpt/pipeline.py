@@ -1,16 +1,25 @@
-"""Self-correction as a diffusers pipeline."""
+"""Self-correction as a diffusers pipeline.
 
+Shapes: B images, C latent channels, (h, w) latent size, L text tokens, E context width, P pooled text width.
+"""
+
+import contextlib
+import warnings
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from diffusers.utils.torch_utils import randn_tensor
 
 from dpt.adapter import Scorer
+from dpt.bounds import Bounds
 from dpt.checkpoint import load_checkpoint
-from dpt.sampling import CorrectionSettings, guided_steps, sample
-from dpt.stable_diffusion import StableDiffusion
+from dpt.sampling import CorrectionSettings, Corrector, Denoiser, SelfCorrection, guided_noise_pred, sample
+from dpt.stable_diffusion import StableDiffusion, check_size
 
 
 class SelfCorrectionPipeline(StableDiffusionPipeline):
@@ -24,6 +33,7 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
     `from_pipe` takes another pipeline's components. Any scheduler may be set.
     """
 
+    _callback_tensor_inputs = (*StableDiffusionPipeline._callback_tensor_inputs, "pooled_prompt_embeds")
     _scorer: Scorer | None = None
 
     def load_dpt(self, path: str | Path, **released_settings) -> "SelfCorrectionPipeline":
@@ -34,7 +44,8 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
 
     def _as_stable_diffusion(self) -> StableDiffusion:
         for module in (self.text_encoder, self.vae, self.unet):
-            module.eval().requires_grad_(False)
+            if module is not None:
+                module.eval().requires_grad_(False)
         name = self.config.get("_name_or_path") or type(self).__name__
         return StableDiffusion(name, name, self.tokenizer, self.text_encoder, self.vae, self.unet, self.scheduler)
 
@@ -45,18 +56,27 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
         guidance_scale: float = 7.5,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
+        eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
-        pooled_prompt_embeds: torch.Tensor | None = None,
+        ip_adapter_image=None,
+        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        cross_attention_kwargs: dict | None = None,
+        guidance_rescale: float = 0.0,
+        clip_skip: int | None = None,
         callback_on_step_end=None,
         callback_on_step_end_tensor_inputs: list[str] = ("latents",),
+        *,
+        pooled_prompt_embeds: torch.Tensor | None = None,
         correction_factor: float = 0.5,
         correction_norm: float | None = None,
         correction_target: str = "conditional",
@@ -66,76 +86,286 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
     ) -> StableDiffusionPipelineOutput | tuple:
         """Draws prompts; the arguments are `StableDiffusionPipeline`'s and `CorrectionSettings`'.
 
+        Without a correction the pictures are `StableDiffusionPipeline`'s, whose documentation describes its arguments.
+        Three things are taken that it refuses or ignores: height or width alone, one negative prompt for several
+        prompts, and a callback that returns None.
+
         Args:
-            prompt_embeds, negative_prompt_embeds: contexts (B, L, E) instead of prompts.
-            pooled_prompt_embeds: the pooled text (B, P) that belongs to `prompt_embeds`; a correction needs it.
-            callback_on_step_end: called as (pipeline, step, timestep, tensors) after each step; the latents of the
-                dict that it returns, if it does, take their place.
-            callback_on_step_end_tensor_inputs: what its dict holds: latents, prompt_embeds, negative_prompt_embeds.
+            callback_on_step_end: called as (pipeline, step, timestep, tensors) after each step. Sampling and the
+                matching score go on from the tensors of the dict that it returns. As in `StableDiffusionPipeline`,
+                `prompt_embeds` are those of the negative prompts and then of the prompts, (2B, L, E), where pictures
+                are guided, and `negative_prompt_embeds` are not read again. The score compares with the call's text
+                until `pooled_prompt_embeds` are returned too.
+            callback_on_step_end_tensor_inputs: names of the tensors: latents, prompt_embeds, negative_prompt_embeds,
+                pooled_prompt_embeds.
+            pooled_prompt_embeds: the pooled text (B, P) that the matching score compares with; by default the prompt's.
+                A correction of `prompt_embeds` needs it.
 
         Raises:
-            ValueError: a size the model cannot draw, neither or both of prompt and embeddings, or a correction without
-                `load_dpt` or pooled text.
+            ValueError: arguments that do not fit each other or the model; a correction without `load_dpt`, without
+                pooled text, or of a U-Net that is conditioned on more than text (IP-Adapter, distilled guidance).
         """
         settings = CorrectionSettings(
             correction_factor, correction_norm, correction_target, correction_start, correction_stop, on_nan
         )
-        if settings.active and self._scorer is None:
-            raise ValueError("correction_factor needs an adapter: call load_dpt first, or pass correction_factor=0")
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("pass either prompt or prompt_embeds")
-        if prompt_embeds is not None and settings.active and pooled_prompt_embeds is None:
-            raise ValueError("correction_factor with prompt_embeds needs pooled_prompt_embeds too")
-        unknown = {*callback_on_step_end_tensor_inputs} - {"latents", "prompt_embeds", "negative_prompt_embeds"}
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs holds {', '.join(sorted(unknown))}, which is not there"
-            )
-        sd = self._as_stable_diffusion()
-        context, pooled = prompt_embeds, pooled_prompt_embeds
-        if context is None:
-            context, pooled = sd.encode_prompts([prompt] if isinstance(prompt, str) else prompt)
-        negative = negative_prompt_embeds
-        if negative is None:
-            given = negative_prompt or ""
-            negative, _ = sd.encode_prompts([given] if isinstance(given, str) else given)
-        count = len(context) * num_images_per_prompt
-        context, negative = (x.repeat_interleave(count // len(x), 0) for x in (context, negative))
-        if pooled is not None:
-            pooled = pooled.repeat_interleave(num_images_per_prompt, 0)
-        shape = (count, *sd.latent_shape(height, width))
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        self._guidance_scale, self._guidance_rescale, self._clip_skip = guidance_scale, guidance_rescale, clip_skip
+        self._cross_attention_kwargs, self._interrupt = cross_attention_kwargs, False
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        texts = (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        pictures = (ip_adapter_image, ip_adapter_image_embeds)
+        self._check_texts(*texts, num_images_per_prompt, callback_on_step_end_tensor_inputs)
         if settings.active:
-            self._scorer.adapter.to(self._execution_device)
-        scorer = self._scorer if settings.active else None
-        denoise, correct = guided_steps(
-            self.unet, self.scheduler, context, negative, pooled, guidance_scale, scorer, settings
-        )
-        with self.progress_bar(total=num_inference_steps) as bar:
+            self._check_correction(prompt, pooled_prompt_embeds, pictures)
+        height, width = self._size(height, width)
+        self.check_inputs(prompt, height, width, None, *texts[1:], *pictures)
+        sd = self._as_stable_diffusion()
+        tensors = self._encode(sd, *texts, pooled_prompt_embeds, num_images_per_prompt)
+        count = len(tensors["prompt_embeds"]) // (2 if self.do_classifier_free_guidance else 1)
+        self._set_timesteps(num_inference_steps, timesteps, sigmas)
+        noise = self._noise(count, height, width, generator, latents)
+        denoise = self._denoiser(tensors, count, self._image_embeds(*pictures, count))
+        correct = self._corrector(settings, tensors, count) if settings.active else None
+        with self.progress_bar(total=self.num_timesteps) as bar:
 
             def on_step(step, latents):
                 bar.update()
                 if callback_on_step_end is None:
                     return None
-                tensors = {"latents": latents, "prompt_embeds": context, "negative_prompt_embeds": negative}
-                tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                changed = callback_on_step_end(self, step, self.scheduler.timesteps[step], tensors)
-                return changed.get("latents") if isinstance(changed, dict) else None
+                tensors["latents"] = latents
+                given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                changed = callback_on_step_end(self, step, self.scheduler.timesteps[step], given)
+                tensors.update(self._changed_tensors(changed, tensors, count))
+                return tensors["latents"]
 
             latents = sample(
                 denoise,
                 self.scheduler,
-                latents.to(self._execution_device, torch.float32),
-                num_inference_steps=num_inference_steps,
+                noise,
                 correct=correct,
                 correction_target=settings.target,
-                generator=generator,
+                step_options=self.prepare_extra_step_kwargs(generator, eta),
                 on_step=on_step,
+                stop=lambda: self.interrupt,
             )
-        if output_type == "latent":
-            images = latents
-        else:
-            images = self.image_processor.postprocess(sd.decode_latents(latents) * 2 - 1, output_type=output_type)
+        images, flagged = latents, None
+        if output_type != "latent":
+            images, flagged = self._decode(sd, latents, output_type, tensors["prompt_embeds"].dtype)
         self.maybe_free_model_hooks()
-        return StableDiffusionPipelineOutput(images, None) if return_dict else (images, None)
+        return StableDiffusionPipelineOutput(images, flagged) if return_dict else (images, flagged)
+
+    def _check_correction(self, prompt, pooled_prompt_embeds, pictures) -> None:
+        """Raises ValueError where this model or these arguments cannot be corrected."""
+        if self._scorer is None:
+            raise ValueError("correction_factor needs an adapter: call load_dpt first, or pass correction_factor=0")
+        if prompt is None and pooled_prompt_embeds is None:
+            raise ValueError("correction_factor with prompt_embeds needs pooled_prompt_embeds too")
+        if any(picture is not None for picture in pictures):
+            raise ValueError("correction_factor cannot be used with ip_adapter_image: the matching score is of text")
+        if self.unet.config.time_cond_proj_dim is not None:
+            raise ValueError("correction_factor cannot be used with a U-Net of distilled guidance (time_cond_proj_dim)")
+
+    def _check_texts(
+        self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images_per_prompt, names
+    ) -> None:
+        """Raises ValueError for texts that exclude each other and tensors of a callback that there are not."""
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("pass either prompt or prompt_embeds")
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError("pass either negative_prompt or negative_prompt_embeds")
+        if prompt == []:
+            raise ValueError("prompt is an empty list")
+        Bounds(at_least=1).check("num_images_per_prompt", num_images_per_prompt)
+        if unknown := {*names} - {*self._callback_tensor_inputs}:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs holds {', '.join(sorted(unknown))}, which is not there"
+            )
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width in pixels; by default the U-Net's."""
+        sample_size, factor = self.unet.config.sample_size, self.vae_scale_factor
+        rows, columns = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        return (
+            check_size("height", rows * factor if height is None else height, factor),
+            check_size("width", columns * factor if width is None else width, factor),
+        )
+
+    def _encode(
+        self,
+        sd: StableDiffusion,
+        prompt,
+        negative_prompt,
+        prompt_embeds,
+        negative_prompt_embeds,
+        pooled_prompt_embeds,
+        num_images_per_prompt: int,
+    ) -> dict[str, torch.Tensor | None]:
+        """The embeddings of a picture each, by name; where guided, `prompt_embeds` are (2B, L, E), negatives first."""
+        guided = self.do_classifier_free_guidance
+        with _lora_scale(self.text_encoder, self.cross_attention_kwargs):
+            if prompt is not None:
+                prompts = [prompt] if isinstance(prompt, str) else prompt
+                _warn_of_cuts(sd, prompts)
+                prompt_embeds, pooled = sd.encode_prompts(prompts, clip_skip=self.clip_skip)
+                pooled_prompt_embeds = pooled if pooled_prompt_embeds is None else pooled_prompt_embeds
+            if guided and negative_prompt_embeds is None:
+                negatives = "" if negative_prompt is None else negative_prompt
+                negatives = [negatives] * len(prompt_embeds) if isinstance(negatives, str) else negatives
+                _check_count("negative_prompt", negatives, len(prompt_embeds), "prompts")
+                _warn_of_cuts(sd, negatives)
+                negative_prompt_embeds, _ = sd.encode_prompts(negatives)
+        if pooled_prompt_embeds is not None:
+            _check_count("pooled_prompt_embeds", pooled_prompt_embeds, len(prompt_embeds), "prompts")
+        if guided and negative_prompt_embeds.shape != prompt_embeds.shape:
+            raise ValueError(
+                f"the negative prompts' embeddings are {tuple(negative_prompt_embeds.shape)} and the prompts' "
+                f"{tuple(prompt_embeds.shape)}; they must be as many and as long"
+            )
+        dtype = self.unet.dtype if self.text_encoder is None else self.text_encoder.dtype
+        device, copies = self._execution_device, num_images_per_prompt
+        prompt_embeds = prompt_embeds.to(device, dtype).repeat_interleave(copies, 0)
+        if negative_prompt_embeds is not None:
+            negative_prompt_embeds = negative_prompt_embeds.to(device, dtype).repeat_interleave(copies, 0)
+        if pooled_prompt_embeds is not None:
+            pooled_prompt_embeds = pooled_prompt_embeds.to(device).repeat_interleave(copies, 0)
+        return {
+            "prompt_embeds": torch.cat([negative_prompt_embeds, prompt_embeds]) if guided else prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "pooled_prompt_embeds": pooled_prompt_embeds,
+        }
+
+    def _set_timesteps(self, num_inference_steps, timesteps, sigmas) -> None:
+        for name, values in (("timesteps", timesteps), ("sigmas", sigmas)):
+            if values is not None and len(values) == 0:
+                raise ValueError(f"{name} is empty")
+        if timesteps is None and sigmas is None:
+            Bounds(at_least=1).check("num_inference_steps", num_inference_steps)
+        retrieve_timesteps(self.scheduler, num_inference_steps, self._execution_device, timesteps, sigmas)
+        self._num_timesteps = len(self.scheduler.timesteps)
+
+    def _noise(self, count: int, height: int, width: int, generator, latents) -> torch.Tensor:
+        """Standard normal noise (B, C, h, w): the given latents, or drawn."""
+        channels, factor = self.unet.config.in_channels, self.vae_scale_factor
+        if isinstance(generator, list):
+            _check_count("generator", generator, count, "pictures")
+        if latents is None:
+            shape = (count, channels, height // factor, width // factor)
+            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        if latents.ndim != 4 or latents.shape[:2] != (count, channels):
+            raise ValueError(f"latents are {tuple(latents.shape)}; they must be ({count}, {channels}, h, w)")
+        return latents.to(self._execution_device, torch.float32)
+
+    def _image_embeds(self, ip_adapter_image, ip_adapter_image_embeds, count: int) -> list[torch.Tensor] | None:
+        """The pictures' embeddings for each IP-Adapter, (2B, N, E) where guided; None where none is loaded."""
+        given = ip_adapter_image is not None or ip_adapter_image_embeds is not None
+        if given != (self.unet.config.encoder_hid_dim_type == "ip_image_proj"):
+            reason = "needs load_ip_adapter first" if given else "is missing: the U-Net has an IP-Adapter"
+            raise ValueError(f"ip_adapter_image {reason}")
+        if not given:
+            return None
+        return self.prepare_ip_adapter_image_embeds(
+            ip_adapter_image, ip_adapter_image_embeds, self._execution_device, count, self.do_classifier_free_guidance
+        )
+
+    def _denoiser(self, tensors: dict, count: int, image_embeds: list[torch.Tensor] | None) -> Denoiser:
+        """Guidance by this pipeline's attributes and the tensors, as they are at each step."""
+        timestep_cond = None
+        if self.unet.config.time_cond_proj_dim is not None:
+            scales = torch.full((count,), self.guidance_scale - 1.0)
+            timestep_cond = self.get_guidance_scale_embedding(scales, self.unet.config.time_cond_proj_dim)
+            timestep_cond = timestep_cond.to(self._execution_device, self.unet.dtype)
+
+        def denoise(latents, conditional_latents, timestep):
+            guided = self.do_classifier_free_guidance
+            rows = slice(None if guided else -count, None)  # without guidance, the prompts' half alone
+            pictures = image_embeds and {"image_embeds": [embeds[rows] for embeds in image_embeds]}
+            return guided_noise_pred(
+                self.unet,
+                self.scheduler,
+                latents,
+                conditional_latents,
+                timestep,
+                encoder_hidden_states=tensors["prompt_embeds"][rows],
+                guidance_scale=self.guidance_scale if guided else 1.0,
+                guidance_rescale=self.guidance_rescale,
+                timestep_cond=timestep_cond,
+                cross_attention_kwargs=self.cross_attention_kwargs,
+                added_cond_kwargs=pictures,
+            )
+
+        return denoise
+
+    def _corrector(self, settings: CorrectionSettings, tensors: dict, count: int) -> Corrector:
+        """Self-correction by the prompts' embeddings among the tensors, as they are at each step."""
+        self._scorer.adapter.to(self._execution_device)
+
+        def correct(latents, timestep, step, num_steps):
+            correction = SelfCorrection(
+                self.unet,
+                self._scorer,
+                self.scheduler,
+                tensors["prompt_embeds"][-count:],
+                tensors["pooled_prompt_embeds"],
+                settings,
+                unet_inputs={"cross_attention_kwargs": self.cross_attention_kwargs},
+            )
+            return correction(latents, timestep, step, num_steps)
+
+        return correct
+
+    def _changed_tensors(self, changed: dict | None, tensors: dict, count: int) -> dict[str, torch.Tensor]:
+        """What a callback returned, checked."""
+        if changed is None:
+            return {}
+        if not isinstance(changed, dict):
+            raise ValueError(f"callback_on_step_end returned a {type(changed).__name__}; it must be a dict or None")
+        changed = {name: changed[name] for name in self._callback_tensor_inputs if name in changed}
+        negative = tensors["negative_prompt_embeds"]
+        if changed.get("negative_prompt_embeds", negative) is not negative:
+            warnings.warn(
+                "negative_prompt_embeds of callback_on_step_end are not read, as in StableDiffusionPipeline: change "
+                "the first half of prompt_embeds",
+                stacklevel=2,
+            )
+        rows = len(changed.get("prompt_embeds", tensors["prompt_embeds"]))
+        guided = self.do_classifier_free_guidance
+        if rows != 2 * count and (guided or rows != count):
+            raise ValueError(
+                f"prompt_embeds after callback_on_step_end are {rows}; {count} pictures "
+                f"{'with' if guided else 'without'} guidance need {2 * count if guided else count}"
+            )
+        if changed.get("pooled_prompt_embeds") is not None:
+            _check_count("pooled_prompt_embeds", changed["pooled_prompt_embeds"], count, "pictures")
+        return changed
+
+    def _decode(self, sd: StableDiffusion, latents, output_type: str, dtype: torch.dtype) -> tuple:
+        """Pictures, and which of them the safety checker blacked out, or None without one."""
+        pixels, flagged = self.run_safety_checker(sd.decode_latents(latents) * 2 - 1, latents.device, dtype)
+        denormalize = None if flagged is None else [not flag for flag in flagged]
+        return self.image_processor.postprocess(pixels, output_type, denormalize), flagged
+
+
+def _check_count(name: str, values, count: int, what: str) -> None:
+    if len(values) != count:
+        raise ValueError(f"{name} holds {len(values)}; {count} {what} need as many")
+
+
+def _warn_of_cuts(sd: StableDiffusion, prompts: list[str]) -> None:
+    for prompt in dict.fromkeys(prompts):
+        if cut := sd.truncated_part(prompt):
+            limit = sd.tokenizer.model_max_length
+            warnings.warn(f"the text encoder reads {limit} tokens a prompt; not read: {cut!r}", stacklevel=5)
+
+
+@contextlib.contextmanager
+def _lora_scale(text_encoder, cross_attention_kwargs: dict | None):
+    """The text encoder's LoRA weighted as `cross_attention_kwargs` say, while the context lasts."""
+    scale = (cross_attention_kwargs or {}).get("scale", 1.0)
+    if text_encoder is None:
+        yield
+        return
+    scale_lora_layers(text_encoder, scale)
+    try:
+        yield
+    finally:
+        unscale_lora_layers(text_encoder, scale)

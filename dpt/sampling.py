@@ -3,7 +3,6 @@
 Shapes: B images, C latent channels, (h, w) latent size, L text tokens, E context width, P pooled text width.
 """
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, SchedulerMixin, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from dpt.adapter import Scorer, itm_score
 from dpt.images import to_images
@@ -42,26 +42,58 @@ def classifier_free_guidance(
     negative_encoder_hidden_states: torch.Tensor,
     guidance_scale: float,
 ) -> Denoiser:
-    """Ho & Salimans 2022: eps = eps(z, negative) + guidance_scale * (eps(z, prompt) - eps(z, negative)).
-
-    Args:
-        encoder_hidden_states: the prompts' context, (B, L, E).
-        negative_encoder_hidden_states: context of the negative or empty prompts, (B, L, E).
-        guidance_scale: up to 1 the negative context is not evaluated, as in diffusers.
-    """
-    guided = guidance_scale > 1
-    context = torch.cat([negative_encoder_hidden_states, encoder_hidden_states]) if guided else encoder_hidden_states
+    """The `Denoiser` of prompts, (B, L, E), and negative or empty prompts, (B, L, E); see `guided_noise_pred`."""
+    context = encoder_hidden_states
+    if guidance_scale > 1:
+        context = torch.cat([negative_encoder_hidden_states, encoder_hidden_states])
 
     def denoise(latents, conditional_latents, timestep):
-        inputs = torch.cat([latents, conditional_latents]) if guided else conditional_latents
-        model_input = scheduler.scale_model_input(inputs, timestep).to(unet.dtype)
-        noise_pred = unet(model_input, timestep, context).sample.float()  # (2B, C, h, w) where guided
-        if not guided:
-            return noise_pred
-        negative, positive = noise_pred.chunk(2)
-        return negative + guidance_scale * (positive - negative)
+        return guided_noise_pred(
+            unet,
+            scheduler,
+            latents,
+            conditional_latents,
+            timestep,
+            encoder_hidden_states=context,
+            guidance_scale=guidance_scale,
+        )
 
     return denoise
+
+
+def guided_noise_pred(
+    unet: UNet2DConditionModel,
+    scheduler: SchedulerMixin,
+    latents: torch.Tensor,
+    conditional_latents: torch.Tensor,
+    timestep: torch.Tensor,
+    *,
+    encoder_hidden_states: torch.Tensor,
+    guidance_scale: float,
+    guidance_rescale: float = 0.0,
+    **unet_inputs,
+) -> torch.Tensor:
+    """Ho & Salimans 2022: eps(z, negative) + guidance_scale * (eps(z, prompt) - eps(z, negative)), (B, C, h, w).
+
+    Args:
+        latents, conditional_latents: a `Denoiser`'s.
+        encoder_hidden_states: the negative prompts' and then the prompts' context, (2B, L, E); where nothing is guided
+            the prompts' alone, (B, L, E).
+        guidance_scale: up to 1 nothing is guided, as in diffusers.
+        guidance_rescale: share of the result that gets eps(z, prompt)'s standard deviation (Lin et al. 2024, 3.4).
+        unet_inputs: further inputs of the U-Net.
+    """
+    guided = guidance_scale > 1
+    inputs = torch.cat([latents, conditional_latents]) if guided else conditional_latents
+    model_input = scheduler.scale_model_input(inputs, timestep).to(unet.dtype)
+    noise_pred = unet(model_input, timestep, encoder_hidden_states, **unet_inputs).sample.float()
+    if not guided:
+        return noise_pred
+    negative, positive = noise_pred.chunk(2)  # of (2B, C, h, w)
+    noise_pred = negative + guidance_scale * (positive - negative)
+    if guidance_rescale > 0:
+        noise_pred = rescale_noise_cfg(noise_pred, positive, guidance_rescale)
+    return noise_pred
 
 
 def matching_score(
@@ -72,9 +104,12 @@ def matching_score(
     *,
     encoder_hidden_states: torch.Tensor,
     pooled_prompt_embeds: torch.Tensor,
+    **unet_inputs,
 ) -> torch.Tensor:
     """The matching score s(z_t, y) of each image, (B,) float32; the arguments are `score_gradient`'s."""
-    features, _ = unet_features(unet, scorer.blocks, noisy_latents.to(unet.dtype), timestep, encoder_hidden_states)
+    features, _ = unet_features(
+        unet, scorer.blocks, noisy_latents.to(unet.dtype), timestep, encoder_hidden_states, **unet_inputs
+    )
     hs = scorer.adapter([feature.float() for feature in features], timestep)
     return itm_score(scorer.adapter.itm_embeddings(hs, scorer.itm_layer), pooled_prompt_embeds.float())
 
@@ -87,6 +122,7 @@ def score_gradient(
     *,
     encoder_hidden_states: torch.Tensor,
     pooled_prompt_embeds: torch.Tensor,
+    **unet_inputs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The matching score s(z_t, y) of each image, (B,), and d s / d z_t, (B, C, h, w); both float32.
 
@@ -95,6 +131,7 @@ def score_gradient(
     Args:
         noisy_latents: in the variance-preserving space of the U-Net's input, (B, C, h, w).
         encoder_hidden_states: (B, L, E); pooled_prompt_embeds: (B, P).
+        unet_inputs: further inputs of the U-Net.
     """
     scale = HALF_GRADIENT_SCALE if unet.dtype == torch.float16 else 1.0
     with torch.enable_grad():
@@ -106,6 +143,7 @@ def score_gradient(
             timestep,
             encoder_hidden_states=encoder_hidden_states,
             pooled_prompt_embeds=pooled_prompt_embeds,
+            **unet_inputs,
         )
         (gradient,) = torch.autograd.grad(score.sum() * scale, noisy_latents)
     return score.detach(), gradient / scale
@@ -166,6 +204,8 @@ class SelfCorrection:
     encoder_hidden_states: torch.Tensor
     pooled_prompt_embeds: torch.Tensor
     settings: CorrectionSettings = CorrectionSettings()
+    unet_inputs: dict = field(default_factory=dict)
+    """further inputs of the U-Net, by name"""
     seeds: list[int] | None = None
     """of the images, for a random direction"""
     observe: bool = False
@@ -187,6 +227,7 @@ class SelfCorrection:
             timestep,
             encoder_hidden_states=self.encoder_hidden_states,
             pooled_prompt_embeds=self.pooled_prompt_embeds,
+            **self.unet_inputs,
         )
         finite = gradient.flatten(1).isfinite().all(1) & score.isfinite()  # (B,)
         if not finite.all() and settings.on_nan == "raise":
@@ -255,37 +296,41 @@ def sample(
     scheduler: SchedulerMixin,
     noise: torch.Tensor,
     *,
-    num_inference_steps: int,
+    num_inference_steps: int | None = None,
     correct: Corrector | None = None,
     correction_target: str = "conditional",
     parity: bool = False,
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    step_options: dict | None = None,
     on_step: Callable[[int, torch.Tensor], object] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> torch.Tensor:
     """Denoises standard normal `noise` (B, C, h, w) to scaled latents of the same shape, in float32.
 
     Args:
+        num_inference_steps: None goes along the timesteps that the scheduler has.
         correct: moves the latents before each step.
         correction_target: "conditional" or "latent"; see `CorrectionSettings`.
         parity: end as the reference does: its last step runs off the schedule and is discarded.
-        generator: for schedulers that draw noise at each step.
+        step_options: arguments of the scheduler's `step`, such as eta, or the generator of noise drawn at each step.
         on_step: called after each step with its number and the latents; a tensor that it returns takes their place.
+        stop: asked before each step; True ends the sampling there.
 
     Raises:
         ValueError: more steps than the schedule has, or `parity` with anything but DDIM predicting epsilon.
     """
     if parity and not (isinstance(scheduler, DDIMScheduler) and scheduler.config.prediction_type == "epsilon"):
         raise ValueError("parity is the reference's DDIM for models that predict epsilon; this one needs parity=False")
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    if num_inference_steps is not None:
+        scheduler.set_timesteps(num_inference_steps, device=noise.device)
     if scheduler.timesteps.max() >= scheduler.config.num_train_timesteps:
         raise ValueError(
-            f"num_inference_steps is {num_inference_steps}; the schedule's {scheduler.config.num_train_timesteps} "
-            "timesteps allow fewer: half of them is always safe"
+            f"the {len(scheduler.timesteps)} timesteps begin at {float(scheduler.timesteps.max()):g}, and the schedule "
+            f"has {scheduler.config.num_train_timesteps}: take fewer num_inference_steps; half of these is always safe"
         )
-    draws_noise = "generator" in inspect.signature(scheduler.step).parameters
-    options = {"generator": generator} if draws_noise and generator is not None else {}
     latents = previous = noise * scheduler.init_noise_sigma
     for step, timestep in enumerate(scheduler.timesteps):
+        if stop is not None and stop():
+            break
         corrected = correct(latents, timestep, step, len(scheduler.timesteps)) if correct is not None else None
         if corrected is None:
             corrected = latents
@@ -296,7 +341,7 @@ def sample(
         if parity:
             latents = reference_ddim_step(scheduler, noise_pred, timestep, latents)
         else:
-            latents = scheduler.step(noise_pred, timestep, latents, **options).prev_sample
+            latents = scheduler.step(noise_pred, timestep, latents, **(step_options or {})).prev_sample
         if on_step is not None and isinstance(changed := on_step(step, latents), torch.Tensor):
             latents = changed
     return previous if parity else latents
@@ -342,8 +387,12 @@ def draw(
             place and whose latents sampling goes on from.
 
     Raises:
-        ValueError: a size the model cannot draw.
+        ValueError: a size the model cannot draw, or lists that are not as long as `prompts`.
     """
+    lists = {"seeds": seeds, "negative_prompts": negative_prompts, "correction_prompts": correction_prompts}
+    for name, values in lists.items():
+        if values is not None and len(values) != len(prompts):
+            raise ValueError(f"{name} holds {len(values)}; {len(prompts)} prompts need as many")
     noise = initial_noise(seeds, sd.latent_shape(height, width)).to(sd.device)
     context, pooled = sd.encode_prompts(prompts)
     negative_context, _ = sd.encode_prompts(negative_prompts or [""] * len(prompts))

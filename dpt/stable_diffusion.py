@@ -16,6 +16,7 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
+from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -101,14 +102,27 @@ class StableDiffusion:
             sides.append(check_size(name, self.default_size if value is None else value, factor) // factor)
         return (self.unet.config.in_channels, *sides)
 
-    def encode_prompts(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def expanded(self, prompt: str) -> str:
+        """The prompt with a word for each vector of its textual inversions: "<cat>" as "<cat> <cat>_1 <cat>_2"."""
+        return TextualInversionLoaderMixin().maybe_convert_prompt(prompt, self.tokenizer)
+
+    def encode_prompts(self, prompts: list[str], *, clip_skip: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Context (B, L, E) and pooled state (B, P) of prompts; longer ones are cut at the encoder's L tokens.
 
         Equal prompts are encoded once. Without gradients, unless the text encoder is in training mode.
+
+        Args:
+            clip_skip: layers of the text encoder that the context leaves out, from the last; the pooled state has all.
+
+        Raises:
+            ValueError: a `clip_skip` that the text encoder has not.
         """
+        num_layers = self.text_encoder.config.num_hidden_layers
+        if clip_skip is not None and not 0 <= clip_skip <= num_layers:
+            raise ValueError(f"clip_skip is {clip_skip}; the text encoder has {num_layers} layers")
         distinct = list(dict.fromkeys(prompts))
         tokens = self.tokenizer(
-            distinct,
+            [self.expanded(prompt) for prompt in distinct],
             padding="max_length",
             truncation=True,
             max_length=self.tokenizer.model_max_length,
@@ -116,12 +130,20 @@ class StableDiffusion:
         ).to(self.device)
         uses_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_encoder.training):
-            output = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask if uses_mask else None)
+            output = self.text_encoder(
+                tokens.input_ids,
+                attention_mask=tokens.attention_mask if uses_mask else None,
+                output_hidden_states=clip_skip is not None,
+            )
+            context = output.last_hidden_state
+            if clip_skip is not None:
+                context = self.text_encoder.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
         rows = [distinct.index(prompt) for prompt in prompts]
-        return output.last_hidden_state[rows], output.pooler_output[rows]
+        return context[rows], output.pooler_output[rows]
 
     def truncated_part(self, prompt: str) -> str:
-        """The end of a prompt that the text encoder does not read; "" when it reads all."""
+        """The end of an `expanded` prompt that the text encoder does not read; "" when it reads all."""
+        prompt = self.expanded(prompt)
         tokens = self.tokenizer(
             prompt, truncation=True, max_length=self.tokenizer.model_max_length, return_offsets_mapping=True
         )

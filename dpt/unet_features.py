@@ -63,6 +63,7 @@ def unet_features(
     encoder_hidden_states: torch.Tensor,
     *,
     with_noise_pred: bool = False,
+    **unet_inputs,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """The blocks' outputs, one (B, C_block, h_block, w_block) each, and the noise prediction where it is asked for.
 
@@ -73,6 +74,7 @@ def unet_features(
         noisy_latents: (B, C, h, w).
         timesteps: (B,) or a scalar.
         encoder_hidden_states: (B, L, E).
+        unet_inputs: further inputs of the U-Net.
     """
     if blocks == (LATENTS,) and not with_noise_pred:
         return [noisy_latents], None
@@ -89,7 +91,7 @@ def unet_features(
     whole = with_noise_pred or any(side % factor for side in noisy_latents.shape[-2:])
     try:
         network = unet if whole else _truncated(unet, blocks)
-        noise_pred = network(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0]
+        noise_pred = network(noisy_latents, timesteps, encoder_hidden_states, return_dict=False, **unet_inputs)[0]
     finally:
         for handle in handles:
             handle.remove()

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
 from dpt.sampling import classifier_free_guidance, draw, initial_noise, sample
 from dpt.stable_diffusion import CKPT_FOLDER, load_stable_diffusion
@@ -69,6 +69,31 @@ def test_the_loop_reports_every_step_and_keeps_no_graph(sd):
     )
     assert steps == [(k, (1, 4, 16, 16)) for k in range(5)]
     assert not latents.requires_grad
+
+
+def test_the_loop_stops_when_told_and_goes_along_the_scheduler_s_timesteps(sd):
+    seen, noise = [], initial_noise([1], (4, 16, 16))
+    sd.scheduler.set_timesteps(5)
+    latents = sample(
+        lambda latents, conditional_latents, timestep: latents,
+        sd.scheduler,
+        noise,
+        step_options={"eta": 0.5, "generator": torch.Generator().manual_seed(0)},
+        on_step=lambda step, latents: seen.append(latents),
+        stop=lambda: len(seen) == 2,
+    )
+    assert len(seen) == 2
+    assert torch.equal(latents, seen[-1])
+    scheduler = EulerDiscreteScheduler.from_config(sd.scheduler.config)
+    scheduler.set_timesteps(timesteps=[1500, 20])
+    with pytest.raises(ValueError, match="2 timesteps begin at 1500, and the schedule has 1000"):
+        sample(lambda *inputs: inputs[0], scheduler, noise)
+
+
+@pytest.mark.parametrize("name", ["seeds", "negative_prompts", "correction_prompts"])
+def test_lists_that_do_not_fit_the_prompts_are_named(sd, name):
+    with pytest.raises(ValueError, match=f"{name} holds 1; 2 prompts need as many"):
+        draw(sd, PROMPTS, **{"seeds": [1, 2]} | {name: [1]}, num_inference_steps=2)
 
 
 def test_draw_gives_uint8_pictures(sd):

@@ -152,6 +152,7 @@ def stored_attention(unet: UNet2DConditionModel, resolution: int):
 
 def subject_tokens(sd: StableDiffusion, prompt: str) -> list[int]:
     """Positions of the prompt's subjects: the shapes model's shapes, elsewhere all but function words."""
+    prompt = sd.expanded(prompt)  # as it is encoded
     words = list(re.finditer(r"\w+", prompt.lower()))
     subjects = []
     if known_name(sd.name) == "shapes":
