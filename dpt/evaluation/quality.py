@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from scipy.linalg import sqrtm
 
-from dpt.evaluation.align import file_hashes, pictures, read_image
-from dpt.evaluation.figures import pictures_hash, read_quality
+from dpt.evaluation.align import file_hashes, pictures
+from dpt.evaluation.figures import QUALITY_FILE, pictures_hash, read_quality
 from dpt.files import write_text
-from dpt.images import to_pixels
+from dpt.images import read_image, to_pixels
 from dpt.shapes.captions import parse
 from dpt.shapes.scenes import render
 from dpt.shapes.world import compose
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> dict:
         figures = {"frechet": frechet_distance(drawn, renders[prompts])}
         if between := spread(renders[prompts], prompts):  # else every prompt has one picture
             figures["diversity"] = spread(drawn, prompts) / between
-        write_text(folder / "quality.json", json.dumps(figures | {"pictures": pictures_hash(hashes)}) + "\n")
+        write_text(folder / QUALITY_FILE, json.dumps(figures | {"pictures": pictures_hash(hashes)}) + "\n")
         results[str(folder)] = figures
     return results
 
