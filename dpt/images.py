@@ -24,6 +24,11 @@ from dpt.files import is_cut_short, read_json_lines
 
 METADATA_FILE = "metadata.jsonl"
 FORMATS = ("PNG", "JPEG", "WEBP")  # of pictures that are read
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, AssertionError),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
+"""what Pillow raises at damaged pictures, and at more pixels than memory should be taken for"""
 
 
 class Picture(TypedDict, total=False):
@@ -166,7 +171,7 @@ def text_chunks(path: Path) -> dict[str, str]:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             return dict(image.info)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except UNREADABLE:
         return {}
 
 
@@ -184,7 +189,7 @@ def read_image(path: Path) -> np.ndarray:
                 if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to white
                     image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
                 return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path} cannot be read as an image ({error}); remove it and generate again") from error
 
 

@@ -284,8 +284,6 @@ def _missing(
             if file and (folder / file).exists():
                 raise ValueError(f"{folder / file} is no picture of this arm, but has the name of one: move it")
             continue
-        if "noise_seed" not in record:
-            raise ValueError(f"{folder / METADATA_FILE}: the record of {record['file']} lacks noise_seed")
         if record["noise_seed"] != _noise_seed(prompt, seed):
             raise ValueError(
                 f"{folder} holds {prompt.text!r} drawn from noise {record['noise_seed']}, of another prompt set; "
@@ -317,7 +315,10 @@ def check_folder(folder: Path, settings: Settings) -> None:
     before = read_settings(folder)
     if "weights" not in before:
         raise ValueError(f"{folder / SETTINGS_FILE} is no arm's, it lacks weights; choose another --outdir")
-    if read_metadata(folder) and (differing := differing_settings(before, settings)):
+    records = read_metadata(folder)
+    if lacking := [record["file"] for record in records if "noise_seed" not in record]:
+        raise ValueError(f"{folder / METADATA_FILE}: the record of {lacking[0]} lacks noise_seed")
+    if records and (differing := differing_settings(before, settings)):
         raise ValueError(f"{folder} holds pictures of other settings: {', '.join(differing)}; choose another folder")
 
 

@@ -24,7 +24,7 @@ from dpt.evaluation.arms import folder_name
 from dpt.evaluation.probes import Summary, laid_out
 from dpt.evaluation.table import arms_table, category_table, read_tables
 from dpt.files import read_json, read_text, write_text
-from dpt.images import read_image
+from dpt.images import UNREADABLE, read_image
 from dpt.results import check_replaceable
 from dpt.runs import versions
 from dpt.shapes.quality import LABELS
@@ -163,6 +163,6 @@ def embedded(path: Path) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             Image.open(io.BytesIO(content), formats=["PNG"]).close()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except UNREADABLE as error:
         raise ValueError(f"--figures {path} is no picture: {error}") from error
     return "data:image/png;base64," + base64.b64encode(content).decode()
