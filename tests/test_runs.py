@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from dpt.checkpoint import checkpoints
 from dpt.config import TrainConfig, save_config
 from dpt.curves import drop_metrics_after, plot_curves, read_metrics
 from dpt.runs import RunLog, check_run, set_damaged_aside
@@ -71,3 +72,9 @@ def test_a_damaged_checkpoint_takes_no_other_s_place(tmp_path):
             set_damaged_aside(tmp_path, lambda message: None)
     names = ("damaged_step_0000005", "damaged_step_0000005-2", "damaged_step_0000005-3")
     assert [(steps / name / "notes.txt").read_text() for name in names] == ["0", "1", "2"]
+
+
+def test_a_copy_beside_a_run_s_checkpoints_is_none_of_them(tmp_path):
+    for name in ("step_0000004", "step_0000004-best", "step_0000002"):  # nor is it removed as too old
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_0000004", "step_0000002"]

@@ -128,7 +128,8 @@ def pictures(folder: Path) -> list[dict]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not there, or no folder")
-    records, there = read_records(folder), read_metadata(folder)
+    records = read_records(folder)
+    there = [record for record in records if (folder / record["file"]).is_file()]
     drawn, files = {(record["prompt"], record["seed"]) for record in there}, {record["file"] for record in there}
     lost = [r["file"] for r in records if r["file"] not in files and (r["prompt"], r["seed"]) not in drawn]
     if lost:

@@ -109,6 +109,10 @@ def draw_arms(
     check_seeds(seeds, "--seeds")
     for arm in arms:
         check_folder(outdir / arm.name, arm.settings())
+    shared = [prompt.text for prompt in prompts if len(prompt.categories) > 1]
+    if compbench and shared and process_state().is_main_process:
+        note = f"{len(shared)} prompts, such as {shared[0]!r}, are drawn for the first of their categories alone"
+        print(note, file=sys.stderr)
     return {
         arm.name: generate(arm, prompts, seeds, outdir / arm.name, batch_size=batch_size, compbench=compbench)
         for arm in arms

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel
 
@@ -438,7 +439,7 @@ def main(argv: list[str] | None = None) -> int:
             check_settings(config, stage, folder)
             save_config(config, folder / f"{stage}.yaml")
             STAGES[stage](config, folder)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
         return fail(error)
     return 0
 

@@ -141,6 +141,7 @@ def test_compbench_s_numbers_run_on_over_a_category_s_prompts(tmp_path, capsys):
     few = ["--prompts", f"compbench:{prompts}", "--compbench", "--outdir", str(tmp_path), "--seeds"]
     words = ["generate", "--arms", *write_arms(tmp_path, base={"num_inference_steps": 1}), *few]
     assert evaluate.main([*words, "2", "0"]) == 0
+    assert "1 prompts, such as 'a red circle', are drawn for the first of their cat" in capsys.readouterr().err
     names = {path.parent.parent.name: [] for path in (tmp_path / "base").glob("*/samples/*.png")}
     for path in sorted((tmp_path / "base").glob("*/samples/*.png"), key=lambda path: path.stem[-6:]):
         names[path.parent.parent.name].append(path.stem)
