@@ -13,12 +13,12 @@ python evaluate.py pareto outputs/evaluation/base --output pareto.png
 python evaluate.py report outputs/evaluation/base --tables outputs/evaluation/tables/table.json --output report.html
 """
 
-import argparse
 import json
 import sys
 
 import torch
 
+from dpt.bounds import ArgumentParser, fail
 from dpt.evaluation import align, experiment, figures, generate, itm, pareto, probe_map, quality, rec, report, table
 from dpt.memory import keep_freed_memory
 
@@ -39,11 +39,10 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, dest="command")
     for name, module in COMMANDS.items():
-        module.add_arguments(commands.add_parser(name, description=module.__doc__, formatter_class=formatter))
+        module.add_arguments(commands.add_parser(name, description=module.__doc__))
     args = parser.parse_args(argv)
     args.words = sys.argv[1:] if argv is None else argv
     try:
@@ -54,11 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     except torch.OutOfMemoryError:
-        print("error: out of memory: lower --batch_size (of itm, rec and probe-map optim.batch_size)", file=sys.stderr)
-        return 2
+        return fail("out of memory: lower --batch_size (of itm, rec and probe-map optim.batch_size)")
     return 0
 
 

@@ -224,7 +224,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The run's checkpoint folders, newest first."""
-    return sorted((folder / "checkpoints").glob("step_*"), reverse=True)
+    return sorted((p for p in (folder / "checkpoints").glob("step_*") if p.name[5:].isdigit()), reverse=True)
 
 
 def load_checkpoint(path: str | Path, **released_settings) -> DPTCheckpoint:

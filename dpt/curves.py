@@ -1,21 +1,38 @@
 """Curves of a metrics file."""
 
 import json
+import os
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from dpt.files import write_text
+from dpt.files import read_json_lines, write_text
 
 _APART = ("step", "seconds", "grad_norm", "lr", "samples_per_second", "peak_memory_mb", "skipped_steps")
 
 
+def read_metrics(path: Path) -> list[dict[str, int | float]]:
+    """The records of a metrics file: figures by name, of a step each.
+
+    Raises:
+        ValueError: a line that is none; file, line and field are named.
+    """
+    records = read_json_lines(path, dict[str, int | float])
+    for n, record in enumerate(records, 1):
+        if "step" not in record:
+            raise ValueError(f"{path}, record {n}: object is missing required field step")
+    return records
+
+
 def drop_metrics_after(path: Path, step: int) -> None:
-    """Leaves out what a killed run wrote after the step it goes on from, and a line that was cut off."""
+    """Leaves out what a killed run wrote after the step it goes on from, and a line that was cut off.
+
+    Raises:
+        ValueError: a file that is no metrics file; it stays as it is.
+    """
     if path.exists():
-        lines = path.read_text().splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_text(path, "".join(f"{line}\n" for line in kept))
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def plot_curves(metrics_path: Path, figure_path: Path) -> None:
@@ -23,7 +40,7 @@ def plot_curves(metrics_path: Path, figure_path: Path) -> None:
 
     A figure whose name holds "loss", or "total", is a loss; `x_low` and `x_high` are the interval of x.
     """
-    records = [json.loads(line) for line in metrics_path.read_text().splitlines() if line.endswith("}")]
+    records = read_metrics(metrics_path)
     names = [n for n in dict.fromkeys(n for r in records for n in r) if n not in _APART]
     names = [n for n in names if not n.endswith(("_low", "_high")) and "giou_precision" not in n]
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -43,6 +60,6 @@ def plot_curves(metrics_path: Path, figure_path: Path) -> None:
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=6)
-    temporary = figure_path.with_suffix(".tmp")
+    temporary = figure_path.with_name(f".{figure_path.name}.{os.getpid()}.tmp")
     figure.savefig(temporary, dpi=110, format="png")
     temporary.replace(figure_path)

@@ -4,6 +4,7 @@ A schema is a `msgspec.Struct`, or a type built of structs, lists and dicts. Wha
 line that names the file, the record and the field.
 """
 
+import codecs
 import os
 import re
 from pathlib import Path
@@ -68,12 +69,22 @@ def read_json_lines(path: str | Path, schema: type[T]) -> list[T]:
     Raises:
         ValueError: a line that does not fit the schema; it names file, line and field.
     """
-    lines = read_text(path).split("\n")
-    cut_short = lines.pop()  # what stands behind the last "\n": nothing, or a record without its end
-    records = [decode(line, schema, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-    if cut_short.strip():
-        try:
-            records.append(decode(cut_short, schema, str(path)))
-        except ValueError:
-            return records
-    return records
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    if is_cut_short(lines[-1]):
+        lines.pop()
+    return [decode(line, schema, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def is_cut_short(line: bytes) -> bool:
+    """Whether a line without its end is the beginning of a record, as a kill leaves it."""
+    try:
+        msgspec.json.decode(line)
+    except (msgspec.DecodeError, UnicodeError) as error:
+        return line.lstrip().startswith(b"{") and ("truncated" in str(error) or "invalid number" in str(error))
+    except RecursionError:
+        pass
+    return False

@@ -3,21 +3,51 @@
 Nothing is ever overwritten, also when several runs write into one folder.
 """
 
+import contextlib
+import fcntl
 import itertools
 import json
 import os
 import textwrap
 import uuid
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Required, TypedDict
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from dpt.boxes import cxcywh_to_xyxy
+from dpt.files import is_cut_short, read_json_lines
 
 METADATA_FILE = "metadata.jsonl"
+FORMATS = ("PNG", "JPEG", "WEBP")  # of pictures that are read
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, AssertionError),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
+"""what Pillow raises at damaged pictures, and at more pixels than memory should be taken for"""
+
+
+class Picture(TypedDict, total=False):
+    """A record of a metadata file, as far as it is read; paths are relative to the file's folder."""
+
+    file: Required[str]
+    prompt: Required[str]
+    seed: Required[int]
+    settings: dict[str, Any]
+    """of `txt2img.py`; what follows is of `evaluate.py generate`"""
+    number: int
+    noise_seed: int
+    category: str
+    categories: list[str]
+    scores: list[float]
+    seconds: float
+    peak_mb: float
+    whole_passes: float
+    truncated_passes: float
 
 
 def to_pixels(images: list[np.ndarray]) -> torch.Tensor:
@@ -44,6 +74,9 @@ def save_new(image: Image.Image, candidates: Iterator[Path], metadata: dict | No
     """Saves a PNG under the first candidate that does not exist yet and returns its path.
 
     The file appears complete or not at all. `metadata` becomes text chunks; what is no string is written as JSON.
+
+    Raises:
+        FileExistsError: all candidates exist.
     """
     info = PngImagePlugin.PngInfo()
     for key, value in (metadata or {}).items():
@@ -60,7 +93,7 @@ def save_new(image: Image.Image, candidates: Iterator[Path], metadata: dict | No
             continue
         finally:
             temporary.unlink(missing_ok=True)
-    raise AssertionError("candidates are endless")
+    raise FileExistsError(f"{path} exists already")
 
 
 def _take_name(temporary: Path, path: Path) -> None:
@@ -92,42 +125,72 @@ def append_metadata(folder: Path, record: dict) -> None:
 
 
 def append_line(path: Path, record: dict) -> None:
-    """Adds a record to a file of JSON lines, in one write."""
+    """Adds a record to a file of JSON lines, in one write; what a kill left of the record before is cut off."""
     line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
-    if _cut_short(path):
-        line = b"\n" + line
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(file, line)
-    finally:
-        os.close(file)
+    with path.open("ab") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)  # else another process's record could be taken for one cut short
+        rest = _last_line(path)
+        if is_cut_short(rest):
+            file.truncate(path.stat().st_size - len(rest))
+        elif rest:
+            line = b"\n" + line
+        file.write(line)
 
 
-def _cut_short(path: Path) -> bool:
-    """Whether a kill left the last line without its end."""
-    if not path.exists() or not path.stat().st_size:
-        return False
+def _last_line(path: Path) -> bytes:
+    """What stands behind a file's last line end."""
+    rest = b""
     with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
+        start = file.seek(0, os.SEEK_END)
+        while start and b"\n" not in rest:
+            size = min(start, 1 << 16)
+            start = file.seek(start - size)
+            rest = file.read(size) + rest
+    return rest.rpartition(b"\n")[2]
 
 
 def read_metadata(folder: Path) -> list[dict]:
-    """The records of the folder's metadata file whose pictures are there."""
-    return [record for record in read_lines(folder / METADATA_FILE) if (folder / record["file"]).exists()]
+    """The records of the folder's metadata file whose pictures are there, as `Picture` says; empty without a file.
+
+    Raises:
+        ValueError: a line that is no such record; file, line and field are named.
+    """
+    return [record for record in read_records(folder) if (folder / record["file"]).is_file()]
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The records, each with a `file`, of a file of JSON lines, if it is there; a line cut short is passed over."""
-    records = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and "file" in record:
-            records.append(record)
-    return records
+def read_records(folder: Path) -> list[dict]:
+    """`read_metadata`, also of pictures that are not there."""
+    path = folder / METADATA_FILE
+    records = read_json_lines(path, Picture) if path.exists() else []
+    return [{"settings": {}} | record for record in records]
+
+
+def text_chunks(path: Path) -> dict[str, str]:
+    """The text that `save_new` wrote into a PNG; empty where there is none, or no PNG."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return dict(image.info)
+    except UNREADABLE:
+        return {}
+
+
+def read_image(path: Path) -> np.ndarray:
+    """A picture (H, W, 3) uint8.
+
+    Raises:
+        ValueError: it is missing, damaged, of another format than `FORMATS`, or of so many pixels that it is no
+            picture but an attack on memory.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to white
+                    image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+                return np.array(image.convert("RGB"))
+    except UNREADABLE as error:
+        raise ValueError(f"{path} cannot be read as an image ({error}); remove it and generate again") from error
 
 
 def make_grid(rows: list[tuple[str, list[np.ndarray]]], *, cell: int = 192, label_width: int = 200) -> Image.Image:

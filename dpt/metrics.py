@@ -8,10 +8,13 @@ import torch
 
 from dpt.boxes import box_iou, cxcywh_to_xyxy, generalized_box_iou
 
+Interval = tuple[float, float, float]
+"""a mean, and the low and high end of its 95 % interval"""
+
 
 def bootstrap_interval(
     values: np.ndarray, clusters: np.ndarray | None = None, *, num_resamples: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
+) -> Interval:
     """Mean of `values` (N,) and its 95 % percentile interval, resampling clusters (such as prompts) with replacement.
 
     Raises:
@@ -31,7 +34,7 @@ def crossed_bootstrap(
     *,
     num_resamples: int = 2000,
     seed: int = 0,
-) -> tuple[float, float, float]:
+) -> Interval:
     """Mean of `values` (S, N) and its 95 % percentile interval, resampling training seeds and prompts with replacement.
 
     Args:

@@ -2,11 +2,36 @@
 
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
-from dpt.files import write_text
+from dpt.files import read_text, write_text
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs/results.md"
+
+
+def check_replaceable(path: Path, read: Callable[[Path], object], *figures: Path) -> None:
+    """Raises ValueError where results would take the place of files that are not such results.
+
+    Args:
+        path: may be there if `read` takes it; else it raises ValueError.
+        figures: written after it, so that there are none without it.
+    """
+    if path.exists():
+        try:
+            read(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; so {path} is not of this command, choose another --output") from error
+    elif others := [other for other in figures if other.exists()]:
+        raise ValueError(f"{others[0]} is there, and not of this command; choose another --output")
+
+
+def figure_beside(path: Path, name: str) -> Path:
+    """A figure's place beside a Markdown file. Raises ValueError where one is there that the file does not show."""
+    figure = path.with_name(name)
+    if figure.exists() and not (path.exists() and f"]({name})" in read_text(path)):
+        raise ValueError(f"{figure} is there, and {path} does not show it; move it, or name another file")
+    return figure
 
 
 def record_section(path: Path, name: str, command: str, text: str) -> None:
@@ -15,7 +40,7 @@ def record_section(path: Path, name: str, command: str, text: str) -> None:
     commit = subprocess.run(describe, cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip() or "unknown"
     body = f"`{command}`, recorded at commit {commit}:\n\n{text}"
     block = f"<!-- begin {name} -->\n{body}\n<!-- end {name} -->"
-    old = path.read_text() if path.exists() else "# Results\n"
+    old = read_text(path) if path.exists() else "# Results\n"
     pattern = re.compile(rf"<!-- begin {re.escape(name)} -->.*?<!-- end {re.escape(name)} -->", re.DOTALL)
     new = pattern.sub(lambda _: block, old) if pattern.search(old) else f"{old.rstrip()}\n\n{block}\n"
     write_text(path, new)

@@ -11,21 +11,42 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from dpt.checkpoint import DPTCheckpoint, checkpoints, load_checkpoint, read_tensors, save_checkpoint
+from dpt.config import TrainConfig, load_config
 from dpt.curves import drop_metrics_after, plot_curves
+from dpt.files import read_json
+from dpt.images import numbered
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
+class TrainingState(TypedDict):
+    """What a resumption must know beside tensors; what else `save_step` is given is kept as it is."""
+
+    step: int
+    skipped: int
+    stage: str
+    samples_per_step: NotRequired[int]
+    scaler: NotRequired[dict[str, float] | None]
+
+
 def check_run(folder: Path, *, resume: bool) -> None:
-    """Raises ValueError where a run folder would be taken that another run has begun to fill."""
-    if not resume and ((folder / "config.yaml").exists() or checkpoints(folder)):
+    """Raises ValueError where a run folder would be taken that another run, or anything else, has begun to fill."""
+    config = folder / "config.yaml"
+    if not resume and (config.exists() or checkpoints(folder)):
         raise ValueError(f"run folder {folder} exists: pass resume=true to go on with it, or another run_name")
+    if config.exists():
+        load_config(TrainConfig, config)  # else it is another program's
+        return
+    for name in ("log.txt", "metrics.jsonl", "curves.png"):  # a run writes them after its config
+        if (folder / name).exists():
+            raise ValueError(f"run folder {folder} holds {name} but no run's config.yaml: choose another run_name")
 
 
 def set_damaged_aside(folder: Path, notice=print) -> None:
@@ -42,8 +63,10 @@ def set_damaged_aside(folder: Path, notice=print) -> None:
             _read_step(step)
             return
         except (ValueError, OSError) as error:
-            aside = step.with_name(f"damaged_{step.name}")
-            shutil.rmtree(aside, ignore_errors=True)
+            name = f"damaged_{step.name}"
+            aside = step.with_name(name)
+            if aside.exists():
+                aside = next(path for path in numbered(step.parent, name + "-{}", 2) if not path.exists())
             step.rename(aside)
             notice(f"checkpoint {step} is damaged and passed over, it is now {aside.name}: {error}")
     if steps:
@@ -91,7 +114,9 @@ def load_newest(folder: Path) -> tuple[DPTCheckpoint, dict[str, torch.Tensor], d
 def _read_step(step: Path) -> tuple[DPTCheckpoint, dict[str, torch.Tensor], dict]:
     checkpoint = load_checkpoint(step)
     tensors = read_tensors(step / "training_state/optimizer.safetensors")
-    return checkpoint, tensors, json.loads((step / "training_state/state.json").read_text())
+    path = step / "training_state/state.json"
+    read_json(path, TrainingState)
+    return checkpoint, tensors, read_json(path, dict[str, Any])
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, torch.Tensor]) -> None:

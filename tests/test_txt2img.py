@@ -226,10 +226,16 @@ def test_a_dry_run_checks_the_size(tmp_path, capsys):
     assert "64 x 128 pixels" in capsys.readouterr().out
 
 
-def test_a_damaged_metadata_file_is_gone_on_with(tmp_path):
+def test_a_damaged_metadata_file_is_gone_on_with(tmp_path, capsys):
     assert draw(tmp_path, "--prompt", "a red circle") == 0
-    with (tmp_path / "metadata.jsonl").open("a") as file:
-        file.write('{"prompt": 3}\n[]\n{"file": "samp')
+    path = tmp_path / "metadata.jsonl"
+    whole = path.read_text()
+    for line in ('{"file": null}', '{"file": "samples/00000.png"}', "[" * 100_000):
+        path.write_text(f"{whole}{line}\n")
+        capsys.readouterr()
+        assert draw(tmp_path, "--prompt", "a red circle", "--skip_existing") == 2
+        assert f"error: {path}, line 2: " in capsys.readouterr().err
+    path.write_text(whole + '{"file": "samp')  # as a kill leaves it
     assert draw(tmp_path, "--prompt", "a red circle", "--prompt", "a blue star", "--skip_existing") == 0
     assert [record["prompt"] for record in read_metadata(tmp_path)] == ["a red circle", "a blue star"]
 

@@ -3,31 +3,51 @@
     python evaluate.py align outputs/evaluation/base outputs/evaluation/dpt --metrics oracle
 
 A folder is an arm's, with its `metadata.jsonl`, or holds pictures named as T2I-CompBench names them, <prompt>_<6
-digits>.png, in itself or in samples/. Scores go to `<metric>.jsonl` in it, a line a picture with the hashes of its file
-and of the scorer; what is there for the same of both is not computed again. `oracle` says correct, misaligned or
-malformed (shapes prompts only); `shapes-clip` is the cosine by the small CLIP of the shapes world; `clip` the CLIP
-score by OpenCLIP; `blip` BLIP's matching and contrastive heads. The latter two read weights that you put into ckpt/.
+digits>.png, in itself or in samples/, whether the numbers run on over the prompts or begin anew with each. Scores go to
+`<metric>.jsonl` in it, a line a picture with the hashes of its file and of the scorer; what is there for the same of
+both is not computed again. `oracle` says correct, misaligned or malformed (shapes prompts only); `shapes-clip` is the
+cosine by the small CLIP of the shapes world; `clip` the CLIP score by OpenCLIP; `blip` BLIP's matching and contrastive
+heads. The latter two read weights that you put into ckpt/.
 """
 
 import argparse
 import hashlib
 import re
+import sys
 from pathlib import Path
+from typing import Any, Required, TypedDict
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from dpt.bounds import number
 from dpt.evaluation.scorers import METRICS, Scorer
 from dpt.evaluation.scorers import add_arguments as add_scorers
-from dpt.images import METADATA_FILE, append_line, read_lines, read_metadata
+from dpt.files import read_json_lines
+from dpt.images import METADATA_FILE, append_line, read_image, read_metadata, read_records
+from dpt.shapes.quality import Label
+
+COMPBENCH_NAME = re.compile(r"(.+)_(\d{6})", re.DOTALL)
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+Box = tuple[str, float, float, float, float]
+
+
+class Score(TypedDict, total=False):
+    """A line of a file of scores; whatever else it holds is a number, a metric's by its name."""
+
+    file: Required[str]
+    sha256: Required[str]
+    scorer: str
+    label: Label
+    reason: str
+    objects: list[Box]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's flags."""
     parser.add_argument("folders", nargs="+", type=Path, help="folders of arms")
     parser.add_argument("--metrics", nargs="+", choices=tuple(METRICS), required=True)
-    parser.add_argument("--batch_size", type=int, default=64, help="pictures at once (default: 64)")
+    parser.add_argument("--batch_size", type=number(int, at_least=1), default=64, help="pictures at once (default: 64)")
     add_scorers(parser)
 
 
@@ -37,9 +57,10 @@ def run(args: argparse.Namespace) -> dict:
     Raises:
         ValueError: a folder without pictures, a picture that cannot be read, or a score that is no number.
     """
-    if args.batch_size < 1:
-        raise ValueError(f"--batch_size is {args.batch_size}; it must be at least 1")
     scorers = [METRICS[name](args) for name in args.metrics]
+    for folder in args.folders:
+        for note in notes(folder):
+            print(f"{folder}: {note}", file=sys.stderr)
     return {
         str(folder): {scorer.name: score(folder, scorer, args.batch_size) for scorer in scorers}
         for folder in args.folders
@@ -50,7 +71,7 @@ def score(folder: Path, scorer: Scorer, batch_size: int) -> int:
     """Adds the missing scores of a folder and returns how many they were."""
     records = pictures(folder)
     path, hashes = folder / f"{scorer.name}.jsonl", file_hashes(folder, records)
-    known = {(r["file"], r["sha256"], r.get("scorer")) for r in read_lines(path)}
+    known = {(r["file"], r["sha256"], r.get("scorer")) for r in score_lines(path)}
     missing = [r for r in records if (r["file"], hashes[r["file"]], scorer.fingerprint) not in known]
     for start in tqdm(range(0, len(missing), batch_size), desc=f"{folder.name} {scorer.name}", mininterval=2):
         batch = missing[start : start + batch_size]
@@ -73,41 +94,49 @@ def file_hashes(folder: Path, records: list[dict]) -> dict[str, str]:
     return {r["file"]: hashlib.sha256((folder / r["file"]).read_bytes()).hexdigest() for r in records}
 
 
+def score_lines(path: Path) -> list[dict]:
+    """The lines of a file of scores, as `Score` says, with their figures; empty without a file.
+
+    Raises:
+        ValueError: a line that is none; file, line and field are named.
+    """
+    if not path.exists():
+        return []
+    read_json_lines(path, Score)
+    lines = read_json_lines(path, dict[str, Any])
+    for n, line in enumerate(lines, 1):
+        for key, value in line.items():
+            if key not in Score.__annotations__ and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"{path}, record {n}: {key}: expected a number, got {value!r:.40}")
+    return lines
+
+
 def read_scores(folder: Path, hashes: dict[str, str]) -> dict[str, dict[str, dict]]:
     """Metric -> file -> its newest score, of the files as `file_hashes` finds them now."""
-    found = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        if path.name != METADATA_FILE:
-            scores = {r["file"]: r for r in read_lines(path) if hashes.get(r["file"]) == r.get("sha256")}
-            found[path.stem] = scores
-    return found
+    paths = [path for path in sorted(folder.glob("*.jsonl")) if path.stem.partition(".")[0] in METRICS]
+    return {
+        path.stem: {line["file"]: line for line in score_lines(path) if hashes.get(line["file"]) == line["sha256"]}
+        for path in paths
+    }
 
 
 def pictures(folder: Path) -> list[dict]:
     """The folder's pictures by its metadata or, without one, by their names: at least file, prompt, category, seed.
 
     Raises:
-        ValueError: there are none, or the metadata names pictures that are not there.
+        ValueError: there are none, or the metadata cannot be read or names pictures that are not there.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not there, or no folder")
-    if (folder / METADATA_FILE).exists():
-        records, there = read_lines(folder / METADATA_FILE), read_metadata(folder)
-        known = {record["file"] for record in there}
-        missing = sorted({record["file"] for record in records} - known)
-        drawn = {(record["prompt"], record.get("seed")) for record in there}
-        lost = [r["file"] for r in records if r["file"] in missing and (r["prompt"], r.get("seed")) not in drawn]
-        if lost:
-            raise ValueError(f"{folder}: {len(lost)} pictures are missing, such as {lost[0]}; generate them again")
-        if there:
-            return [{"category": "all"} | record for record in there]
-    names = [path for sub in (folder, folder / "samples") for path in sorted(sub.glob("*.png"))]
-    matches = {str(path.relative_to(folder)): re.fullmatch(r"(.+)_(\d{6})", path.stem) for path in names}
-    records = [
-        {"file": name, "prompt": match[1], "category": "all", "seed": int(match[2])}
-        for name, match in matches.items()
-        if match
-    ]
+    records = read_records(folder)
+    there = [record for record in records if (folder / record["file"]).is_file()]
+    drawn, files = {(record["prompt"], record["seed"]) for record in there}, {record["file"] for record in there}
+    lost = [r["file"] for r in records if r["file"] not in files and (r["prompt"], r["seed"]) not in drawn]
+    if lost:
+        raise ValueError(f"{folder}: {len(lost)} pictures are missing, such as {lost[0]}; generate them again")
+    if there:
+        return [{"category": "all"} | record for record in there]
+    records = _named_pictures(folder)
     if not records:
         raise ValueError(
             f"{folder} holds no pictures: neither a {METADATA_FILE} nor files named <prompt>_<6 digits>.png"
@@ -115,9 +144,37 @@ def pictures(folder: Path) -> list[dict]:
     return records
 
 
-def read_image(path: Path) -> np.ndarray:
-    """A picture (H, W, 3) uint8. Raises ValueError where it is missing or damaged."""
-    try:
-        return np.array(Image.open(path).convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}); remove it and generate again") from error
+def _named_pictures(folder: Path) -> list[dict]:
+    """Pictures named as T2I-CompBench names them; a picture's seed is its place among its prompt's by their numbers."""
+    numbers: dict[str, list[tuple[int, str]]] = {}
+    for sub in (folder, folder / "samples"):
+        for path in sorted(sub.glob("*.png")):
+            if match := COMPBENCH_NAME.fullmatch(path.stem):
+                numbers.setdefault(match[1], []).append((int(match[2]), str(path.relative_to(folder))))
+    return [
+        {"file": file, "prompt": prompt, "category": "all", "seed": seed}
+        for prompt, files in numbers.items()
+        for seed, (_, file) in enumerate(sorted(files))
+    ]
+
+
+def notes(folder: Path) -> list[str]:
+    """What is to be known of a folder's pictures: how their files are numbered, and which are passed over."""
+    files = [Path(record["file"]) for record in pictures(folder)]
+    found, by_place = [], {}
+    for file in files:
+        if match := COMPBENCH_NAME.fullmatch(file.stem):
+            by_place.setdefault(file.parent, []).append(match[2])
+    if by_place:
+        run_on = all(len(set(numbers)) == len(numbers) for numbers in by_place.values())
+        found.append(
+            "file numbers run on over the prompts, as T2I-CompBench's own scorers read them"
+            if run_on
+            else "file numbers begin anew with each prompt; T2I-CompBench's own scorers would take them for others'"
+        )
+    places = {file.parent for file in files} | {Path("samples")}
+    beside = [path.relative_to(folder) for place in sorted(places) for path in sorted((folder / place).glob("*"))]
+    if passed := [path for path in beside if path.suffix.lower() in ENDINGS and path not in files]:
+        lack = f"no record in {METADATA_FILE}" if read_metadata(folder) else "not the name <prompt>_<6 digits>.png"
+        found.append(f"{len(passed)} pictures are passed over, such as {passed[0]}: they have {lack}")
+    return found

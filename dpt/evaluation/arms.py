@@ -4,13 +4,18 @@ A file in configs/shapes/arms names what differs from these defaults; `dpt` and 
 seed, and then stand for one set of weights for each of `train_seeds`, and "{folder}", that of the training runs.
 """
 
-import math
 import re
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+from dpt.bounds import bounded, check_bounds, one_of
 from dpt.config import differences, load_config
+from dpt.files import read_json
 from dpt.sampling import CORRECTION_DIRECTIONS, CORRECTION_TARGETS, CorrectionSettings
+
+SETTINGS_FILE = "arm.json"
+Settings = dict[str, str | bool | int | float | None]
+"""an arm's `settings`, and the fingerprint of its `weights`"""
 
 
 @dataclass
@@ -28,51 +33,41 @@ class Arm:
     """adapter and LoRA: anything that `load_checkpoint` reads"""
     lora: str | None = None
     """instead: a LoRA in diffusers' format, such as another method's"""
-    train_seeds: list[int] = field(default_factory=lambda: [0])
+    train_seeds: list[int] = bounded([0], at_least=0)
     """of the weights, where `dpt` or `lora` holds {seed}"""
-    guidance_scale: float = 7.5
-    num_inference_steps: int = 50
+    guidance_scale: float = bounded(7.5, at_least=0, below=1000)
+    num_inference_steps: int = bounded(50, at_least=1, at_most=500)
     correction_factor: float = 0.0
     correction_norm: float | None = None
-    correction_target: str = "conditional"
+    correction_target: str = one_of("conditional", *CORRECTION_TARGETS)
     correction_start: float = 0.0
     correction_stop: float = 1.0
-    correction_direction: str = "gradient"
+    correction_direction: str = one_of("gradient", *CORRECTION_DIRECTIONS)
     """as a control: random, a step of the gradient's length anywhere"""
     correct_for_another: bool = False
     """as a control: follow another prompt's score"""
     untrained_adapter: bool = False
     """as a control: an adapter of random weights"""
-    best_of: int = 1
+    best_of: int = bounded(1, at_least=1, at_most=1000)
     """draw so many pictures from different noise and keep the one of highest matching score"""
     attend_and_excite: bool = False
     """instead of self-correction; see `dpt.evaluation.rivals`"""
-    attention_resolution: int | None = None
+    attention_resolution: int | None = bounded(None, at_least=1)
     """side of the attention maps that it reads; by default a quarter of the latent's"""
-    attention_step: float | None = None
+    attention_step: float | None = bounded(None, above=0)
     """how far it moves the latent; by default 20, its authors' for Stable Diffusion"""
     parity: bool = False
     """end the sampling as the reference does"""
-    dtype: str = "float32"
+    dtype: str = one_of("float32", "float32", "float16", "bfloat16")
 
     def __post_init__(self):
-        choices = {
-            "correction_target": CORRECTION_TARGETS,
-            "correction_direction": CORRECTION_DIRECTIONS,
-            "dtype": ("float32", "float16", "bfloat16"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+        check_bounds(self)
+        if not self.train_seeds or len(set(self.train_seeds)) < len(self.train_seeds):
+            raise ValueError(f"train_seeds is {self.train_seeds}; it must hold different seeds, at least one")
         if self.dpt and self.lora:
             raise ValueError("dpt and lora exclude each other: an arm has one set of weights")
         if self.name and not re.fullmatch(r"\w[\w.+-]*(/\d+)?", self.name):
             raise ValueError(f"name is {self.name!r}; it names a folder: letters, digits and . _ + - alone")
-        if not 0 <= self.guidance_scale < 1000:
-            raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be a number from 0 to 1000")
-        for name in ("best_of", "num_inference_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         corrects = self.correction.active  # checks its settings too
         if self.attend_and_excite and corrects:
             raise ValueError("attend_and_excite and self-correction exclude each other")
@@ -90,11 +85,8 @@ class Arm:
             if is_set and not corrects:
                 raise ValueError(f"{name} is set; it is a control of self-correction, which is off")
         for name in ("attention_resolution", "attention_step"):
-            value = getattr(self, name)
-            if value is not None and not self.attend_and_excite:
+            if getattr(self, name) is not None and not self.attend_and_excite:
                 raise ValueError(f"{name} is set; it is for attend_and_excite, which is off")
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}; it must be above 0")
 
     @property
     def correction(self) -> CorrectionSettings:
@@ -130,6 +122,11 @@ class Arm:
     def settings(self) -> dict:
         """What a picture depends on, but for weights: all fields that are no labels."""
         return {k: v for k, v in asdict(self).items() if k not in ("name", "about", "against", "train_seeds")}
+
+
+def read_settings(folder: Path) -> Settings:
+    """What an arm's folder says that its pictures depend on. Raises ValueError naming file and key."""
+    return read_json(folder / SETTINGS_FILE, Settings)
 
 
 def differing_settings(before: dict, now: dict) -> list[str]:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import yaml
 
+from dpt.bounds import ArgumentParser, bounded, check_bounds, number
 from dpt.checkpoint import checkpoints
 from dpt.config import TrainConfig, check_finished, load_config
 from dpt.engine import STAGES
@@ -29,6 +30,7 @@ from dpt.evaluation import align, generate, itm, quality, rec, scorers, table
 from dpt.evaluation.arms import Arm, check_names, differing_settings, load_arm
 from dpt.evaluation.figures import read_arm, read_packed
 from dpt.evaluation.prompts import load_prompt_set
+from dpt.files import read_text
 from dpt.results import RESULTS, record_section
 
 STEPS = ("train", "measure", "draw", "table")
@@ -46,7 +48,10 @@ class Run:
     config: str = "configs/shapes/tune.yaml"
     settings: list[str] = field(default_factory=list)
     """key=value"""
-    seeds: list[int] = field(default_factory=lambda: [0])
+    seeds: list[int] = bounded([0], at_least=0)
+
+    def __post_init__(self):
+        check_bounds(self, "runs: ")
 
 
 @dataclass
@@ -60,8 +65,11 @@ class Measurement:
     negatives: list[str] = field(default_factory=list)
     """shapes: mined, edited"""
     split: str = "val"
-    num_samples: int = 500
+    num_samples: int = bounded(500, at_least=1, at_most=1_000_000)
     zero_shot: bool = True
+
+    def __post_init__(self):
+        check_bounds(self, "measure.")
 
 
 @dataclass
@@ -80,7 +88,7 @@ class Experiment:
     """by name, in this file"""
     prompts: str = "shapes:val"
     """a prompt set of `dpt.evaluation.prompts`"""
-    per_category: int | None = None
+    per_category: int | None = bounded(None, at_least=1)
     """only the first so many prompts a category; they have folders of their own"""
     packed: str | None = None
     """a file of `evaluate.py pack`: its arms are not drawn but tabled from there. Settings, prompts and seeds must be
@@ -101,9 +109,8 @@ class Experiment:
     """a table of configs/tables/published.yaml to show beside"""
 
     def __post_init__(self):
+        check_bounds(self)
         generate.check_seeds(self.image_seeds, "image_seeds")
-        if self.per_category is not None and self.per_category < 1:
-            raise ValueError(f"per_category is {self.per_category}; it must be at least 1")
         if unknown := set(self.metrics) - scorers.METRICS.keys():
             raise ValueError(f"metrics names {sorted(unknown)[0]!r}; there are {', '.join(scorers.METRICS)}")
         published_table(self.published)
@@ -118,10 +125,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's flags."""
     parser.add_argument("config", type=Path, help="a YAML file: what differs from the defaults of `Experiment`")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="before any --flag")
-    parser.add_argument("--batch_size", type=int, default=32, help="pictures at once (default: 32)")
+    parser.add_argument("--batch_size", type=number(int, at_least=1), default=32, help="pictures at once (default: 32)")
     parser.add_argument(
         "--jobs",
-        type=int,
+        type=number(int, at_least=1, at_most=1000),
         default=1,
         help="trainings side by side, the cores shared out (default: 1): on a CPU faster than in turn",
     )
@@ -145,7 +152,7 @@ def run(args: argparse.Namespace) -> dict:
         print("\n".join(commands(experiment, runs, bool(arms), args)))
         return {}
     notes = protocol_table(experiment.protocol) + published_table(experiment.published)
-    scoring = argparse.ArgumentParser()
+    scoring = ArgumentParser()
     align.add_arguments(scoring)
     wanted = [one for arm in arms.values() for one in arm.each_seed(experiment.folder)]
     prompts = experiment.prompts.replace("{data}", experiment.data)
@@ -209,8 +216,6 @@ def chosen(experiment: Experiment, args: argparse.Namespace) -> tuple[dict[str, 
         raise ValueError(f"--only names {sorted(unknown)[0]!r}; there are {', '.join([*experiment.runs, *arms])}")
     if arms and experiment.against not in arms:
         raise ValueError(f"against is {experiment.against!r}; the arms are {', '.join(arms)}")
-    if args.jobs < 1:
-        raise ValueError(f"--jobs is {args.jobs}; it must be at least 1")
     if args.record and args.record.is_dir():
         raise ValueError(f"--record is {args.record}, a folder; name a file")
     if args.record and (args.only or set(args.steps) != set(STEPS)):
@@ -246,7 +251,7 @@ def packed_arms(experiment: Experiment, arms: list[Arm], prompt_set: str) -> dic
 
 def record(args: argparse.Namespace, tables: list[Path], notes: str) -> None:
     """Puts those of the tables that there are into a section of docs/results.md, and notes behind them."""
-    text = "\n".join(path.read_text() for path in tables if path.exists()) + notes
+    text = "\n".join(read_text(path) for path in tables if path.exists()) + notes
     name = " ".join(["experiment", args.config.stem, *args.overrides])
     record_section(args.record, name, shlex.join(["python", "evaluate.py", *args.words]), text)
 
@@ -299,7 +304,7 @@ def _filled(text: str, values: dict[str, str]) -> str:
 def measure(experiment: Experiment, output: Path) -> None:
     """`itm` and `rec` of the checkpoints."""
     for task, module in (("itm", itm), ("rec", rec)):
-        parser = argparse.ArgumentParser()
+        parser = ArgumentParser()
         module.add_arguments(parser)
         module.run(parser.parse_args(_measure_words(experiment, output, task)))
 

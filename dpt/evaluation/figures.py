@@ -12,20 +12,46 @@ import hashlib
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from dpt.evaluation.align import file_hashes, pictures, read_scores
-from dpt.evaluation.arms import folder_name
-from dpt.files import write_text
+from dpt.evaluation.arms import SETTINGS_FILE, Settings, folder_name, read_settings
+from dpt.files import decode, read_json, read_text, text_lines, write_text
 from dpt.shapes.quality import LABELS
 
+QUALITY_FILE = "quality.json"
 COSTS = ("seconds", "whole_passes", "truncated_passes", "peak_mb")
+
+
+class PackedPictures(msgspec.Struct):
+    """The first line of a packed file: (prompt, seed) of each picture, and the categories of each prompt."""
+
+    pictures: list[tuple[str, int]]
+    categories: dict[str, list[str]]
+
+
+class PackedArm(msgspec.Struct):
+    """Each further line: an arm, its figures in the pictures' order."""
+
+    arm: str
+    settings: Settings
+    costs: dict[str, float]
+    figures: dict[str, str | list[float]]
+
+
+class Quality(msgspec.Struct, omit_defaults=True):
+    """`quality.json`: what `evaluate.py quality` found, and of which pictures."""
+
+    pictures: str
+    frechet: float
+    diversity: float | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's flags."""
     parser.add_argument("folders", nargs="+", type=Path, help="folders of arms, drawn and aligned")
-    parser.add_argument("--output", type=Path, required=True, help="a JSON file, new or to be added to")
+    parser.add_argument("--output", type=Path, required=True, help="a JSON file, new or of `pack`, to be added to")
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -36,8 +62,7 @@ def run(args: argparse.Namespace) -> dict:
     """
     packed = read_packed(args.output) if args.output.exists() else {}
     for folder in args.folders:
-        settings = folder / "arm.json"
-        found = json.loads(settings.read_text()) if settings.exists() else {}  # others' pictures have none
+        found = read_settings(folder) if (folder / SETTINGS_FILE).exists() else {}  # others' pictures have none
         packed[folder_name(folder)] = read_arm(folder) | {"settings": found}
     write_packed(packed, args.output)
     return {name: len(arm["values"]) for name, arm in packed.items()}
@@ -78,22 +103,39 @@ def read_packed(path: Path) -> dict[str, dict]:
         ValueError: a file that cannot be read as such.
     """
     try:
-        head, *arms = map(json.loads, path.read_text().splitlines())
-        pairs = [tuple(pair) for pair in head["pictures"]]
-        found = {}
-        for arm in arms:
-            columns = {key: [float(value) for value in row] for key, row in arm["figures"].items()}
-            values = {pair: {key: row[k] for key, row in columns.items()} for k, pair in enumerate(pairs)}
-            found[arm["arm"]] = {
-                "values": values,
-                "figures": set(columns),
-                "categories": head["categories"],
-                "costs": arm["costs"],
-                "settings": arm["settings"],
-            }
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read as what evaluate.py pack writes ({error!r})") from error
+        return _unpacked(text_lines(read_text(path)))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as what evaluate.py pack writes: {error}") from error
+
+
+def _unpacked(lines: list[str]) -> dict[str, dict]:
+    if not lines:
+        raise ValueError("it is empty")
+    head = decode(lines[0], PackedPictures, "line 1")
+    if lacking := {prompt for prompt, _ in head.pictures} - head.categories.keys():
+        raise ValueError(f"line 1: categories lack {min(lacking)!r}")
+    found = {}
+    for n, line in enumerate(lines[1:], 2):
+        arm = decode(line, PackedArm, f"line {n}")
+        columns = {key: _decoded(row, f"line {n}: figures: {key}") for key, row in arm.figures.items()}
+        for key, column in columns.items():
+            if len(column) != len(head.pictures):
+                raise ValueError(f"line {n}: figures: {key} has {len(column)} values, of {len(head.pictures)} pictures")
+        values = {pair: {key: row[k] for key, row in columns.items()} for k, pair in enumerate(head.pictures)}
+        found[arm.arm] = {
+            "values": values,
+            "figures": set(columns),
+            "categories": head.categories,
+            "costs": arm.costs,
+            "settings": arm.settings,
+        }
     return found
+
+
+def _decoded(row: str | list[float], where: str) -> list[float]:
+    if isinstance(row, str) and set(row) - {"0", "1"}:
+        raise ValueError(f"{where} is no string of 0 and 1")
+    return [float(value) for value in row]
 
 
 def collect(paths: list[Path]) -> dict[str, dict]:
@@ -126,7 +168,7 @@ def read_arm(folder: Path) -> dict:
         row = values.setdefault((record["prompt"], record["seed"]), {})
         for scored in (found.get(record["file"], {}) for found in scores.values()):
             row |= {label: float(scored["label"] == label) for label in LABELS} if "label" in scored else {}
-            row |= {key: value for key, value in scored.items() if isinstance(value, float)}
+            row |= {key: float(value) for key, value in scored.items() if isinstance(value, int | float)}
     figures = {figure for row in values.values() for figure in row}
     if not figures:
         raise ValueError(f"{folder} holds no scores: run evaluate.py align first")
@@ -141,9 +183,11 @@ def read_arm(folder: Path) -> dict:
 
 def read_quality(folder: Path, hashes: dict[str, str]) -> dict[str, float]:
     """What `quality` found of the very pictures of these `file_hashes`; empty where it did not look at them."""
-    path = folder / "quality.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    return found if found.pop("pictures", None) == pictures_hash(hashes) else {}
+    path = folder / QUALITY_FILE
+    if not path.exists():
+        return {}
+    found = msgspec.to_builtins(read_json(path, Quality))
+    return found if found.pop("pictures") == pictures_hash(hashes) else {}
 
 
 def pictures_hash(hashes: dict[str, str]) -> str:

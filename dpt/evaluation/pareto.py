@@ -9,16 +9,26 @@ the oracle itself chose, N from 1 to the number of seeds. Writes the figure and 
 
 import argparse
 import json
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from matplotlib.figure import Figure
 
 from dpt.evaluation.figures import collect
 from dpt.evaluation.table import APART
-from dpt.files import write_text
-from dpt.metrics import crossed_bootstrap
+from dpt.files import read_json, write_text
+from dpt.metrics import Interval, crossed_bootstrap
+from dpt.results import check_replaceable
+
+
+class Point(msgspec.Struct, forbid_unknown_fields=True):
+    """What stands beside the figure under an arm's name."""
+
+    passes: float
+    correct: Interval
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,15 +42,19 @@ def run(args: argparse.Namespace) -> dict:
     """Draws the figure; returns its numbers: name -> passes and (mean, low, high).
 
     Raises:
-        ValueError: folders without the oracle's verdicts or without their passes.
+        ValueError: folders without the oracle's verdicts or without their passes, or an output that cannot be.
     """
+    formats, beside = Figure().canvas.get_supported_filetypes(), args.output.with_suffix(".json")
+    if args.output.is_dir() or args.output.suffix.removeprefix(".") not in formats:
+        raise ValueError(f"--output is {args.output}; it must be the name of a figure, such as {beside.stem}.png")
+    check_replaceable(beside, partial(read_json, schema=dict[str, Point]), args.output)
     arms = collect(args.folders)
     if args.ceiling is not None and args.ceiling not in arms:
         raise ValueError(f"--ceiling is {args.ceiling!r}; the arms are {', '.join(arms)}")
     points = {name: point(name, arm) for name, arm in arms.items()}
     if args.ceiling is not None:
         points |= ceiling(args.ceiling, arms[args.ceiling])
-    write_text(args.output.with_suffix(".json"), json.dumps(points, indent=1) + "\n")
+    write_text(beside, json.dumps(points, indent=1) + "\n")
     draw_points(points, args.output)
     return points
 
@@ -48,7 +62,7 @@ def run(args: argparse.Namespace) -> dict:
 def _correct(name: str, arm: dict) -> tuple[dict[tuple, float], float]:
     apart = {prompt for prompt, categories in arm["categories"].items() if categories == [APART]}
     values = {key: row.get("correct") for key, row in arm["values"].items() if key[0] not in apart}
-    if None in values.values() or "whole_passes" not in arm["costs"]:
+    if None in values.values() or not {"whole_passes", "truncated_passes"} <= arm["costs"].keys():
         raise ValueError(f"{name} lacks the oracle's verdicts, or the passes that generate records")
     return values, arm["costs"]["whole_passes"] + arm["costs"]["truncated_passes"]
 

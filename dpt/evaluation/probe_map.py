@@ -15,6 +15,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch import nn
 
 from dpt.adapter import DiscriminativeAdapter
 from dpt.assembly import adapter_config, encode_options, rec_options
+from dpt.bounds import number
 from dpt.config import AdapterConfig, TrainConfig, load_config, save_config
 from dpt.controls import control_batch, control_inputs, control_unet
 from dpt.data.collate import as_latents, collate, encode_batch
@@ -30,12 +32,12 @@ from dpt.data.loader import micro_batches
 from dpt.data.sources import training_samples, validation_samples
 from dpt.evaluation import table
 from dpt.evaluation.generate import process_state
-from dpt.evaluation.probes import cell, check_timesteps, load_base
-from dpt.files import write_text
-from dpt.metrics import bootstrap_interval
+from dpt.evaluation.probes import NUM_SAMPLES, cell, check_timesteps, load_base
+from dpt.files import read_json, write_text
+from dpt.metrics import Interval, bootstrap_interval
 from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
-from dpt.results import RESULTS, record_section
+from dpt.results import RESULTS, check_replaceable, figure_beside, record_section
 from dpt.shapes.training import train_stage
 from dpt.stable_diffusion import StableDiffusion
 from dpt.unet_features import parse_feature
@@ -56,6 +58,14 @@ PANELS = {
 }
 
 
+class Cell(TypedDict):
+    """A block at a timestep in probe_map.json; selectivity is the probe's own."""
+
+    itm: Interval
+    rec: Interval
+    selectivity: NotRequired[float]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's flags."""
     parser.add_argument("config", type=Path, help="a training config")
@@ -67,8 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("random_unet", "empty_prompt", *SAME_FEATURES),
         help="(default: constant_text empty_prompt)",
     )
-    parser.add_argument("--timesteps", type=int, nargs="+", default=TIMESTEPS, help="that are measured")
-    parser.add_argument("--num_samples", type=int, default=500, help="val samples that are measured (default: 500)")
+    parser.add_argument(
+        "--timesteps", type=number(int, at_least=0), nargs="+", default=TIMESTEPS, help="that are measured"
+    )
+    parser.add_argument(
+        "--num_samples", type=NUM_SAMPLES, default=500, help="val samples that are measured (default: 500)"
+    )
     parser.add_argument("--output", type=Path, required=True, help="a folder")
     parser.add_argument(
         "--record", nargs="?", const=RESULTS, type=Path, metavar="FILE", help="put the map into docs/results.md too"
@@ -79,8 +93,12 @@ def run(args: argparse.Namespace) -> dict:
     """Trains what is left to train, measures, draws; returns control -> block -> timestep -> figures.
 
     Raises:
-        ValueError: a config that cannot be used, or a folder begun with another.
+        ValueError: a config that cannot be used, a folder begun with another, or another's files in it.
     """
+    schema, figures = dict[str, dict[str, dict[str, Cell]]], [args.output / f"probe_map.{end}" for end in ("md", "png")]
+    check_replaceable(args.output / "probe_map.json", partial(read_json, schema=schema), *figures)
+    if args.record:
+        figure_beside(args.record, "probe_map.png")
     config = load_config(TrainConfig, args.config, args.overrides)
     check_settings(config)
     _claim(args, config)
@@ -117,7 +135,7 @@ def run(args: argparse.Namespace) -> dict:
 
 def record(args: argparse.Namespace, result: dict) -> None:
     """Puts the map into a section of docs/results.md, its figure beside it."""
-    shutil.copy(args.output / "probe_map.png", args.record.with_name("probe_map.png"))
+    shutil.copy(args.output / "probe_map.png", figure_beside(args.record, "probe_map.png"))
     command = ["python", "evaluate.py", *args.words]
     text = f"![Blocks and timesteps](probe_map.png)\n\n{markdown(result)}"
     record_section(args.record, "probe map", shlex.join(command), text)

@@ -8,26 +8,64 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Generic, TypedDict, TypeVar
 
+import msgspec
 import numpy as np
 import torch
 
 from dpt.assembly import DTYPES
+from dpt.bounds import number
 from dpt.checkpoint import DPTCheckpoint, load_checkpoint
 from dpt.config import TrainConfig, load_config
 from dpt.controls import control_unet
 from dpt.data.sources import validation_samples
 from dpt.evaluation import table
 from dpt.evaluation.generate import process_state
-from dpt.files import write_text
-from dpt.metrics import crossed_bootstrap
+from dpt.files import read_json, write_text
+from dpt.metrics import Interval, crossed_bootstrap
 from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
+from dpt.results import check_replaceable
 from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion, weights_fingerprint
-from dpt.validation import PAPER_TIMESTEP, measure
+from dpt.validation import FIGURES, PAPER_TIMESTEP, measure
 
 EARLY_TIMESTEPS = (50, 100, 200, 300)
+NUM_SAMPLES = number(int, at_least=1, at_most=1_000_000)
+Figures = TypedDict(
+    "Figures", {"t500": Interval, "mean": Interval, "t500 against": str, "mean against": str}, total=False
+)
+Summary = dict[str, dict[str, dict[str, Figures]]]
+"""what `summary` returns"""
+
+
+class ItmRecord(TypedDict):
+    """A sample at a timestep, as `dpt.validation` measures it: whether the truth wins on either side."""
+
+    id: int | str
+    timestep: int
+    text: float
+    image: float
+    kind: str
+
+
+RecRecord = TypedDict(
+    "RecRecord",
+    {"id": int | str, "timestep": int, "index": int, "surest": tuple[float, float, float, float, float]}
+    | {name: bool for name in FIGURES if "precision" in name},
+)
+"""a sample at a timestep: its index in its set, the surest box behind its objectness, whether boxes hit"""
+RECORDS = {"itm": ItmRecord, "rec": RecRecord}
+Record = TypeVar("Record")
+
+
+class Kept(msgspec.Struct, Generic[Record]):
+    """What was measured of a checkpoint, and of what: the records of each set."""
+
+    identity: dict[str, str | int | list[int]]
+    records: dict[str, list[Record]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,10 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, help="a training config: model, data, precision")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes the config")
     parser.add_argument("--split", choices=("val", "test"), default="val", help="shapes: of the scenes (default: val)")
-    parser.add_argument("--num_samples", type=int, default=500, help="of each set, evenly spread (default: 500)")
+    parser.add_argument(
+        "--num_samples", type=NUM_SAMPLES, default=500, help="of each set, evenly spread (default: 500)"
+    )
     parser.add_argument(
         "--timesteps",
-        type=int,
+        type=number(int, at_least=0),
         nargs="+",
         default=[*EARLY_TIMESTEPS],
         help="noise levels of the mean, beside the paper's 500 (default: 50 100 200 300)",
@@ -92,8 +132,11 @@ def measure_all(args: argparse.Namespace, task: str, variants: dict[str, list[st
         variants: label -> overrides of the config.
 
     Raises:
-        ValueError: a checkpoint or config that cannot be used, or two checkpoints of one name.
+        ValueError: a checkpoint or config that cannot be used, two checkpoints of one name, or another's files in
+            the output folder.
     """
+    figures = [args.output / f"{task}.md", *args.output.glob(f"{task}_*.png")]
+    check_replaceable(args.output / f"{task}.json", partial(read_json, schema=Summary), *figures)
     configs = {label: load_config(TrainConfig, args.config, [*args.set, *more]) for label, more in variants.items()}
     found: dict[str, Measured] = {}
     for path in args.checkpoints:
@@ -164,12 +207,25 @@ def kept(args: argparse.Namespace, name: str, config: TrainConfig, weights: str,
     }
     path = args.output / "records" / f"{name}_{args.split}.json"
     if path.exists():
-        found = json.loads(path.read_text())
-        if found["identity"] == identity:
-            return found["records"]
+        found = read_kept(path, name.partition("_")[0])
+        if found.identity == identity:
+            return found.records
     records = compute()
     write_text(path, json.dumps({"identity": identity, "records": records}))
     return records
+
+
+def read_kept(path: Path, task: str) -> Kept:
+    """A file of `kept`. Raises ValueError naming file and field, also where a sample lacks a timestep."""
+    try:
+        found = read_json(path, Kept[RECORDS[task]])
+        for name, records in found.records.items():
+            pairs = {(record["id"], record["timestep"]) for record in records}
+            if len(pairs) < len({pair[0] for pair in pairs}) * len({pair[1] for pair in pairs}):
+                raise ValueError(f"{path}: records: {name}: a sample lacks a timestep")
+    except ValueError as error:
+        raise ValueError(f"{error}; remove the file, and it is measured again") from error
+    return found
 
 
 def summary(measured: list[Measured], columns: list[str], timesteps: list[int]) -> dict:

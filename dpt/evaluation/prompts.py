@@ -9,10 +9,19 @@ cc500:FILE  abc6k:FILE  FILE     one prompt a line
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpt.data.coco import read_json
+import msgspec
+
+from dpt.files import read_json, read_text, text_lines
 from dpt.shapes.world import PROMPT_CATEGORIES, load_prompts
 
 NUM_CONJUNCTIONS = 446  # lines at the head of CC-500 that join two coloured objects
+
+
+class Nss1kEntry(msgspec.Struct):
+    """An entry of a part of COCO-NSS1K, whose caption has either name."""
+
+    captions: str | msgspec.UnsetType = msgspec.UNSET
+    caption: str | msgspec.UnsetType = msgspec.UNSET
 
 
 @dataclass(frozen=True)
@@ -56,9 +65,9 @@ def _shapes(split: str) -> dict[str, tuple[str, ...]]:
 
 def _lines(category: str, path: Path) -> dict[str, list[str]]:
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompts {path} cannot be read as UTF-8 text, save it as such: {error}") from error
+        lines = text_lines(read_text(path))
+    except ValueError as error:
+        raise ValueError(f"prompts {error}; save it as UTF-8 text") from error
     return {category: [line.strip() for line in lines if line.strip()]}
 
 
@@ -71,12 +80,13 @@ def _nss1k(where: str) -> dict[str, list[str]]:
     groups = {}
     for path in _files(where, "*.json"):
         try:
-            entries = read_json(path)
-            groups[path.stem] = [entry["captions"] if "captions" in entry else entry["caption"] for entry in entries]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no part of COCO-NSS1K: {error!r} is missing") from error
-        if not all(isinstance(text, str) for text in groups[path.stem]):
-            raise ValueError(f"{path} is no part of COCO-NSS1K: captions must be strings")
+            entries = read_json(path, list[Nss1kEntry])
+        except ValueError as error:
+            raise ValueError(f"{path} is no part of COCO-NSS1K: {error}") from error
+        groups[path.stem] = [e.caption if e.captions is msgspec.UNSET else e.captions for e in entries]
+        if msgspec.UNSET in groups[path.stem]:
+            number = groups[path.stem].index(msgspec.UNSET)
+            raise ValueError(f"{path} is no part of COCO-NSS1K: entry {number} has neither captions nor caption")
     return groups
 
 

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from scipy.linalg import sqrtm
 
-from dpt.evaluation.align import file_hashes, pictures, read_image
-from dpt.evaluation.figures import pictures_hash, read_quality
+from dpt.evaluation.align import file_hashes, pictures
+from dpt.evaluation.figures import QUALITY_FILE, pictures_hash, read_quality
 from dpt.files import write_text
-from dpt.images import to_pixels
+from dpt.images import read_image, to_pixels
 from dpt.shapes.captions import parse
 from dpt.shapes.scenes import render
 from dpt.shapes.world import compose
@@ -40,12 +40,13 @@ def run(args: argparse.Namespace) -> dict:
     Raises:
         ValueError: a folder without pictures, a picture that cannot be read, or a prompt outside the shapes grammar.
     """
-    sd, results, renders = load_stable_diffusion("shapes"), {}, {}
-    for folder in args.folders:
-        records = sorted(pictures(folder), key=lambda record: (record["prompt"], record["seed"]))
-        prompts, hashes = tuple(record["prompt"] for record in records), file_hashes(folder, records)
-        if found := read_quality(folder, hashes):
-            results[str(folder)] = found
+    shown = {folder: sorted(pictures(folder), key=lambda r: (r["prompt"], r["seed"])) for folder in args.folders}
+    hashes = {folder: file_hashes(folder, records) for folder, records in shown.items()}
+    results = {str(folder): read_quality(folder, hashes[folder]) for folder in shown}
+    sd, renders = load_stable_diffusion("shapes"), {}
+    for folder, records in shown.items():
+        prompts = tuple(record["prompt"] for record in records)
+        if results[str(folder)]:
             continue
         if prompts not in renders:
             renders[prompts] = embed(sd, [render_prompt(prompt, k) for k, prompt in enumerate(prompts)])
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> dict:
         figures = {"frechet": frechet_distance(drawn, renders[prompts])}
         if between := spread(renders[prompts], prompts):  # else every prompt has one picture
             figures["diversity"] = spread(drawn, prompts) / between
-        write_text(folder / "quality.json", json.dumps(figures | {"pictures": pictures_hash(hashes)}) + "\n")
+        write_text(folder / QUALITY_FILE, json.dumps(figures | {"pictures": pictures_hash(hashes[folder])}) + "\n")
         results[str(folder)] = figures
     return results
 

@@ -32,15 +32,15 @@ def run(args: argparse.Namespace) -> dict:
     """Measures, draws and writes; returns the summary of `probes.summary`."""
     measured = probes.measure_all(args, "rec", {"": []})
     result = probes.summary(measured, [name for name in FIGURES if "precision" in name], args.timesteps)
+    probes.write(args, "rec", result, measured)
     config = load_config(TrainConfig, args.config, args.set)
     sd = probes.load_base(config)
     sets = validation_samples(config.data, sd, num_samples=args.num_samples, split=args.split)
-    args.output.mkdir(parents=True, exist_ok=True)
     for one in measured:
         for key, records in one.records.items():
             grid = draw_boxes(sd, sets[f"rec_{key}"], records)
             grid.save(args.output / f"rec_{one.name}_{key}.png")
-    return probes.write(args, "rec", result, measured)
+    return result
 
 
 def draw_boxes(sd: StableDiffusion, samples: Samples, records: list[dict]) -> Image.Image:

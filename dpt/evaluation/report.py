@@ -13,19 +13,25 @@ import argparse
 import base64
 import io
 import json
+import warnings
 from pathlib import Path
 
 from PIL import Image
 
-from dpt.evaluation.align import file_hashes, pictures, read_image, read_scores
+from dpt.bounds import number
+from dpt.evaluation.align import file_hashes, pictures, read_scores
 from dpt.evaluation.arms import folder_name
-from dpt.evaluation.probes import laid_out
-from dpt.evaluation.table import arms_table, category_table
+from dpt.evaluation.probes import Summary, laid_out
+from dpt.evaluation.table import arms_table, category_table, read_tables
+from dpt.files import read_json, read_text, write_text
+from dpt.images import UNREADABLE, read_image
+from dpt.results import check_replaceable
 from dpt.runs import versions
 from dpt.shapes.quality import LABELS
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PLACEHOLDER = "__DATA__"
+DATA_ELEMENT = 'id="data"'
 LARGEST, QUALITY = 256, 80  # side in pixels, WebP's
 MOST_BYTES = 25_000_000
 
@@ -35,8 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="folders of arms, or of an arm's training seeds")
     parser.add_argument("--tables", nargs="*", type=Path, default=[], help="table.json files of `table`")
     parser.add_argument("--figures", nargs="*", type=Path, default=[], help="PNG files: heat maps, curves")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the noise (default: 0)")
-    parser.add_argument("--per_category", type=int, help="only the first so many prompts a category")
+    parser.add_argument(
+        "--seeds", type=number(int, at_least=0), nargs="+", default=[0], help="of the noise (default: 0)"
+    )
+    parser.add_argument(
+        "--per_category", type=number(int, at_least=1), help="only the first so many prompts a category"
+    )
     parser.add_argument("--probes", nargs="*", type=Path, default=[], help="itm.json and rec.json files")
     parser.add_argument("--title", default="dpt report")
     parser.add_argument("--output", type=Path, required=True, help="the page")
@@ -46,8 +56,9 @@ def run(args: argparse.Namespace) -> dict:
     """Writes the page; returns what it holds, in numbers.
 
     Raises:
-        ValueError: folders without pictures, an unreadable file, or a page larger than 25 MB.
+        ValueError: folders without pictures, an unreadable file, or a page that is too large or would replace a file.
     """
+    check_replaceable(args.output, _check_page)
     arms = [folder_name(folder) for folder in args.folders]
     if len(set(arms)) < len(arms):
         raise ValueError(f"two folders are of one arm: {', '.join(arms)}")
@@ -77,8 +88,7 @@ def run(args: argparse.Namespace) -> dict:
     text = page(data)
     if len(text) > MOST_BYTES:
         raise ValueError(f"the page would have {len(text) / 1e6:.0f} MB, above 25: name fewer folders or --seeds")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(text, "utf-8")
+    write_text(args.output, text)
     count = sum(one is not None for row in rows.values() for one in row["cells"])
     return {"page": str(args.output), "pictures": count, "megabytes": round(len(text) / 1e6, 2)}
 
@@ -87,6 +97,11 @@ def page(data: dict) -> str:
     """The template with its data: JSON in which nothing can end the script element."""
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     return TEMPLATE.read_text("utf-8").replace(PLACEHOLDER, text)
+
+
+def _check_page(path: Path) -> None:
+    if DATA_ELEMENT not in read_text(path):
+        raise ValueError(f"{path} is no page of evaluate.py report")
 
 
 def cells(folder: Path, seeds: list[int]) -> list[tuple]:
@@ -120,41 +135,34 @@ def place(path: Path) -> str:
 def tables(path: Path) -> list[dict]:
     """The tables of a file that `table` wrote."""
     try:
-        result = json.loads(path.read_text())
-        parts = [("arms", *arms_table(as_tuples(result["arms"])))]
-        for key, rows in result.items():
-            if key.endswith(" by category"):
-                parts.append((key, *category_table(key.removesuffix(" by category"), as_tuples(rows))))
-    except (OSError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"--tables {path} is no table.json of evaluate.py table: {error!r}") from error
+        result = read_tables(path)
+    except ValueError as error:
+        raise ValueError(f"--tables {path} is no table.json of evaluate.py table: {error}") from error
+    parts = [("arms", *arms_table(result.pop("arms")))]
+    parts += [(key, *category_table(key.removesuffix(" by category"), rows)) for key, rows in result.items()]
     return [{"title": f"{place(path)}: {title}", "header": header, "rows": rows} for title, header, rows in parts]
 
 
 def probe_tables(path: Path) -> list[dict]:
     """The tables of a file that `itm` or `rec` wrote."""
     try:
-        found = []
-        for name, rows in json.loads(path.read_text()).items():
-            header, cells = laid_out(rows)
-            found.append({"title": f"{place(path)}: {path.stem}, {name}", "header": header, "rows": cells})
-        return found
-    except (OSError, json.JSONDecodeError, AttributeError, TypeError) as error:
-        raise ValueError(f"--probes {path} is no itm.json or rec.json: {error!r}") from error
-
-
-def as_tuples(value):
-    """JSON's lists of numbers as the tuples that they were."""
-    if isinstance(value, dict):
-        return {key: as_tuples(entry) for key, entry in value.items()}
-    return tuple(value) if isinstance(value, list) else value
+        summary = read_json(path, Summary)
+    except ValueError as error:
+        raise ValueError(f"--probes {path} is no itm.json or rec.json: {error}") from error
+    found = []
+    for name, rows in summary.items():
+        header, cells = laid_out(rows)
+        found.append({"title": f"{place(path)}: {path.stem}, {name}", "header": header, "rows": cells})
+    return found
 
 
 def embedded(path: Path) -> str:
     """A PNG as a data URI. Raises ValueError where it is none."""
     try:
         content = path.read_bytes()
-        if Image.open(io.BytesIO(content)).format != "PNG":
-            raise OSError("it is no PNG")
-    except (OSError, SyntaxError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            Image.open(io.BytesIO(content), formats=["PNG"]).close()
+    except UNREADABLE as error:
         raise ValueError(f"--figures {path} is no picture: {error}") from error
     return "data:image/png;base64," + base64.b64encode(content).decode()

@@ -37,6 +37,11 @@ class Scorer:
     metric: Metric
 
 
+BROKEN = (
+    *(OSError, EOFError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, OverflowError, MemoryError),
+    *(pickle.UnpicklingError, SafetensorError),
+)
+"""what the libraries' readers of weights raise at files that are damaged or something else"""
 OPEN_CLIP_FOLDER, BLIP_FOLDER = CKPT_FOLDER / "open_clip", CKPT_FOLDER / "blip-itm-base-coco"
 OPEN_CLIP_MODEL = "ViT-H-14"
 OPEN_CLIP_SOURCE = "huggingface.co/laion/CLIP-ViT-H-14-laion2B-s32B-b79K, its open_clip_model.safetensors"
@@ -109,7 +114,7 @@ def clip(args: argparse.Namespace) -> Scorer:
         raise ValueError(f"--metrics clip needs weights of {name}: put {source}, into {path}")
     try:
         model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=str(path), device=device)
-    except (RuntimeError, OSError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
+    except BROKEN as error:
         raise ValueError(f"{path} does not hold weights of {name}: {' '.join(str(error).split())[:200]}") from error
     tokenizer, model = open_clip.get_tokenizer(name), model.eval()
 
@@ -136,7 +141,7 @@ def blip(args: argparse.Namespace) -> Scorer:
     try:
         model = BlipForImageTextRetrieval.from_pretrained(folder, local_files_only=True).to(device).eval()
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
+    except BROKEN as error:
         raise ValueError(f"{folder} does not hold a BLIP-ITM: {' '.join(str(error).split())[:200]}") from error
     name = folder.name
 

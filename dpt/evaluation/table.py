@@ -12,16 +12,30 @@ categories. Writes table.md, table.tex, table.json and, of the first figure, tab
 import argparse
 import json
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
+import msgspec
 import numpy as np
 from matplotlib.figure import Figure
 
 from dpt.evaluation.figures import collect
-from dpt.files import write_text
-from dpt.metrics import bootstrap_p, crossed_bootstrap, holm
+from dpt.files import decode, read_json, write_text
+from dpt.metrics import Interval, bootstrap_p, crossed_bootstrap, holm
+from dpt.results import check_replaceable
 from dpt.shapes.quality import LABELS
 
 APART = "unseen"  # a category that overall figures leave out
+ArmRow = dict[str, int | float | str | Interval]
+"""an arm in table.json: counts, costs, whom it is compared with, figures"""
+
+
+class CategoryRow(TypedDict):
+    """A category of an arm in table.json."""
+
+    prompts: int
+    mean: Interval
+    difference: NotRequired[Interval]
+    p_holm: NotRequired[float]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,8 +73,9 @@ def make_tables(
         notes: Markdown that follows the tables.
 
     Raises:
-        ValueError: arms of different pictures or scores, or a name that is not there.
+        ValueError: arms of different pictures or scores, a name that is not there, or another's files in `output`.
     """
+    check_replaceable(output / "table.json", read_tables, *(output / f"table.{end}" for end in ("md", "tex", "png")))
     arms = by_training_seed(figures)
     if against is not None and against not in arms:
         raise ValueError(f"--against is {against!r}; the arms are {', '.join(arms)}")
@@ -95,6 +110,21 @@ def make_tables(
     draw_arms(result["arms"]).savefig(output / "table.png", dpi=110)
     print(text)
     return result
+
+
+def read_tables(path: Path) -> dict[str, dict]:
+    """What `make_tables` wrote into table.json. Raises ValueError naming file and field."""
+    parts = read_json(path, dict[str, msgspec.Raw])
+    if "arms" not in parts:
+        raise ValueError(f"{path}: object is missing required field arms")
+    schemas = {key: dict[str, ArmRow if key == "arms" else dict[str, CategoryRow]] for key in parts}
+    tables = {key: decode(part, schemas[key], f"{path}: {key}") for key, part in parts.items()}
+    for key, arms in tables.items():
+        if not arms:
+            raise ValueError(f"{path}: {key} holds no arm")
+        if key != "arms" and any(rows.keys() != next(iter(arms.values())).keys() for rows in arms.values()):
+            raise ValueError(f"{path}: {key}: arms of different categories")
+    return tables
 
 
 def check_alike(arms: dict[str, list[dict]]) -> None:
@@ -175,7 +205,7 @@ def category_table(figure: str, arms: dict[str, dict]) -> tuple[list[str], list[
         cells.append([name])
         for row in rows.values():
             text = _cell(figure, row["mean"])
-            if "difference" in row:
+            if "difference" in row and "p_holm" in row:
                 text += f"; difference {_cell(figure, row['difference'])}, p = {row['p_holm']:.3g}"
             cells[-1].append(text)
     return [f"{figure} by category", *categories], cells

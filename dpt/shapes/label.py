@@ -9,16 +9,20 @@
 nothing of the oracle's verdicts along.
 """
 
-import argparse
 import json
+import re
 import sys
 import textwrap
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dpt.shapes.quality import LABELLED_FOLDER, load_labelled
+from dpt.bounds import ArgumentParser, fail, number
+from dpt.files import read_json_lines, write_text
+from dpt.images import read_image
+from dpt.shapes.quality import LABELLED_FOLDER, Labelled, Verdict, load_labelled
 from dpt.shapes.scenes import IMAGE_SIZE
 
 COLUMNS = 20  # of the file of all pictures
@@ -31,31 +35,37 @@ def collect(folders: list[Path], count: int, output: Path) -> None:
     Raises:
         ValueError: too few pictures, or labels that are there already.
     """
-    if (output / "labels.jsonl").exists():
-        raise ValueError(f"{output / 'labels.jsonl'} exists already; remove it to begin anew")
+    for name in ("labels.jsonl", "pictures.png"):
+        if (output / name).exists():
+            raise ValueError(f"{output / name} exists already; remove it to begin anew")
     if count % len(folders):
         raise ValueError(f"--count is {count}; it must be a multiple of the {len(folders)} folders")
     rng, chosen = np.random.default_rng(0), []
     for folder in folders:
-        records = [json.loads(line) for line in (folder / "verdicts.jsonl").read_text().splitlines()]
+        records = read_json_lines(folder / "verdicts.jsonl", Verdict)
         share = count // len(folders)
         if len(records) < share:
             raise ValueError(f"{folder} holds {len(records)} pictures; {share} are wanted of each folder")
         for k in rng.choice(len(records), share, replace=False):
-            prompt = {name: records[k][name] for name in ("category", "prompt", "seed")}
-            stage = f"{folder.parent.parent.name}/{folder.name}"
-            chosen.append(({"stage": stage} | prompt | {"label": None}, folder / f"{k:04d}.png"))
+            stage, one = f"{folder.parent.parent.name}/{folder.name}", records[k]
+            chosen.append((Labelled(stage, one.category, one.prompt, one.seed, None), folder / f"{k:04d}.png"))
     chosen = [chosen[k] for k in rng.permutation(len(chosen))]
     sheet = Image.new("RGB", (COLUMNS * IMAGE_SIZE, -(-len(chosen) // COLUMNS) * IMAGE_SIZE))
     for k, (_, path) in enumerate(chosen):
-        sheet.paste(Image.open(path), tuple(IMAGE_SIZE * v for v in reversed(divmod(k, COLUMNS))))
+        sheet.paste(Image.fromarray(read_image(path)), tuple(IMAGE_SIZE * v for v in reversed(divmod(k, COLUMNS))))
     output.mkdir(parents=True, exist_ok=True)
     sheet.save(output / "pictures.png", optimize=True)
-    (output / "labels.jsonl").write_text("".join(json.dumps(record) + "\n" for record, _ in chosen))
+    write_text(output / "labels.jsonl", "".join(json.dumps(msgspec.to_builtins(one)) + "\n" for one, _ in chosen))
 
 
 def sheets(output: Path, folder: Path) -> None:
-    """Writes pages of the folder's pictures, numbered, with their prompts, large enough to judge."""
+    """Writes pages of the folder's pictures, numbered, with their prompts, large enough to judge.
+
+    Raises:
+        ValueError: a set that cannot be read, or an output folder that holds anything but such pages.
+    """
+    if output.exists() and (others := [p for p in output.iterdir() if not re.fullmatch(r"page_\d+\.png", p.name)]):
+        raise ValueError(f"{output} holds {others[0].name}, which is no page; name another folder")
     records, font = load_labelled(folder), ImageFont.load_default(12)
     output.mkdir(parents=True, exist_ok=True)
     per_page, text_height = SHEET_COLUMNS * SHEET_ROWS, 48
@@ -73,11 +83,11 @@ def sheets(output: Path, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, dest="command")
     command = commands.add_parser("collect", help="choose pictures")
     command.add_argument("folders", nargs="+", type=Path)
-    command.add_argument("--count", type=int, default=300)
+    command.add_argument("--count", type=number(int, at_least=1), default=300)
     command = commands.add_parser("sheets", help="show the chosen pictures")
     command.add_argument("output", type=Path)
     for command in commands.choices.values():
@@ -89,8 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             sheets(args.output, args.folder)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     return 0
 
 

@@ -5,7 +5,6 @@
 Every stage can be killed at any moment; the same command goes on where it stopped.
 """
 
-import argparse
 import json
 import sys
 from dataclasses import dataclass, field, replace
@@ -15,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel
 
+from dpt.bounds import ArgumentParser, bounded, check_bounds, fail
 from dpt.config import flatten, load_config, save_config
 from dpt.curves import plot_curves
 from dpt.shapes.captions import WebNoise
@@ -33,7 +34,7 @@ from dpt.shapes.clip import (
 )
 from dpt.shapes.quality import LABELS, judge_prompts
 from dpt.shapes.scenes import IMAGE_SIZE, render
-from dpt.shapes.training import save_folder, train_stage
+from dpt.shapes.training import read_state, save_folder, train_stage
 from dpt.shapes.unet import Latents, denoising_losses, make_scheduler, make_unet, validation_losses
 from dpt.shapes.vae import cache_latents, make_vae, measure_scaling_factor, reconstruction_error, vae_losses, whiten
 from dpt.shapes.world import PROMPT_CATEGORIES, ShapesWorld, load_prompts
@@ -43,19 +44,24 @@ from dpt.unet_features import set_cpu_attention
 
 @dataclass
 class Optimization:
-    steps: int = 1000
-    lr: float = 1e-3
-    warmup: int = 50
+    steps: int = bounded(1000, at_least=1)
+    lr: float = bounded(1e-3, above=0)
+    warmup: int = bounded(50, at_least=0)
     """steps of linear warm-up"""
-    decay: float = 0.4
+    decay: float = bounded(0.4, at_least=0, at_most=1)
     """share of the steps at the end over which the learning rate falls to zero"""
-    ema: float = 0.995
+    ema: float = bounded(0.995, at_least=0, below=1)
     """decay of the weights' average, which is what a stage delivers"""
-    batch_size: int = 64
-    parts: int = 1
+    batch_size: int = bounded(64, at_least=1, at_most=100_000)
+    parts: int = bounded(1, at_least=1, at_most=1000)
     """of a batch, computed side by side on a thread each"""
-    save_every: int = 100
-    evaluate_every: int = 100
+    save_every: int = bounded(100, at_least=1)
+    evaluate_every: int = bounded(100, at_least=1)
+
+    def __post_init__(self):
+        check_bounds(self, "optimization: ")
+        if self.parts > self.batch_size:
+            raise ValueError(f"optimization: parts is {self.parts}; it must be at most batch_size, {self.batch_size}")
 
     @property
     def part_size(self) -> int:
@@ -65,49 +71,58 @@ class Optimization:
 
 @dataclass
 class Clip:
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
-    hard_share: float = 0.25
+    width: int = bounded(128, at_least=1, at_most=8192)
+    layers: int = bounded(4, at_least=1, at_most=100)
+    heads: int = bounded(4, at_least=1, at_most=1000)
+    hard_share: float = bounded(0.25, at_least=0, at_most=1)
     """share of a batch that is pairs of an example and its hard negative"""
     train: Optimization = field(default_factory=lambda: Optimization(steps=900, batch_size=256))
+
+    def __post_init__(self):
+        check_bounds(self, "clip.")
 
 
 @dataclass
 class Vae:
-    channels: list[int] = field(default_factory=lambda: [16, 32, 64, 64])
-    crop: int = 64
-    kl_weight: float = 1e-6
+    channels: list[int] = bounded([16, 32, 64, 64], at_least=1, at_most=8192)
+    crop: int = bounded(64, at_least=1, at_most=IMAGE_SIZE)
+    kl_weight: float = bounded(1e-6, at_least=0)
     train: Optimization = field(default_factory=lambda: Optimization(steps=3500, batch_size=24, lr=2e-3))
     decoder: Optimization = field(default_factory=lambda: Optimization(steps=700, batch_size=8, lr=1e-3))
     """the decoder alone, on whole pictures, with the encoder, and so the latents, as they are"""
-    decoder_noise: float = 0.3
+    decoder_noise: float = bounded(0.3, at_least=0)
     """what it is trained to see through: generated latents are never exact (in units of the whitened latents)"""
+
+    def __post_init__(self):
+        check_bounds(self, "vae.")
 
 
 @dataclass
 class Unet:
-    channels: list[int] = field(default_factory=lambda: [48, 96, 128, 128])
-    heads: list[int] = field(default_factory=lambda: [2, 3, 4, 4])
-    num_latents: int = 100_000
+    channels: list[int] = bounded([48, 96, 128, 128], at_least=1, at_most=8192)
+    heads: list[int] = bounded([2, 3, 4, 4], at_least=1, at_most=1000)
+    num_latents: int = bounded(100_000, at_least=1, at_most=100_000_000)
     """scenes whose latents are cached and trained on"""
-    caption_dropout: float = 0.1
+    caption_dropout: float = bounded(0.1, at_least=0, at_most=1)
     web_noise: WebNoise = field(default_factory=WebNoise)
-    contrastive_batch_size: int = 32
+    contrastive_batch_size: int = bounded(32, at_least=2, at_most=100_000)
     """pictures a step of CLIP's loss, with which both towers are trained along: all of them pairs of an example and its
     hard negative"""
-    contrastive_weight: float = 0.1
-    wording_batch_size: int = 64
+    contrastive_weight: float = bounded(0.1, at_least=0)
+    wording_batch_size: int = bounded(64, at_least=1, at_most=100_000)
     """captions a step of `wording_loss`"""
-    guidance_scale: float = 5.0
+    guidance_scale: float = bounded(5.0, at_least=0, below=1000)
     """for the pictures drawn while training"""
-    prompts_per_category: int = 10
+    prompts_per_category: int = bounded(10, at_least=1)
     """val prompts drawn at each evaluation"""
     train: Optimization = field(
         default_factory=lambda: Optimization(
             steps=10_000, ema=0.998, parts=2, save_every=100, evaluate_every=500, warmup=100
         )
     )
+
+    def __post_init__(self):
+        check_bounds(self, "unet.")
 
 
 @dataclass
@@ -117,12 +132,15 @@ class PretrainConfig:
     stages: list[str] = field(default_factory=lambda: ["clip", "vae", "latents", "unet", "decoder", "export"])
     init_from: str | None = None
     """a folder that `export` wrote: its CLIP and autoencoder are kept, its U-Net is trained on"""
-    threads: int = 2
+    threads: int = bounded(2, at_least=1, at_most=1024)
     clip: Clip = field(default_factory=Clip)
     vae: Vae = field(default_factory=Vae)
     unet: Unet = field(default_factory=Unet)
     output: str = "ckpt/shapes"
     """the diffusers folder that `export` writes"""
+
+    def __post_init__(self):
+        check_bounds(self)
 
 
 def run_clip(config: PretrainConfig, folder: Path) -> None:
@@ -311,8 +329,11 @@ def run_export(config: PretrainConfig, folder: Path) -> None:
     scaling_factor = measure_scaling_factor(run_latents(config, folder)["train"])
     sd = assemble(config, folder, scaling_factor)
     clip, tokenizer = load_clip(folder / "clip")
-    state = torch.load(folder / "unet.pt", weights_only=True)
-    nn.ModuleDict({"unet": sd.unet, "clip": clip}).load_state_dict(state["average"])
+    state = read_state(folder / "unet.pt")
+    try:
+        nn.ModuleDict({"unet": sd.unet, "clip": clip}).load_state_dict(state["average"])
+    except RuntimeError as error:
+        raise ValueError(f"{folder / 'unet.pt'} is of another model: {error}") from error
     sd.text_encoder.load_state_dict(clip.text_model.state_dict())
     pipeline = StableDiffusionPipeline(
         vae=sd.vae.half(),
@@ -392,7 +413,7 @@ STAGES = {
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("config", help="a YAML file: what differs from the defaults of `PretrainConfig`")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
@@ -404,8 +425,7 @@ def main(argv: list[str] | None = None) -> int:
         if config.init_from and not Path(config.init_from).is_dir():
             raise ValueError(f"init_from is {config.init_from!r}, which is no folder")
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     torch.set_num_threads(config.threads)
     folder = Path(config.folder)
     try:
@@ -419,9 +439,8 @@ def main(argv: list[str] | None = None) -> int:
             check_settings(config, stage, folder)
             save_config(config, folder / f"{stage}.yaml")
             STAGES[stage](config, folder)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
+        return fail(error)
     return 0
 
 

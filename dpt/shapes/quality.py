@@ -11,15 +11,19 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import Literal, get_args
 
+import msgspec
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dpt.curves import plot_curves
-from dpt.images import make_grid, to_images, to_pixels
+from dpt.bounds import ArgumentParser, fail, number
+from dpt.curves import plot_curves, read_metrics
+from dpt.files import read_json_lines
+from dpt.images import make_grid, read_image, to_images, to_pixels
 from dpt.metrics import bootstrap_interval
-from dpt.results import RESULTS, record_section
+from dpt.results import RESULTS, figure_beside, record_section
 from dpt.sampling import draw
 from dpt.shapes.clip import load_clip, pooled_cosines, retrieval
 from dpt.shapes.oracle import judge
@@ -36,7 +40,8 @@ WORD_PAIRS = (
     ("a red circle {} a blue square", "above", "below"),
     ("a red circle to the {} of a blue square", "left", "right"),
 )
-LABELS = ("correct", "misaligned", "malformed")
+Label = Literal["correct", "misaligned", "malformed"]
+LABELS = get_args(Label)
 LABELLED_FOLDER = Path(__file__).parent / "labelled"
 LABELLED = {
     "early stages": LABELLED_FOLDER,
@@ -45,6 +50,26 @@ LABELLED = {
 }
 """pictures labelled by eye: of the oracle's thresholds that of outlines was chosen on the first half of the first set,
 that at the border on the first two, and nothing on the third"""
+
+
+class Verdict(msgspec.Struct):
+    """A line of `verdicts.jsonl`: what `judge_prompts` drew, and what the oracle said."""
+
+    category: str
+    prompt: str
+    seed: int
+    label: Label
+    reason: str
+
+
+class Labelled(msgspec.Struct):
+    """A line of `labels.jsonl`: a picture to be labelled by eye, and its label, null until then."""
+
+    stage: str
+    category: str
+    prompt: str
+    seed: int
+    label: Label | None
 
 
 # Pictures of prompts
@@ -117,9 +142,11 @@ def _percent(share):
 
 def load_labelled(folder: Path) -> list[dict]:
     """The pictures of a folder that were labelled by eye: image (128, 128, 3) uint8, prompt, label, stage."""
-    sheet = np.array(Image.open(folder / "pictures.png").convert("RGB"))
-    columns = sheet.shape[1] // IMAGE_SIZE
-    records = [json.loads(line) for line in (folder / "labels.jsonl").read_text().splitlines()]
+    sheet = read_image(folder / "pictures.png")
+    rows, columns = (side // IMAGE_SIZE for side in sheet.shape[:2])
+    records = msgspec.to_builtins(read_json_lines(folder / "labels.jsonl", Labelled))
+    if len(records) > rows * columns:
+        raise ValueError(f"{folder / 'pictures.png'} has {rows * columns} pictures, labels.jsonl {len(records)} lines")
     for k, record in enumerate(records):
         y, x = (IMAGE_SIZE * v for v in divmod(k, columns))
         record["image"] = np.ascontiguousarray(sheet[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE])
@@ -249,9 +276,12 @@ def base_section(args: argparse.Namespace) -> str:
 
 def curve_section(args: argparse.Namespace) -> str:
     """The U-Net's val curve, drawn beside the Markdown file."""
-    records = [json.loads(line) for line in (args.run / "unet.metrics.jsonl").read_text().splitlines()]
-    records = [record for record in records if "val_loss" in record]
-    plot_curves(args.run / "unet.metrics.jsonl", args.output.parent / "pretraining.png")
+    path = args.run / "unet.metrics.jsonl"
+    records = [record for record in read_metrics(path) if "val_loss" in record]
+    for record in records:
+        if lacking := {"val_loss_unweighted", *LABELS} - record.keys():
+            raise ValueError(f"{path}: step {record['step']} lacks {min(lacking)}")
+    plot_curves(path, figure_beside(args.output, "pretraining.png"))
     lines = ["![Loss and verdicts while the U-Net was trained](pretraining.png)", ""]
     lines += ["| step | val loss | unweighted | correct % | misaligned % | malformed % |", "|---|---|---|---|---|---|"]
     for record in records:
@@ -264,14 +294,22 @@ def curve_section(args: argparse.Namespace) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser, count = ArgumentParser(description=__doc__), number(int, at_least=1, at_most=1_000_000)
     parser.add_argument("section", choices=("oracle", "clip", "base", "curve"))
     parser.add_argument("--output", type=Path, default=RESULTS, help="the Markdown file (default: docs/results.md)")
-    parser.add_argument("--renders", type=int, default=5000, help="oracle: fresh renders")
-    parser.add_argument("--round_trips", type=int, default=5000, help="oracle: of these, sent through the VAE")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[2, 3, 4, 5, 7.5], help="base: scales to try")
-    parser.add_argument("--prompts_for_guidance", type=int, default=20, help="base: prompts a category for that")
-    parser.add_argument("--seeds", type=int, default=1, help="base: image seeds a prompt")
+    parser.add_argument("--renders", type=count, default=5000, help="oracle: fresh renders")
+    parser.add_argument("--round_trips", type=count, default=5000, help="oracle: of these, sent through the VAE")
+    parser.add_argument(
+        "--guidance",
+        type=number(float, at_least=0, below=1000),
+        nargs="+",
+        default=[2, 3, 4, 5, 7.5],
+        help="base: scales to try",
+    )
+    parser.add_argument("--prompts_for_guidance", type=count, default=20, help="base: prompts a category for that")
+    parser.add_argument(
+        "--seeds", type=number(int, at_least=1, at_most=SEEDS_APART), default=1, help="base: image seeds a prompt"
+    )
     parser.add_argument(
         "--run", type=Path, default=Path("outputs/shapes-pretrain"), help="curve: the folder of the pretraining"
     )
@@ -280,8 +318,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         text = sections[args.section](args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     print(text)
     record_section(args.output, args.section, f"python -m dpt.shapes.quality {shlex.join(argv)}", text)
     return 0

@@ -13,7 +13,7 @@ from dpt.data.mining import most_similar
 from dpt.shapes.captions import caption_text
 from dpt.shapes.clip import embed_images, embed_texts, load_clip
 from dpt.shapes.scenes import render
-from dpt.shapes.vae import cache_latents
+from dpt.shapes.vae import cache_latents, read_array
 from dpt.shapes.world import ShapesWorld
 from dpt.stable_diffusion import CKPT_FOLDER, StableDiffusion
 
@@ -140,7 +140,7 @@ def mine_scenes(world: ShapesWorld, num_samples: int, folder: Path) -> tuple[np.
     digest = hashlib.sha256(f"{world.key()} {num_samples} {CANDIDATES}".encode() + weights).hexdigest()[:12]
     path = folder / f"mined_{digest}.npy"
     if path.exists():
-        return tuple(np.load(path))
+        return tuple(read_array(path, (2, num_samples, min(CANDIDATES, num_samples - 1))))
     clip, tokenizer = load_clip(CKPT_FOLDER / "shapes/clip")
     texts = [world.caption(i) for i in range(num_samples)]
     parts = [range(first, min(first + 256, num_samples)) for first in range(0, num_samples, 256)]

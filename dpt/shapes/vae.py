@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import tokenize
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -127,8 +128,24 @@ def cache_latents(
             temporary = path.with_suffix(f".{os.getpid()}.tmp.npy")  # another process may be at the same chunk
             np.save(temporary, np.concatenate(rows))
             temporary.replace(path)
-        parts.append(np.load(path))
+        parts.append(read_array(path, (stop - start, 8, None, None)))
     return np.concatenate(parts)
+
+
+def read_array(path: Path, shape: tuple[int | None, ...]) -> np.ndarray:
+    """A cached array of numbers; None in its shape stands for any length.
+
+    Raises:
+        ValueError: the file holds no such array; it is named.
+    """
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")  # so that no memory is taken for what is not there
+    except (OSError, EOFError, ValueError, TypeError, SyntaxError, tokenize.TokenError) as error:
+        raise ValueError(f"{path} cannot be read as an array ({error}); remove it, and it is made again") from error
+    fits = len(array.shape) == len(shape) and all(a in (None, b) for a, b in zip(shape, array.shape, strict=True))
+    if not fits or array.dtype.kind not in "fi":
+        raise ValueError(f"{path} holds no array of shape {shape}; remove it, and it is made again")
+    return np.array(array)
 
 
 @torch.no_grad()

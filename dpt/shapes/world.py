@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dpt.files import read_text, text_lines
 from dpt.shapes.captions import (
     CATEGORIES,
     OPPOSITE,
@@ -337,7 +338,7 @@ PROMPT_CATEGORIES = (*CATEGORIES, "unseen")
 @cache
 def load_prompts(split: str, category: str) -> tuple[str, ...]:
     """The committed prompts of "val" or "test" in one of `PROMPT_CATEGORIES`."""
-    return tuple((PROMPT_FOLDER / f"{split}_{category}.txt").read_text().splitlines())
+    return tuple(text_lines(read_text(PROMPT_FOLDER / f"{split}_{category}.txt")))
 
 
 def make_prompts(category: str, *, per_category: int = 100, seed: int = 0) -> dict[str, list[str]]:

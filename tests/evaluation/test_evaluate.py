@@ -10,13 +10,14 @@ import pytest
 from PIL import Image
 
 import evaluate
-from dpt.evaluation.align import score
+from dpt.evaluation.align import score, score_lines
 from dpt.evaluation.arms import Arm
+from dpt.evaluation.figures import read_arm
 from dpt.evaluation.prompts import load_prompt_set
 from dpt.evaluation.quality import frechet_distance, render_prompt, spread
 from dpt.evaluation.scorers import Scorer
 from dpt.evaluation.table import draw_arms
-from dpt.images import read_lines, read_metadata
+from dpt.images import read_metadata
 from dpt.metrics import bootstrap_interval, bootstrap_p, crossed_bootstrap, holm
 from dpt.shapes.oracle import judge
 
@@ -33,6 +34,14 @@ def write_arms(folder, **arms):
     for name, settings in arms.items():
         (folder / f"{name}.yaml").write_text(json.dumps({"num_inference_steps": 2} | settings))
     return [str(folder / f"{name}.yaml") for name in arms]
+
+
+def code(words):
+    """The exit code, also where a flag's is argparse's."""
+    try:
+        return evaluate.main(words)
+    except SystemExit as stop:
+        return stop.code
 
 
 def generate(arms, outdir, *more):
@@ -92,6 +101,78 @@ def test_nothing_is_drawn_twice_and_settings_are_not_mixed(drawn, capsys):
     settings.write_text(content)
 
 
+def test_only_own_pictures_without_a_record_are_moved_aside(drawn, tmp_path, capsys):
+    root, arms, _ = drawn
+    folder = tmp_path / "base"
+    shutil.copytree(root / "out/base", folder)
+    lines = (folder / "metadata.jsonl").read_text().split("\n")
+    (folder / "metadata.jsonl").write_text("\n".join(lines[1:]))
+    lost = json.loads(lines[0])["file"]
+    others = [
+        "holiday.png",
+        "samples/00000_000000_9.png",
+        "samples/a red circle_000001.png",
+        "samples/.x.tmp",
+        "x/a.png",
+    ]
+    (folder / "x").mkdir()
+    for name in others:
+        Image.new("RGB", (8, 8)).save(folder / name, "PNG")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.suffix in (".png", ".tmp")}
+    assert generate(arms[:1], tmp_path) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["base"] == {"pictures": 14, "new": 1}
+    assert f"{folder}: 1 pictures without a record are now in {folder}/unrecorded-0" in captured.err
+    assert (folder / "unrecorded-0" / lost).read_bytes() == before.pop(folder / lost)
+    assert (folder / lost).exists()  # drawn again
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert generate(arms[:1], tmp_path) == 0
+    assert not (folder / "unrecorded-1").exists()
+    assert evaluate.main(["align", str(folder), "--metrics", "oracle"]) == 0
+    note = "2 pictures are passed over, such as samples/00000_000000_9.png: they have no record in metadata.jsonl"
+    assert note in capsys.readouterr().err
+
+
+def test_compbench_s_numbers_run_on_over_a_category_s_prompts(tmp_path, capsys):
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    (prompts / "color_val.txt").write_text("a red circle\na blue star\na red cross\n")
+    (prompts / "shape_val.txt").write_text("a green square\na red circle\n")
+    few = ["--prompts", f"compbench:{prompts}", "--compbench", "--outdir", str(tmp_path), "--seeds"]
+    words = ["generate", "--arms", *write_arms(tmp_path, base={"num_inference_steps": 1}), *few]
+    assert evaluate.main([*words, "2", "0"]) == 0
+    assert "1 prompts, such as 'a red circle', are drawn for the first of their cat" in capsys.readouterr().err
+    names = {path.parent.parent.name: [] for path in (tmp_path / "base").glob("*/samples/*.png")}
+    for path in sorted((tmp_path / "base").glob("*/samples/*.png"), key=lambda path: path.stem[-6:]):
+        names[path.parent.parent.name].append(path.stem)
+    assert names == {
+        "color": [
+            f"a {name}_{k:06d}" for k, name in enumerate(["red circle"] * 2 + ["blue star"] * 2 + ["red cross"] * 2)
+        ],
+        "shape": ["a green square_000000", "a green square_000001"],
+    }
+    assert Image.open(tmp_path / "base/color/samples/a blue star_000002.png").text["seed"] == "2"
+    capsys.readouterr()
+    assert evaluate.main([*words, "2", "0"]) == 0
+    assert json.loads(capsys.readouterr().out)["base"]["new"] == 0
+    assert evaluate.main([*words, "0", "2"]) == 2  # names would change places
+    assert "choose another folder" in capsys.readouterr().err
+    layouts = {"run on over the prompts": tmp_path / "base/color", "begin anew with each prompt": tmp_path / "old"}
+    old = tmp_path / "old/samples"  # as evaluate.py once named them
+    old.mkdir(parents=True)
+    for k, name in enumerate(names["color"]):
+        shutil.copy(tmp_path / f"base/color/samples/{name}.png", old / f"{name[:-7]}_{k % 2:06d}.png")
+    Image.new("RGB", (8, 8)).save(old / "grid-0000.png")
+    values = []
+    for said, folder in layouts.items():
+        assert evaluate.main(["align", str(folder), "--metrics", "oracle"]) == 0
+        assert f"{folder}: file numbers {said}" in (error := capsys.readouterr().err)
+        assert ("1 pictures are passed over, such as samples/grid-0000.png" in error) == (folder.name == "old")
+        values.append(read_arm(folder)["values"])
+    assert values[0] == values[1]
+    assert values[0].keys() == {(f"a {name}", k) for name in ("red circle", "blue star", "red cross") for k in (0, 1)}
+
+
 def test_parity_ends_the_sampling_otherwise(drawn, tmp_path):
     root, arms, _ = drawn
     assert generate(arms[:1], tmp_path, "parity=true") == 0
@@ -127,8 +208,8 @@ def test_a_kill_loses_what_is_being_drawn_alone(drawn, tmp_path, capsys):
         record["file"]: (tmp_path / "base" / record["file"]).read_bytes() for record in read_metadata(tmp_path / "base")
     }
     assert len(before) < 14
-    for name in ("killed before its record.png", ".killed before its name.tmp"):
-        (tmp_path / "base/samples" / name).write_bytes(b"")
+    unrecorded = tmp_path / "base/samples/00000_000000_7.png"  # killed before its record
+    shutil.copy(tmp_path / "base" / next(iter(before)), unrecorded)
     with (tmp_path / "base/metadata.jsonl").open("a") as file:
         file.write('{"file": "samp')  # a record cut short
     capsys.readouterr()
@@ -136,6 +217,7 @@ def test_a_kill_loses_what_is_being_drawn_alone(drawn, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["base"] == {"pictures": 14, "new": 14 - len(before)}
     records = read_metadata(tmp_path / "base")
     assert len(records) == len(list((tmp_path / "base/samples").iterdir())) == 14
+    assert (tmp_path / "base/unrecorded-0/samples/00000_000000_7.png").exists()
     assert all((tmp_path / "base" / name).read_bytes() == content for name, content in before.items())
     for record in records:
         ours, theirs = (np.array(Image.open(f / "base" / record["file"])).astype(int) for f in (tmp_path, root / "out"))
@@ -164,7 +246,7 @@ def test_two_processes_share_the_drawing(drawn, tmp_path):
 
 def test_scores_are_kept_by_file_and_hash(drawn, capsys):
     root, _, folders = drawn
-    assert {"label", "reason", "sha256"} <= read_lines(root / "out/base/oracle.jsonl")[0].keys()
+    assert {"label", "reason", "sha256"} <= score_lines(root / "out/base/oracle.jsonl")[0].keys()
     assert evaluate.main(["align", folders[0], "--metrics", "oracle"]) == 0
     path = root / "out/base" / read_metadata(root / "out/base")[0]["file"]
     content = path.read_bytes()
@@ -389,6 +471,10 @@ def test_step_and_maps_of_attend_and_excite_change_the_picture(tmp_path):
         ({"a": {"attention_step": -5, "attend_and_excite": True}}, "attention_step is -5"),
         ({"a": {"attention_step": 5}}, "attention_step is set"),
         ({"a": {"parity": True, "dpt": "x", "correction_norm": 0.1}}, "parity is set"),
+        ({"a": {"train_seeds": []}}, "train_seeds is []"),
+        ({"a": {"train_seeds": [1, 1]}}, "train_seeds is [1, 1]"),
+        ({"a": {"train_seeds": [-1]}}, "train_seeds is -1"),
+        ({"a": {"best_of": 10**9}}, "best_of is 1000000000"),
         ({"a": {"dpt": "nowhere"}}, "nowhere is not there"),
         ({"a": {"lora": "nowhere"}}, "lora nowhere is not there"),
         ({"a": {"dpt": "x", "lora": "y"}}, "exclude each other"),
@@ -405,12 +491,15 @@ def test_bad_arms_are_one_line(tmp_path, capsys, arms, message):
     ("words", "message"),
     [
         (["--seeds", "0", "0"], "--seeds is [0, 0]"),
-        (["--seeds", "-1"], "--seeds is [-1]"),
-        (["--batch_size", "0"], "--batch_size is 0"),
+        (["--seeds", "-1"], "argument --seeds: '-1'; it must be a whole number at least 0 and below 1000"),
+        (["--seeds", "1000"], "argument --seeds: '1000'"),
+        (["--batch_size", "0"], "argument --batch_size: '0'"),
+        (["--per_category", "0"], "argument --per_category: '0'"),
     ],
 )
 def test_bad_flags_of_a_drawing_are_one_line(tmp_path, capsys, words, message):
-    assert generate(write_arms(tmp_path, base={}), tmp_path / "out", *words) == 2
+    words = ["--prompts", "shapes:val", "--outdir", str(tmp_path / "out"), *words]
+    assert code(["generate", "--arms", *write_arms(tmp_path, base={}), *words]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert message in error

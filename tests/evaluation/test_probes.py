@@ -195,7 +195,11 @@ def test_an_experiment_from_training_to_table(tmp_path, capsys):
         (["per_category=0"], "per_category is 0"),
         (["image_seeds=[]"], "image_seeds is []"),
         (["runs.probe.seeds=[]"], "runs.probe.seeds is empty"),
-        (["--jobs", "0"], "--jobs is 0"),
+        (["--jobs", "0"], "argument --jobs: '0'; it must be a whole number at least 1"),
+        (["--batch_size", "x"], "argument --batch_size: 'x'"),
+        (["measure.num_samples=0"], "measure.num_samples is 0"),
+        (["runs.probe.seeds=[-1]"], "seeds is -1"),
+        (["more_arms={a: {train_seeds: []}}"], "train_seeds is []"),
         (["--record", "tests"], "--record is tests, a folder"),
         (["protocol={x: rumour}"], "sources are paper"),
         (["more_arms={base: {}}"], "two arms are named 'base'"),
@@ -204,7 +208,11 @@ def test_an_experiment_from_training_to_table(tmp_path, capsys):
 )
 def test_bad_experiments_are_one_line_before_anything_is_trained(tmp_path, capsys, changes, message):
     (tmp_path / "e.yaml").write_text("runs: {probe: {stage: probe}}\narms: [configs/shapes/arms/base.yaml]\n")
-    assert evaluate.main(["experiment", str(tmp_path / "e.yaml"), f"folder={tmp_path}", *changes]) == 2
+    try:
+        code = evaluate.main(["experiment", str(tmp_path / "e.yaml"), f"folder={tmp_path}", *changes])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 import evaluate
-from dpt.images import read_lines
+from dpt.evaluation.align import score_lines
 
 TINY_CLIP = {
     "embed_dim": 16,
@@ -47,7 +47,7 @@ def test_clip_score_by_a_small_open_clip(pictures, tmp_path, capsys):
     assert "needs weights of tiny-clip: put a file of OpenCLIP's tiny-clip" in capsys.readouterr().err
     torch.save(model.state_dict(), weights)
     assert evaluate.main(command) == 0
-    records = read_lines(pictures / "clip.tiny-clip.tiny.jsonl")
+    records = score_lines(pictures / "clip.tiny-clip.tiny.jsonl")
     assert records[0]["file"] == "samples/a blue cat on a bed_000000.png"
     preprocess = open_clip.image_transform(32, is_train=False)
     pixels = preprocess(Image.open(pictures / records[0]["file"]))[None]
@@ -85,7 +85,7 @@ def test_blip_scores_by_a_small_blip(pictures, tmp_path, capsys):
     )
     processor.save_pretrained(folder)
     assert evaluate.main([*command, "--batch_size", "3"]) == 0
-    for record in read_lines(pictures / "blip.tiny-blip.jsonl"):
+    for record in score_lines(pictures / "blip.tiny-blip.jsonl"):
         prompt = record["file"].removeprefix("samples/")[: -len("_000000.png")]
         inputs = processor(images=Image.open(pictures / record["file"]), text=prompt, return_tensors="pt")
         inputs = {name: inputs[name] for name in ("pixel_values", "input_ids", "attention_mask")}

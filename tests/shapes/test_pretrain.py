@@ -67,6 +67,12 @@ def test_bad_starts_are_one_line_and_exit_code_2(tmp_path, capsys):
         (["init_from=nowhere"], "nowhere"),
         (["stages=[unet]"], "clip"),
         (["stages=[draw]"], "stages names 'draw'"),
+        (["unet.train.steps=0"], "steps is 0"),
+        (["vae.train.parts=9"], "parts is 9; it must be at most batch_size, 2"),
+        (["vae.channels=[8,-8]"], "vae.channels is -8"),
+        (["unet.num_latents=-1"], "unet.num_latents is -1"),
+        (["clip.hard_share=nan"], "clip.hard_share is nan"),
+        (["threads=0"], "threads is 0"),
     ):
         assert run(tmp_path / "x", *extra) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -69,3 +69,89 @@ def test_sections_say_their_command(tmp_path, capsys):
     capsys.readouterr()
     assert main(["curve", "--run", str(tmp_path / "none"), "--output", str(tmp_path / "r.md")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "line 1: expected object, got array"),
+        ('{"category": "single", "prompt": 7, "seed": 0, "label": "correct", "reason": ""}', "line 1: prompt"),
+        ('{"prompt": "a red circle"}', "line 1: object is missing required field"),
+        ("[" * 100_000, "line 1: "),
+    ],
+)
+def test_bad_verdicts_and_labels_are_one_line(tmp_path, capsys, content, message):
+    (tmp_path / "verdicts.jsonl").write_text(content + "\n")
+    (tmp_path / "labels.jsonl").write_text(content + "\n")
+    Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE)).save(tmp_path / "pictures.png")
+    collect = ["collect", str(tmp_path), "--count", "1", "--folder", str(tmp_path / "set")]
+    sheets = ["sheets", str(tmp_path / "pages"), "--folder", str(tmp_path)]
+    for words, name in ((collect, "verdicts"), (sheets, "labels")):
+        assert label.main(words) == 2
+        error = capsys.readouterr().err
+        assert f"{name}.jsonl, {message}" in error
+        assert error.count("\n") == 1
+
+
+def test_labels_and_pages_take_no_other_file_s_place(drawn, tmp_path, capsys):
+    folder, _ = drawn
+    (tmp_path / "pictures.png").write_bytes(b"x")
+    assert label.main(["collect", str(folder), "--count", "3", "--folder", str(tmp_path)]) == 2
+    assert "pictures.png exists already" in capsys.readouterr().err
+    assert label.main(["sheets", str(tmp_path)]) == 2
+    assert "pictures.png, which is no page" in capsys.readouterr().err
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"x"]
+
+
+def test_more_labels_than_pictures_are_named(tmp_path, capsys):
+    line = json.dumps({"stage": "s", "category": "single", "prompt": "a", "seed": 0, "label": None})
+    (tmp_path / "labels.jsonl").write_text(f"{line}\n{line}\n")
+    Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE)).save(tmp_path / "pictures.png")
+    assert label.main(["sheets", str(tmp_path / "pages"), "--folder", str(tmp_path)]) == 2
+    assert "has 1 pictures, labels.jsonl 2 lines" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("7\n", "line 1: expected object, got int"),
+        ('{"step": 1, "val_loss": "x"}\n', "line 1: "),
+        ('{"step": 1, "val_loss": 1}\n', "step 1 lacks correct"),
+    ],
+)
+def test_bad_curves_are_one_line(tmp_path, capsys, content, message):
+    (tmp_path / "unet.metrics.jsonl").write_text(content)
+    assert main(["curve", "--run", str(tmp_path), "--output", str(tmp_path / "r.md")]) == 2
+    error = capsys.readouterr().err
+    assert "unet.metrics.jsonl" in error
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_figure_takes_no_other_s_place(tmp_path, capsys):
+    record = {"step": 1, "loss": 0.1, "val_loss": 0.2, "val_loss_unweighted": 0.1} | dict.fromkeys(quality.LABELS, 0.3)
+    (tmp_path / "unet.metrics.jsonl").write_text(json.dumps(record) + "\n")
+    (tmp_path / "pretraining.png").write_bytes(b"mine")
+    assert main(["curve", "--run", str(tmp_path), "--output", str(tmp_path / "r.md")]) == 2
+    assert "pretraining.png is there" in capsys.readouterr().err
+    assert (tmp_path / "pretraining.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (main, ["oracle", "--renders", "0"]),
+        (main, ["oracle", "--round_trips", "x"]),
+        (main, ["base", "--guidance", "nan"]),
+        (main, ["base", "--prompts_for_guidance", "0"]),
+        (main, ["base", "--seeds", "1001"]),
+        (label.main, ["collect", "x", "--count", "0"]),
+    ],
+)
+def test_number_flags_have_ranges(capsys, command, words):
+    with pytest.raises(SystemExit) as stop:
+        command(words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.count("\n") == 1
+    assert f"argument {words[-2]}: {words[-1]!r}; it must be a" in error

@@ -5,6 +5,7 @@ import torch
 from dpt.shapes.captions import parse
 from dpt.shapes.clip import embed_texts, load_clip
 from dpt.shapes.samples import ShapesSamples
+from dpt.shapes.vae import read_array
 from dpt.stable_diffusion import load_stable_diffusion
 
 
@@ -64,3 +65,25 @@ def test_mined_samples_are_like_and_false_of_each_other(sd, folder):
 def test_impossible_settings(sd, folder, options, message):
     with pytest.raises(ValueError, match=message):
         ShapesSamples(sd, folder, **{"num_samples": 24} | options)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage", b"\x93NUMPY\x01\x00", b"PK\x03\x04", "other shape", "text", "huge"]
+)
+def test_bad_caches_are_named(tmp_path, content):
+    path = tmp_path / "0000000_2.npy"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.save(path, np.zeros((2, 8, 2)) if content == "other shape" else np.full((2, 8, 2, 2), "a"))
+    if content == "huge":
+        with path.open("wb") as file:
+            header = {"descr": "<f8", "fortran_order": False, "shape": (2, 8, 200_000, 200_000)}
+            np.lib.format.write_array_header_1_0(file, header)
+    with pytest.raises(ValueError, match=r"0000000_2\.npy .*remove it, and it is made again"):
+        read_array(path, (2, 8, None, None))
+
+
+def test_a_whole_cache_is_read(tmp_path):
+    np.save(tmp_path / "a.npy", np.ones((2, 8, 3, 3), np.float16))
+    assert read_array(tmp_path / "a.npy", (2, 8, None, None)).shape == (2, 8, 3, 3)
