@@ -4,7 +4,6 @@ Nothing is ever overwritten, also when several runs write into one folder.
 """
 
 import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -128,7 +127,9 @@ def append_line(path: Path, record: dict) -> None:
     """Adds a record to a file of JSON lines, in one write; what a kill left of the record before is cut off."""
     line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
     with path.open("ab") as file:
-        with contextlib.suppress(OSError):  # a file system without locks
+        with contextlib.suppress(ImportError, OSError):  # a system, or a file system, without such locks
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX)  # else another process's record could be taken for one cut short
         rest = _last_line(path)
         if is_cut_short(rest):
