@@ -13,6 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpt.bounds import bounded, check_bounds, one_of
 from dpt.files import write_text
 
 T = TypeVar("T")
@@ -169,58 +170,56 @@ CONTROLS = {
 """name -> what a probe (or a tune) is deprived of"""
 
 
-# What weights are made of
+# What weights are made of. Upper bounds keep a damaged or hostile file from taking all memory.
+
+MOST_MAPS, MOST_RANK = 32, 2048
+"""feature maps that an adapter reads, rank of a LoRA"""
 
 
 @dataclass
 class AdapterSettings:
     """The adapter's free sizes; the defaults are the paper's."""
 
-    hidden_dim: int = 256
-    nheads: int = 8
-    enc_layers: int = 1
-    dec_layers: int = 1
-    dim_feedforward: int = 2048
-    dropout: float = 0.1
+    hidden_dim: int = bounded(256, at_least=4, at_most=2048)
+    nheads: int = bounded(8, at_least=1, at_most=2048)
+    enc_layers: int = bounded(1, at_least=1, at_most=16)
+    dec_layers: int = bounded(1, at_least=1, at_most=16)
+    dim_feedforward: int = bounded(2048, at_least=1, at_most=16_384)
+    dropout: float = bounded(0.1, at_least=0, below=1)
     pre_norm: bool = False
-    position_embedding: str = "sine"
-    """sine or learned"""
-    num_queries_itm: int = 10
-    num_queries_rec: int = 100
-    contrastive_dim: int = 64
-    fusion_dim: int = 1280
-    fusion_size: int = 16
+    position_embedding: str = one_of("sine", "sine", "learned")
+    num_queries_itm: int = bounded(10, at_least=1, at_most=2048)
+    num_queries_rec: int = bounded(100, at_least=1, at_most=2048)
+    contrastive_dim: int = bounded(64, at_least=1, at_most=8192)
+    fusion_dim: int = bounded(1280, at_least=1, at_most=16_384)
+    fusion_size: int = bounded(16, at_least=1, at_most=512)
     """channels, height and width of the map that `all` is fused to"""
 
     def __post_init__(self):
-        if self.position_embedding not in ("sine", "learned"):
-            raise ValueError(f"position_embedding is {self.position_embedding!r}; it must be sine or learned")
-        for name in ("hidden_dim", "nheads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_bounds(self, "adapter.")
         if self.hidden_dim % self.nheads or self.hidden_dim % 4:
             raise ValueError(
-                f"hidden_dim is {self.hidden_dim}; it must be divisible by 4 and by nheads ({self.nheads})"
+                f"adapter.hidden_dim is {self.hidden_dim}; it must be divisible by 4 and by nheads ({self.nheads})"
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it needs 0 <= dropout < 1")
-        for name in ("num_queries_itm", "num_queries_rec", "enc_layers", "dec_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclass
 class AdapterConfig(AdapterSettings):
     """What an adapter is made of: its free sizes, and those that follow from the model (here SD 2.1's)."""
 
-    in_channels: list[int] = field(default_factory=lambda: [1280])
+    in_channels: list[int] = bounded([1280], at_least=1, at_most=16_384)
     """channels of each feature map"""
     fuse: bool = False
     """sum the maps after a 1x1 convolution each (`all`) instead of concatenating them"""
-    text_dim: int = 1024
+    text_dim: int = bounded(1024, at_least=1, at_most=16_384)
     """width of the pooled text that ITM compares with"""
-    rec_text_dim: int = 768
+    rec_text_dim: int = bounded(768, at_least=1, at_most=16_384)
     """width of the token states that REC is aligned with"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 1 <= len(self.in_channels) <= MOST_MAPS:
+            raise ValueError(f"adapter.in_channels are {len(self.in_channels)}; it must be 1 to {MOST_MAPS}, one a map")
 
 
 @dataclass
@@ -233,13 +232,19 @@ class DPTConfig:
     itm_layer: int = -1
     """the decoder layer that ITM reads; the reference reads the first (0)"""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    control: str = "none"
+    control: str = one_of("none", *CONTROLS)
     """what training was deprived of, so that measuring is too"""
-    lora_rank: int = 0
+    lora_rank: int = bounded(0, at_least=0, at_most=MOST_RANK)
     """0: no LoRA"""
-    lora_alpha: float = 0.0
+    lora_alpha: float = bounded(0.0, at_least=0, at_most=1e6)
     metrics: dict[str, float] = field(default_factory=dict)
     """figures for the model card"""
+
+    def __post_init__(self):
+        check_bounds(self)
+        layers = self.adapter.dec_layers
+        if not -layers <= self.itm_layer < layers:
+            raise ValueError(f"itm_layer is {self.itm_layer}; the adapter has {layers} decoder layers")
 
 
 # Training
