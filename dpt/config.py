@@ -241,6 +241,8 @@ class DPTConfig:
     """figures for the model card"""
 
     def __post_init__(self):
+        if isinstance(self.adapter, dict):  # huggingface_hub made this of config.json, which nothing is read from
+            return
         check_bounds(self)
         layers = self.adapter.dec_layers
         if not -layers <= self.itm_layer < layers:
