@@ -7,7 +7,7 @@ steps: int = bounded(50, at_least=1, at_most=500)                       # a fiel
 import argparse
 import math
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,17 @@ def one_of(default: str, *choices: str):
 
 
 def check_bounds(settings, prefix: str = "") -> None:
-    """Checks the fields of a dataclass made with `bounded` and `one_of`; called in its `__post_init__`.
+    """Checks the fields of a dataclass, and of those that it consists of; called in its `__post_init__`.
+
+    Fields are made with `bounded` and `one_of`; others are not looked at.
 
     Raises:
         ValueError: a value out of bounds; its field is named behind `prefix`.
     """
     for entry in fields(settings):
         value, name = getattr(settings, entry.name), prefix + entry.name
+        if is_dataclass(value):
+            check_bounds(value, f"{name}.")
         choices, bounds = entry.metadata.get("choices"), entry.metadata.get("bounds")
         if choices and value not in choices:
             raise ValueError(f"{name} is {value!r}; it must be {', '.join(choices[:-1])} or {choices[-1]}")

@@ -45,10 +45,10 @@ def decode(text: str | bytes, schema: type[T], where: str) -> T:
     except RecursionError as error:
         raise ValueError(f"{where}: nested too deeply") from error
     except (msgspec.DecodeError, UnicodeError) as error:  # a ValidationError is a DecodeError
-        raise ValueError(f"{where}: {_in_words(str(error))}") from error
+        raise ValueError(f"{where}: {in_words(str(error))}") from error
 
 
-def _in_words(message: str) -> str:
+def in_words(message: str) -> str:
     """msgspec's message, the field first: "Expected `str`, got `int` - at `$.title`" -> "title: expected str, ..."."""
     reason, _, path = message.partition(" - at `$")
     path = re.sub(r"\[\.\.\.\]", "[]", path.rstrip("`")).lstrip(".")
