@@ -130,7 +130,7 @@ def test_a_config_that_merges_itself_over_and_over_takes_no_memory(tmp_path):
     laughs = "a0: &a0 [x]\n" + "".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]\n" for k in range(1, 20))
     for text in (laughs, laughs.replace("[x]", "{x: 1}"), "data: &a {<<: *a}", "samples: {prompts: &a [*a]}"):
         (tmp_path / "a.yaml").write_text(text)
-        with pytest.raises(ValueError, match="it cannot be read|unknown key|expected str"):
+        with pytest.raises(ValueError, match=r"it cannot be read|unknown key|expected str"):
             load_config(TrainConfig, tmp_path / "a.yaml")
 
 
