@@ -32,6 +32,14 @@ def read_text(path: str | Path) -> str:
         raise ValueError(f"{path} cannot be read: {reason}") from error
 
 
+def read_bytes(path: str | Path) -> bytes:
+    """The bytes of a file without UTF-8's byte-order mark. Raises ValueError naming the file."""
+    try:
+        return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def text_lines(text: str) -> list[str]:
     """The lines of a text without their ends. A line ends with "\\n" alone, unlike in `str.splitlines`."""
     lines = [line.removesuffix("\r") for line in text.split("\n")]
