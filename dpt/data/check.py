@@ -99,6 +99,8 @@ def check_annotations(path: Path, sizes: dict[str, tuple[int, int]]) -> Findings
             findings.add("missing or unreadable image", image.file_name)
         elif image.width and image.height and sizes[name] != (image.width, image.height):
             findings.add("image of another size", f"{name} is {sizes[name][0]}x{sizes[name][1]}")
+    if are_expressions and images and not annotations:
+        findings.add("no expression has a box", path.name)
     by_id = {stable_id(image.id): image for image in images}
     for annotation in annotations:
         image = by_id.get(stable_id(annotation.image_id))
