@@ -49,10 +49,7 @@ def read_override(override: str, schema: type) -> dict:
     key, equals, text = override.partition("=")
     if not equals:
         raise ValueError("it is not of the form key=value")
-    try:
-        override.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("it is no UTF-8 text") from error
+    _check_text(override)
     part, names = schema, key.split(".")
     for depth, name in enumerate(names):
         part = _part(part, name, ".".join(names[:depth]), schema)
@@ -98,6 +95,14 @@ def _part(part: type, name: str, above: str, schema: type) -> type:
     raise ValueError(f"unknown key {key}; {hint}")
 
 
+def _check_text(text: str) -> None:
+    """Raises ValueError where a text holds half a character, which a shell or YAML's "\\ud800" may give."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("it is no UTF-8 text") from error
+
+
 def _at_home(text: str) -> str:
     """Paths below the home folder, which a shell leaves alone behind `key=`."""
     return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
@@ -127,6 +132,7 @@ class _Document(yaml.SafeLoader):
         if node.tag == NULL and NoneType in kinds:
             return None
         if str in kinds:
+            _check_text(text)
             return text if node.tag == NULL else _at_home(text)
         for kind in (int, float, bool):
             if kind in kinds:
