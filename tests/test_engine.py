@@ -124,6 +124,11 @@ def test_another_run_is_not_resumed(tmp_path, cache, capsys):
     assert "is a probe; resume it with train_probe.py" in capsys.readouterr().err
     assert run("probe", tmp_path, cache, "resume=true", "seed=3") == 2
     assert "seed 42 (now 3)" in capsys.readouterr().err
+    path = tmp_path / "run/config.yaml"  # as runs older than these settings have it
+    lines = path.read_text().splitlines(keepends=True)
+    older = [line for line in lines if "latent_sample" not in line and "schedule_length" not in line]
+    assert len(older) == len(lines) - 2
+    path.write_text("".join(older))
     assert run("probe", tmp_path, cache, "resume=true", "optim.steps=3", "checkpoints.every=1") == 0
 
 
