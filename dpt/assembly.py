@@ -42,6 +42,7 @@ def encode_options(config: TrainConfig, sd: StableDiffusion) -> dict:
         "noise_offset": noise.offset,
         "normalize_positive_map": loss.normalize_positive_map,
         "align_to_padding": loss.align_to_padding,
+        "posterior": config.data.latent_sample == "posterior",
     }
 
 

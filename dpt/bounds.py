@@ -7,7 +7,7 @@ steps: int = bounded(50, at_least=1, at_most=500)                       # a fiel
 import argparse
 import math
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Bounds:
 
     def __contains__(self, value: float) -> bool:
         return (
-            math.isfinite(value)
+            -math.inf < value < math.inf  # `math.isfinite` takes no integer beyond 1e308
             and (self.at_least is None or value >= self.at_least)
             and (self.at_most is None or value <= self.at_most)
             and (self.above is None or value > self.above)
@@ -59,6 +59,24 @@ def number(kind: type, **limits: float):
     return parse
 
 
+def device(text: str) -> str:
+    """An argparse type: a device of this machine to compute on."""
+    import torch  # not at the top: whoever asks for --help need not wait for it
+
+    try:
+        found = torch.device(text)
+        if found.type == "cpu":
+            return text
+        backend = torch.accelerator.current_accelerator()
+        there = torch.accelerator.device_count() if backend and backend.type == found.type else 0
+        if (found.index or 0) < there:
+            return text
+        reason = f"this machine has {there} devices of that kind"
+    except RuntimeError:
+        reason = "there is no such kind of device"
+    raise argparse.ArgumentTypeError(f"{text!r}; {reason}: cpu, cuda, cuda:1 or mps, where they are there")
+
+
 def bounded(default, **limits: float):
     """A dataclass field with bounds. A list's hold for each entry; None passes where it is the default."""
     metadata = {"bounds": Bounds(**limits)}
@@ -73,13 +91,17 @@ def one_of(default: str, *choices: str):
 
 
 def check_bounds(settings, prefix: str = "") -> None:
-    """Checks the fields of a dataclass made with `bounded` and `one_of`; called in its `__post_init__`.
+    """Checks the fields of a dataclass, and of those that it consists of; called in its `__post_init__`.
+
+    Fields are made with `bounded` and `one_of`; others are not looked at.
 
     Raises:
         ValueError: a value out of bounds; its field is named behind `prefix`.
     """
     for entry in fields(settings):
         value, name = getattr(settings, entry.name), prefix + entry.name
+        if is_dataclass(value):
+            check_bounds(value, f"{name}.")
         choices, bounds = entry.metadata.get("choices"), entry.metadata.get("bounds")
         if choices and value not in choices:
             raise ValueError(f"{name} is {value!r}; it must be {', '.join(choices[:-1])} or {choices[-1]}")

@@ -1,19 +1,15 @@
-"""Configuration: dataclasses are the schema, a YAML holds the differences, `key=value` overrides on the command line.
+"""Configuration: dataclasses are the schema, a YAML holds the differences, `key=value` overrides come last."""
 
-OmegaConf checks names and types; it never leaves this module.
-"""
-
-import difflib
-import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from dpt.files import write_text
+from dpt.bounds import bounded, check_bounds, one_of
+from dpt.files import in_words, read_text, write_text
+from dpt.typed_yaml import read_document, read_override
 
 T = TypeVar("T")
 
@@ -21,50 +17,40 @@ T = TypeVar("T")
 def load_config(schema: type[T], path: str | Path | None = None, overrides: list[str] = ()) -> T:
     """An instance of the dataclass `schema`: its defaults, then the YAML at `path`, then `overrides` ("a.b=1").
 
+    Text is taken as it is typed, and "~/" at its beginning is the home folder.
+
     Raises:
-        ValueError: an unknown key (with a suggestion), a wrong type, or an override that is not `key=value`.
+        ValueError: an unknown key (with a suggestion), a wrong type, a value out of bounds, or an override that is not
+            `key=value`.
     """
-    config = OmegaConf.structured(schema)
-    sources = []
+    values = asdict(schema())
     if path is not None:
         try:
-            sources.append((str(path), OmegaConf.load(path)))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"config {path} cannot be read: {' '.join(str(error).split())}") from error
+            document = read_document(read_text(path), schema)
+        except ValueError as error:
+            raise ValueError(f"config {path}: {error}") from error
+        if not isinstance(document, dict | None):
+            raise ValueError(f"config {path}: keys and values are expected, not a list or a bare value")
+        values = _merge(values, document or {})
     for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"override {override!r} is not of the form key=value")
         try:
-            sources.append((override, OmegaConf.from_dotlist([override])))
-        except yaml.YAMLError as error:
-            raise ValueError(f"override {override!r} cannot be read: its value is no YAML") from error
-    for name, source in sources:
-        try:
-            config = OmegaConf.merge(config, source)
-        except OmegaConfBaseException as error:
-            key = getattr(error, "full_key", None) or ""
-            known = config_keys(schema)
-            if key and key not in known:
-                close = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(known)}"
-                raise ValueError(f"{name}: unknown key {key}{hint}") from error
-            raise ValueError(f"{name}: {key}: {str(error).splitlines()[0]}") from error
-        except TypeError as error:
-            raise ValueError(f"{name}: keys and values are expected, not a list or a bare value") from error
+            values = _merge(values, read_override(override, schema))
+        except ValueError as error:
+            raise ValueError(f"override {override[:100]!r}: {error}") from error
     try:
-        return OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{path or 'config'}: {str(error).splitlines()[0]}") from error
+        return msgspec.convert(values, schema)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, ValueError):  # from a `__post_init__`, which names what it is about
+            raise error.__cause__ from None
+        raise ValueError(f"{path or 'config'}: {in_words(str(error))}") from error
 
 
-def config_keys(schema, prefix: str = "") -> list[str]:
-    """Every key of a config dataclass, those of its parts dotted."""
-    keys = []
-    for entry in fields(schema):
-        keys.append(prefix + entry.name)
-        if is_dataclass(entry.type):
-            keys += config_keys(entry.type, f"{prefix}{entry.name}.")
-    return keys
+def _merge(values: dict, changes: dict) -> dict:
+    merged = dict(values)
+    for key, value in changes.items():
+        parts = isinstance(merged.get(key), dict) and isinstance(value, dict)
+        merged[key] = _merge(merged[key], value) if parts else value
+    return merged
 
 
 def save_config(config, path: str | Path) -> None:
@@ -72,6 +58,8 @@ def save_config(config, path: str | Path) -> None:
     write_text(path, yaml.safe_dump(asdict(config), sort_keys=False))
 
 
+JOINT_BATCH = ("optim.batch_size", "optim.gradient_accumulation_steps")
+"""settings that may change when a run goes on, where its samples a step do not"""
 FREE_ON_RESUME = (
     *(
         "resume",
@@ -84,7 +72,8 @@ FREE_ON_RESUME = (
         "validation.",
         "samples.",
     ),
-    *("optim.steps", "optim.epochs", "data.num_workers", "data.cache_folder", "data.root", "model.local_files_only"),
+    *("optim.steps", "optim.epochs", *JOINT_BATCH),
+    *("data.num_workers", "data.cache_folder", "data.root", "model.local_files_only"),
 )
 """keys, or beginnings of keys, that may change when a run goes on"""
 
@@ -127,7 +116,7 @@ def check_resumption(config: "TrainConfig", saved: "TrainConfig") -> None:
 
 def check_finished(config: "TrainConfig", saved: "TrainConfig") -> None:
     """Raises ValueError where the weights of a finished run are not what this config would train."""
-    free = tuple(key for key in FREE_ON_RESUME if key not in ("init_from", "optim.steps"))
+    free = tuple(key for key in FREE_ON_RESUME if key not in ("init_from", "optim.steps", *JOINT_BATCH))
     if differing := differing_settings(config, saved, free):
         raise ValueError(
             f"{config.run_name} is there, trained with {', '.join(differing)}; remove it, or choose another name"
@@ -169,58 +158,56 @@ CONTROLS = {
 """name -> what a probe (or a tune) is deprived of"""
 
 
-# What weights are made of
+# What weights are made of. Upper bounds keep a damaged or hostile file from taking all memory.
+
+MOST_MAPS, MOST_RANK = 32, 2048
+"""feature maps that an adapter reads, rank of a LoRA"""
 
 
 @dataclass
 class AdapterSettings:
     """The adapter's free sizes; the defaults are the paper's."""
 
-    hidden_dim: int = 256
-    nheads: int = 8
-    enc_layers: int = 1
-    dec_layers: int = 1
-    dim_feedforward: int = 2048
-    dropout: float = 0.1
+    hidden_dim: int = bounded(256, at_least=4, at_most=2048)
+    nheads: int = bounded(8, at_least=1, at_most=2048)
+    enc_layers: int = bounded(1, at_least=1, at_most=16)
+    dec_layers: int = bounded(1, at_least=1, at_most=16)
+    dim_feedforward: int = bounded(2048, at_least=1, at_most=16_384)
+    dropout: float = bounded(0.1, at_least=0, below=1)
     pre_norm: bool = False
-    position_embedding: str = "sine"
-    """sine or learned"""
-    num_queries_itm: int = 10
-    num_queries_rec: int = 100
-    contrastive_dim: int = 64
-    fusion_dim: int = 1280
-    fusion_size: int = 16
+    position_embedding: str = one_of("sine", "sine", "learned")
+    num_queries_itm: int = bounded(10, at_least=1, at_most=2048)
+    num_queries_rec: int = bounded(100, at_least=1, at_most=2048)
+    contrastive_dim: int = bounded(64, at_least=1, at_most=8192)
+    fusion_dim: int = bounded(1280, at_least=1, at_most=16_384)
+    fusion_size: int = bounded(16, at_least=1, at_most=512)
     """channels, height and width of the map that `all` is fused to"""
 
     def __post_init__(self):
-        if self.position_embedding not in ("sine", "learned"):
-            raise ValueError(f"position_embedding is {self.position_embedding!r}; it must be sine or learned")
-        for name in ("hidden_dim", "nheads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_bounds(self, "adapter.")
         if self.hidden_dim % self.nheads or self.hidden_dim % 4:
             raise ValueError(
-                f"hidden_dim is {self.hidden_dim}; it must be divisible by 4 and by nheads ({self.nheads})"
+                f"adapter.hidden_dim is {self.hidden_dim}; it must be divisible by 4 and by nheads ({self.nheads})"
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it needs 0 <= dropout < 1")
-        for name in ("num_queries_itm", "num_queries_rec", "enc_layers", "dec_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclass
 class AdapterConfig(AdapterSettings):
     """What an adapter is made of: its free sizes, and those that follow from the model (here SD 2.1's)."""
 
-    in_channels: list[int] = field(default_factory=lambda: [1280])
+    in_channels: list[int] = bounded([1280], at_least=1, at_most=16_384)
     """channels of each feature map"""
     fuse: bool = False
     """sum the maps after a 1x1 convolution each (`all`) instead of concatenating them"""
-    text_dim: int = 1024
+    text_dim: int = bounded(1024, at_least=1, at_most=16_384)
     """width of the pooled text that ITM compares with"""
-    rec_text_dim: int = 768
+    rec_text_dim: int = bounded(768, at_least=1, at_most=16_384)
     """width of the token states that REC is aligned with"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 1 <= len(self.in_channels) <= MOST_MAPS:
+            raise ValueError(f"adapter.in_channels are {len(self.in_channels)}; it must be 1 to {MOST_MAPS}, one a map")
 
 
 @dataclass
@@ -233,13 +220,21 @@ class DPTConfig:
     itm_layer: int = -1
     """the decoder layer that ITM reads; the reference reads the first (0)"""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    control: str = "none"
+    control: str = one_of("none", *CONTROLS)
     """what training was deprived of, so that measuring is too"""
-    lora_rank: int = 0
+    lora_rank: int = bounded(0, at_least=0, at_most=MOST_RANK)
     """0: no LoRA"""
-    lora_alpha: float = 0.0
+    lora_alpha: float = bounded(0.0, at_least=0, at_most=1e6)
     metrics: dict[str, float] = field(default_factory=dict)
     """figures for the model card"""
+
+    def __post_init__(self):
+        if isinstance(self.adapter, dict):  # huggingface_hub made this of config.json, which nothing is read from
+            return
+        check_bounds(self)
+        layers = self.adapter.dec_layers
+        if not -layers <= self.itm_layer < layers:
+            raise ValueError(f"itm_layer is {self.itm_layer}; the adapter has {layers} decoder layers")
 
 
 # Training
@@ -251,13 +246,13 @@ NEGATIVE_KINDS = ("attribute", "count", "relation", "size")
 class LossWeights:
     """What each named loss is multiplied by; a group at 0 is not computed."""
 
-    itm_i2t: float = 1.0
-    itm_t2i: float = 1.0
-    ce: float = 1.0
-    bbox: float = 5.0
-    giou: float = 2.0
-    contrastive_align: float = 1.0
-    denoise: float = 1.0
+    itm_i2t: float = bounded(1.0, at_least=0)
+    itm_t2i: float = bounded(1.0, at_least=0)
+    ce: float = bounded(1.0, at_least=0)
+    bbox: float = bounded(5.0, at_least=0)
+    giou: float = bounded(2.0, at_least=0)
+    contrastive_align: float = bounded(1.0, at_least=0)
+    denoise: float = bounded(1.0, at_least=0)
 
     def total(self, losses: dict):
         """The weighted sum of `loss_*` values."""
@@ -291,8 +286,8 @@ class ModelSettings:
 class LoraSettings:
     """LoRA on to_q, to_k, to_v and to_out of every attention (tune only)."""
 
-    rank: int = 4
-    alpha: float | None = None
+    rank: int = bounded(4, at_least=1, at_most=MOST_RANK)
+    alpha: float | None = bounded(None, above=0)
     """by default the rank: scale 1"""
     blocks: list[str] = field(default_factory=list)
     """restricts LoRA to these blocks (down0..3, mid, up0..3); empty: all"""
@@ -305,7 +300,7 @@ class LossSettings:
     """Weights, and how targets are made."""
 
     weights: LossWeights = field(default_factory=LossWeights)
-    snr_gamma: float | None = None
+    snr_gamma: float | None = bounded(None, above=0)
     """min-SNR weighting of the denoising loss"""
     normalize_positive_map: bool = True
     """False: 0/1, as the reference trains"""
@@ -314,32 +309,32 @@ class LossSettings:
     costs, spent on denoising"""
     align_to_padding: bool = False
     """True: padding counts as wrong tokens in contrastive alignment, as in the reference"""
-    eos_coef: float = 0.1
-    temperature: float = 0.07
-    cost_class: float = 1.0
-    cost_bbox: float = 5.0
-    cost_giou: float = 2.0
+    eos_coef: float = bounded(0.1, at_least=0)
+    temperature: float = bounded(0.07, above=0)
+    cost_class: float = bounded(1.0, at_least=0)
+    cost_bbox: float = bounded(5.0, at_least=0)
+    cost_giou: float = bounded(2.0, at_least=0)
 
 
 @dataclass
 class NoiseSettings:
     """Which noise levels are trained on."""
 
-    first_timestep: int = 0
-    last_timestep: int | None = None
+    first_timestep: int = bounded(0, at_least=0)
+    last_timestep: int | None = bounded(None, at_least=0)
     """both inclusive; by default the whole schedule; equal ones fix the timestep"""
-    offset: float = 0.0
+    offset: float = bounded(0.0, at_least=0)
 
 
 @dataclass
 class DataSettings:
     """Where samples come from; paths are relative to `root`. docs/data.md shows the tree."""
 
-    kind: str = "shapes"
+    kind: str = one_of("shapes", "shapes", "coco")
     """shapes, or coco: COCO with RefCOCO/+/g and mined hard negatives"""
-    num_samples: int | None = None
+    num_samples: int | None = bounded(None, at_least=0, at_most=10_000_000)
     """the first so many; by default 10,000 of shapes, all of coco"""
-    negatives: str = "edited"
+    negatives: str = one_of("edited", "edited", "mined")
     """shapes: edited (a minimal edit of the sample) or mined (other scenes that are alike, as in the paper)"""
     leave_out: list[str] = field(default_factory=list)
     """shapes, edited: kinds of negative not to train on: attribute, count, relation, size"""
@@ -364,61 +359,41 @@ class DataSettings:
     """the images of `val_itm`"""
     flip: bool = False
     """coco: mirror half of the images, swapping left and right in the texts; the paper does not"""
-    num_workers: int = 0
+    latent_sample: str = one_of("mean", "mean", "posterior")
+    """coco: of images that training encodes, the mean of the autoencoder's posterior, or a draw from it in every epoch,
+    as in the reference. Shapes' are always drawn"""
+    num_workers: int = bounded(0, at_least=0, at_most=256)
     """processes that read data ahead"""
-
-    def __post_init__(self):
-        if self.kind not in ("shapes", "coco"):
-            raise ValueError(f"data.kind is {self.kind!r}; it must be shapes or coco")
-        if self.negatives not in ("edited", "mined"):
-            raise ValueError(f"data.negatives is {self.negatives!r}; it must be edited or mined")
-        if self.kind == "coco" and self.negatives != "edited":
-            raise ValueError(
-                f"data.negatives is {self.negatives!r}; coco's are those of data.itm, the setting is for shapes"
-            )
-        unknown = [kind for kind in self.leave_out if kind not in NEGATIVE_KINDS]
-        if unknown or len(set(self.leave_out)) == len(NEGATIVE_KINDS):
-            raise ValueError(f"data.leave_out is {self.leave_out}; it may name some of {', '.join(NEGATIVE_KINDS)}")
-        if self.leave_out and (self.kind != "shapes" or self.negatives != "edited"):
-            raise ValueError(f"data.leave_out is {self.leave_out}; only edited negatives of shapes have a kind")
-        if self.num_workers < 0:
-            raise ValueError(f"data.num_workers is {self.num_workers}; it must be at least 0")
-        if self.kind == "coco" and self.root is None:
-            raise ValueError("data.root is missing: the folder that docs/data.md shows")
-        if self.flip and (self.latents is not None or self.kind == "shapes"):
-            raise ValueError("data.flip is true; cached latents cannot be mirrored")
 
 
 @dataclass
 class OptimSettings:
     """AdamW and its schedule."""
 
-    lr: float = 1e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    weight_decay: float = 1e-2
-    max_grad_norm: float = 1.0
-    schedule: str = "constant"
+    lr: float = bounded(1e-4, at_least=0)
+    betas: list[float] = bounded([0.9, 0.999], at_least=0, below=1)
+    weight_decay: float = bounded(1e-2, at_least=0)
+    max_grad_norm: float = bounded(1.0, above=0)
+    schedule: str = one_of("constant", "constant", "linear", "cosine")
     """constant, linear or cosine (to zero at the last step)"""
-    warmup_steps: int = 0
-    batch_size: int = 48
+    schedule_length: str = one_of("steps", "steps", "reference")
+    """reference: over steps x accumulation, stepped once a process and step, as there: with 8 accumulated a cosine ends
+    at .96, .85, .50, 0 of its start on 1, 2, 4, 8 processes"""
+    warmup_steps: int = bounded(0, at_least=0)
+    batch_size: int = bounded(48, at_least=1, at_most=4096)
     """samples a device in one forward pass"""
-    gradient_accumulation_steps: int = 1
-    steps: int = 60_000
+    gradient_accumulation_steps: int = bounded(1, at_least=1, at_most=4096)
+    steps: int = bounded(60_000, at_least=1, at_most=10**9)
     """updates of the weights"""
-    epochs: float | None = None
+    epochs: float | None = bounded(None, above=0, at_most=10**6)
     """passes over the data, instead of `steps`"""
-    mixed_precision: str = "no"
-    """no, fp16 or bf16"""
-
-    def __post_init__(self):
-        if self.mixed_precision == "False":  # what YAML makes of a bare no
-            self.mixed_precision = "no"
+    mixed_precision: str = one_of("no", "no", "fp16", "bf16")
 
 
 @dataclass
 class CheckpointSettings:
-    every: int = 1000
-    keep: int = 3
+    every: int = bounded(1000, at_least=1)
+    keep: int = bounded(3, at_least=1)
     """older ones are removed"""
 
 
@@ -426,32 +401,28 @@ class CheckpointSettings:
 class ValidationSettings:
     """ITM accuracy and REC precision on the val split."""
 
-    every: int = 500
-    num_samples: int = 200
+    every: int = bounded(500, at_least=1)
+    num_samples: int = bounded(200, at_least=1, at_most=1_000_000)
     """of each list, evenly spread"""
-    timesteps: list[int] = field(default_factory=lambda: [100, 300, 500, 700, 900])
+    timesteps: list[int] = bounded([100, 300, 500, 700, 900], at_least=0)
     """noise levels of the means; figures at 500, the paper's, stand beside them"""
-
-    def __post_init__(self):
-        if not self.timesteps or min(self.timesteps) < 0:
-            raise ValueError(f"validation.timesteps is {self.timesteps}; it must name at least one, none below 0")
 
 
 @dataclass
 class SampleSettings:
     """Pictures drawn while training, always of the same prompts and seeds."""
 
-    every: int = 0
+    every: int = bounded(0, at_least=-1)
     """0: at the last step only; -1: never"""
     prompts: list[str] = field(
         default_factory=lambda: ["a red circle left of a blue square", "two green stars", "a small black cross"]
     )
-    num_images: int = 2
+    num_images: int = bounded(2, at_least=1, at_most=64)
     """a prompt, plain and with self-correction each"""
-    seed: int = 0
-    num_inference_steps: int = 20
-    guidance_scale: float = 7.5
-    correction_factor: float = 0.5
+    seed: int = bounded(0, at_least=0, at_most=2**63 - 65)
+    num_inference_steps: int = bounded(20, at_least=1, at_most=1000)
+    guidance_scale: float = bounded(7.5, at_least=0, below=1000)
+    correction_factor: float = bounded(0.5)
 
 
 @dataclass
@@ -462,15 +433,15 @@ class TrainConfig:
     output_folder: str = "outputs"
     resume: bool = False
     """go on with an existing run of this name"""
-    seed: int = 42
+    seed: int = bounded(42, at_least=0, at_most=2**32 - 1)
     init_from: str | None = None
     """a checkpoint whose adapter (logit_scale included) and LoRA training starts from; tune needs one, or "new" for an
     untrained adapter"""
-    on_nan: str = "raise"
+    on_nan: str = one_of("raise", "raise", "skip")
     """a non-finite loss: raise, or skip the step and count it"""
-    control: str = "none"
+    control: str = one_of("none", *CONTROLS)
     """what is taken away, to see what an accuracy is worth: see `CONTROLS` (and model.feature=latents)"""
-    log_every: int = 10
+    log_every: int = bounded(10, at_least=1)
     tracker: str | None = None
     """a tracker of accelerate, such as tensorboard or wandb, beside metrics.jsonl"""
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -485,76 +456,54 @@ class TrainConfig:
     samples: SampleSettings = field(default_factory=SampleSettings)
 
     def __post_init__(self):
-        choices = {
-            "on_nan": (self.on_nan, ("raise", "skip")),
-            "control": (self.control, CONTROLS),
-            "optim.schedule": (self.optim.schedule, ("constant", "linear", "cosine")),
-            "optim.mixed_precision": (self.optim.mixed_precision, ("no", "fp16", "bf16")),
-        }
-        for name, (value, allowed) in choices.items():
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}; it must be {' or '.join(allowed)}")
-        positive = {
-            "optim.batch_size": self.optim.batch_size,
-            "optim.gradient_accumulation_steps": self.optim.gradient_accumulation_steps,
-            "optim.steps": self.optim.steps,
-            "lora.rank": self.lora.rank,
-            "checkpoints.every": self.checkpoints.every,
-            "checkpoints.keep": self.checkpoints.keep,
-            "log_every": self.log_every,
-            "validation.every": self.validation.every,
-            "validation.num_samples": self.validation.num_samples,
-            "samples.num_images": self.samples.num_images,
-            "samples.num_inference_steps": self.samples.num_inference_steps,
-        }
-        for name, value in positive.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        for name, value in {
-            "loss.temperature": self.loss.temperature,
-            "loss.snr_gamma": 1 if self.loss.snr_gamma is None else self.loss.snr_gamma,
-            "optim.max_grad_norm": self.optim.max_grad_norm,
-        }.items():
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}; it must be above 0")
-        for name, value in {
-            "seed": self.seed,
-            "noise.offset": self.noise.offset,
-            "loss.eos_coef": self.loss.eos_coef,
-            "loss.cost_class": self.loss.cost_class,
-            "loss.cost_bbox": self.loss.cost_bbox,
-            "loss.cost_giou": self.loss.cost_giou,
-            "optim.lr": self.optim.lr,
-            "optim.warmup_steps": self.optim.warmup_steps,
-            "optim.weight_decay": self.optim.weight_decay,
-            "data.num_samples": self.data.num_samples or 0,
-            **{f"loss.weights.{name}": weight for name, weight in vars(self.loss.weights).items()},
-        }.items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value}; it must be a number of at least 0")
-        if self.samples.every < -1 or (self.samples.every >= 0 and not self.samples.prompts):
-            raise ValueError(
-                f"samples.every is {self.samples.every} and samples.prompts are {len(self.samples.prompts)}; pictures "
-                "need prompts, and -1 draws none"
-            )
-        if self.optim.epochs is not None and self.optim.epochs <= 0:
-            raise ValueError(f"optim.epochs is {self.optim.epochs}; it must be above 0")
-        if self.lora.alpha is not None and self.lora.alpha <= 0:
-            raise ValueError(f"lora.alpha is {self.lora.alpha}; it must be above 0")
+        check_bounds(self)
+        if not self.run_name.strip():
+            raise ValueError("run_name is empty; it names the run's folder")
+        _check_data(self.data)
+        _check_losses(self)
         if len(self.optim.betas) != 2:
             raise ValueError(f"optim.betas is {self.optim.betas}; it must be two numbers")
-        weights = self.loss.weights
-        if not (weights.itm or weights.rec or (weights.denoise and self.lora.only)):
+        if not self.validation.timesteps:
+            raise ValueError("validation.timesteps is []; it must name at least one")
+        if self.samples.every >= 0 and not self.samples.prompts:
             raise ValueError(
-                "loss.weights are all 0 but denoise's; nothing would train the adapter (lora.only trains LoRA alone)"
+                f"samples.every is {self.samples.every} and samples.prompts are 0; pictures need prompts, -1 draws none"
             )
-        if self.loss.denoise_negatives and not weights.denoise:
-            raise ValueError("loss.denoise_negatives is true and loss.weights.denoise is 0; nothing would be denoised")
-        if self.loss.denoise_negatives and self.data.kind != "shapes":
-            raise ValueError("loss.denoise_negatives is true; negatives of coco come without captions of their own")
-        last = self.noise.last_timestep
-        if self.noise.first_timestep < 0 or (last is not None and last < self.noise.first_timestep):
+        first, last = self.noise.first_timestep, self.noise.last_timestep
+        if last is not None and last < first:
             raise ValueError(
-                f"noise.first_timestep and noise.last_timestep are {self.noise.first_timestep} and {last}; "
-                "they need 0 <= first <= last"
+                f"noise.first_timestep and noise.last_timestep are {first} and {last}; they need 0 <= first <= last"
             )
+
+
+def _check_data(data: DataSettings) -> None:
+    """Raises ValueError where settings of data exclude each other."""
+    if data.kind == "coco" and data.negatives != "edited":
+        raise ValueError(
+            f"data.negatives is {data.negatives!r}; coco's are those of data.itm, the setting is for shapes"
+        )
+    if data.kind == "coco" and data.root is None:
+        raise ValueError("data.root is missing: the folder that docs/data.md shows")
+    unknown = [kind for kind in data.leave_out if kind not in NEGATIVE_KINDS]
+    if unknown or len(set(data.leave_out)) == len(NEGATIVE_KINDS):
+        raise ValueError(f"data.leave_out is {data.leave_out}; it may name some of {', '.join(NEGATIVE_KINDS)}")
+    if data.leave_out and (data.kind != "shapes" or data.negatives != "edited"):
+        raise ValueError(f"data.leave_out is {data.leave_out}; only edited negatives of shapes have a kind")
+    cached = data.latents is not None or data.kind == "shapes"
+    if data.flip and cached:
+        raise ValueError("data.flip is true; cached latents cannot be mirrored")
+    if data.latent_sample == "posterior" and cached:
+        raise ValueError("data.latent_sample is 'posterior'; it is for coco's images: cached latents are as they are")
+
+
+def _check_losses(config: TrainConfig) -> None:
+    """Raises ValueError where nothing would be trained or denoised."""
+    loss, weights = config.loss, config.loss.weights
+    if not (weights.itm or weights.rec or (weights.denoise and config.lora.only)):
+        raise ValueError(
+            "loss.weights are all 0 but denoise's; nothing would train the adapter (lora.only trains LoRA alone)"
+        )
+    if loss.denoise_negatives and not weights.denoise:
+        raise ValueError("loss.denoise_negatives is true and loss.weights.denoise is 0; nothing would be denoised")
+    if loss.denoise_negatives and config.data.kind != "shapes":
+        raise ValueError("loss.denoise_negatives is true; negatives of coco come without captions of their own")

@@ -6,6 +6,7 @@ if it had never stopped, and several processes train as one does with the joint 
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from dpt.adapter import Scorer
 from dpt.assembly import DTYPES, encode_options, make_model, trained_weights
 from dpt.checkpoint import checkpoints, load_checkpoint
-from dpt.config import TrainConfig, check_resumption, check_stage, flatten, load_config, save_config
+from dpt.config import OptimSettings, TrainConfig, check_resumption, check_stage, flatten, load_config, save_config
 from dpt.controls import control_batch, control_inputs, control_unet
 from dpt.data.collate import Batch, encode_batch
 from dpt.data.loader import micro_batches
@@ -41,14 +42,57 @@ from dpt.stable_diffusion import load_stable_diffusion
 from dpt.validation import PAPER_TIMESTEP, measure, summarize
 
 STAGES = ("probe", "tune")
+DEVICE_VARIABLES = ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE", "ACCELERATE_CPU_AFFINITY")
+"""what `accelerate launch` says of where to run; the config says all else"""
 
 
-def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, schedule: str) -> float:
-    """What the learning rate is multiplied by: linear warm-up, then constant, linear or cosine to zero at `steps`."""
+def learning_rate_factor(step: int, *, steps: float, warmup_steps: float, schedule: str) -> float:
+    """What the learning rate is multiplied by: linear warm-up, then constant, linear or cosine to zero at `steps`.
+
+    Beyond `steps` a cosine rises again, as the reference's does with more processes than accumulated batches.
+    """
     if step < warmup_steps:
-        return (step + 1) / warmup_steps
+        return min(1.0, (step + 1) / warmup_steps)
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[schedule]
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return {"constant": 1.0, "linear": max(0.0, 1 - progress), "cosine": cosine}[schedule]
+
+
+def schedule_stretch(optim: OptimSettings, processes: int) -> float:
+    """How many times as long as the run its schedule is: the reference counts micro-batches, and steps a process."""
+    return optim.gradient_accumulation_steps / processes if optim.schedule_length == "reference" else 1
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate, set up by the config alone: of the environment's ACCELERATE_* only those that name devices count.
+
+    Raises:
+        ValueError: a precision or a tracker that cannot be used here.
+    """
+    # with a loss off, the parameters that only it reaches have no gradient
+    some_off = not all(vars(config.loss.weights).values())
+    cpu = not torch.accelerator.is_available()
+    if cpu and config.optim.mixed_precision == "fp16":
+        raise ValueError("optim.mixed_precision is fp16; a CPU trains in bf16 or no (float32)")
+    ignored = [name for name in os.environ if name.startswith("ACCELERATE_") and name not in DEVICE_VARIABLES]
+    hidden = {name: os.environ.pop(name) for name in ignored}
+    try:
+        accelerator = Accelerator(
+            cpu=cpu,  # else several processes on CPUs would not find each other
+            mixed_precision=config.optim.mixed_precision,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=some_off)],
+            log_with=config.tracker,
+            project_dir=str(Path(config.output_folder) / config.run_name),
+        )
+        if config.tracker and not accelerator.log_with:
+            raise ValueError("it is not installed")
+    except (ValueError, ImportError) as error:
+        raise ValueError(
+            f"tracker {config.tracker!r} or mixed precision cannot be used: {' '.join(str(error).split())[:160]}"
+        ) from error
+    finally:
+        os.environ.update(hidden)
+    return accelerator
 
 
 class Trainer:
@@ -62,7 +106,7 @@ class Trainer:
         if stage not in STAGES:
             raise ValueError(f"stage is {stage!r}; it must be {' or '.join(STAGES)}")
         self.config, self.stage = config, stage
-        self.accelerator = self._accelerator()
+        self.accelerator = make_accelerator(config)
         self.folder, self.log = Path(config.output_folder) / config.run_name, None
         check_run(self.folder, resume=config.resume)
         if config.resume and self.accelerator.is_main_process:
@@ -77,13 +121,9 @@ class Trainer:
                 raise ValueError(
                     f"{self.folder} is a {newest[2]['stage']}; resume it with train_{newest[2]['stage']}.py"
                 )
-            check_resumption(config, load_config(TrainConfig, self.folder / "config.yaml"))
-            before = newest[2].get("samples_per_step", self._samples_per_step)
-            if before != self._samples_per_step:
-                raise ValueError(
-                    f"{self.folder} trains on {before} samples a step, here it would on {self._samples_per_step}: "
-                    "resume it with as many processes as it began with"
-                )
+            saved = load_config(TrainConfig, self.folder / "config.yaml")
+            check_resumption(config, saved)
+            self._check_joint_batch(newest[2].get("samples_per_step"), saved.optim)
         given = config.init_from not in (None, "new")
         start = newest[0] if newest else load_checkpoint(config.init_from) if given else None
         set_seed(config.seed)
@@ -128,28 +168,30 @@ class Trainer:
             self._say(versions())
             self._say(f"{count:,} parameters to train, {len(self.data)} samples, {self.steps} steps")
 
-    def _accelerator(self) -> Accelerator:
-        config = self.config
-        # with a loss off, the parameters that only it reaches have no gradient
-        some_off = not all(vars(config.loss.weights).values())
-        cpu = not torch.accelerator.is_available()
-        if cpu and config.optim.mixed_precision == "fp16":
-            raise ValueError("optim.mixed_precision is fp16; a CPU trains in bf16 or no (float32)")
-        try:
-            accelerator = Accelerator(
-                cpu=cpu,  # else several processes on CPUs would not find each other
-                mixed_precision=config.optim.mixed_precision,
-                kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=some_off)],
-                log_with=config.tracker,
-                project_dir=str(Path(config.output_folder) / config.run_name),
-            )
-            if config.tracker and not accelerator.log_with:
-                raise ValueError("it is not installed")
-        except (ValueError, ImportError) as error:
+    def _check_joint_batch(self, before: int | None, saved: OptimSettings) -> None:
+        """Raises ValueError where a run that goes on would have other samples a step, or another schedule.
+
+        Args:
+            before: samples a step so far; None in runs older than this figure.
+        """
+        optim, processes = self.config.optim, self.accelerator.num_processes
+        part = saved.batch_size * saved.gradient_accumulation_steps
+        before = processes * part if before is None else before
+        if before != self._samples_per_step:
             raise ValueError(
-                f"tracker {config.tracker!r} or mixed precision cannot be used: {' '.join(str(error).split())[:160]}"
-            ) from error
-        return accelerator
+                f"{self.folder} trains on {before} samples a step, here it would on {self._samples_per_step}: resume "
+                "it with as many processes x optim.batch_size x optim.gradient_accumulation_steps as it began with"
+            )
+        if schedule_stretch(saved, max(1, before // part)) != schedule_stretch(optim, processes):
+            raise ValueError(
+                "optim.schedule_length is 'reference', whose rate depends on processes and accumulation: resume "
+                f"{self.folder} with {before // part} processes and {saved.gradient_accumulation_steps} accumulated"
+            )
+        if any(getattr(saved, name) != getattr(optim, name) for name in ("batch_size", "gradient_accumulation_steps")):
+            self._say(
+                f"the same {before} samples a step as before, timesteps and noise too, in other batches: rounding and "
+                "dropout's masks differ, so weights will not be equal to the digit"
+            )
 
     def _say(self, message: str) -> None:
         if self.log:
@@ -249,9 +291,13 @@ class Trainer:
         # boxes of all ranks and micro-batches, so that averaging gradients divides sums by their true number
         boxes = torch.tensor([float(sum(part.num_boxes for part in parts))], device=accelerator.device)
         num_boxes = accelerator.gather(boxes).sum().item() / (len(parts) * accelerator.num_processes)
+        stretch = schedule_stretch(optim, accelerator.num_processes)
         for group in self.optimizer.param_groups:
             group["lr"] = optim.lr * learning_rate_factor(
-                self.step, steps=self.steps, warmup_steps=optim.warmup_steps, schedule=optim.schedule
+                self.step,
+                steps=self.steps * stretch,
+                warmup_steps=optim.warmup_steps * stretch,
+                schedule=optim.schedule,
             )
         totals: dict[str, float] = {}
         self.wrapped.train()

@@ -33,6 +33,14 @@ def read_text(path: str | Path) -> str:
         raise ValueError(f"{path} cannot be read: {reason}") from error
 
 
+def read_bytes(path: str | Path) -> bytes:
+    """The bytes of a file without UTF-8's byte-order mark. Raises ValueError naming the file."""
+    try:
+        return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def text_lines(text: str) -> list[str]:
     """The lines of a text without their ends. A line ends with "\\n" alone, unlike in `str.splitlines`."""
     lines = [line.removesuffix("\r") for line in text.split("\n")]
@@ -46,10 +54,10 @@ def decode(text: str | bytes, schema: type[T], where: str) -> T:
     except RecursionError as error:
         raise ValueError(f"{where}: nested too deeply") from error
     except (msgspec.DecodeError, UnicodeError) as error:  # a ValidationError is a DecodeError
-        raise ValueError(f"{where}: {_in_words(str(error))}") from error
+        raise ValueError(f"{where}: {in_words(str(error))}") from error
 
 
-def _in_words(message: str) -> str:
+def in_words(message: str) -> str:
     """msgspec's message, the field first: "Expected `str`, got `int` - at `$.title`" -> "title: expected str, ..."."""
     reason, _, path = message.partition(" - at `$")
     path = re.sub(r"\[\.\.\.\]", "[]", path.rstrip("`")).lstrip(".")

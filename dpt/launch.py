@@ -1,6 +1,5 @@
 """What the training scripts share: the command line, the dry run, errors in one line."""
 
-import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 import yaml
 
 from dpt.assembly import DTYPES, adapter_config
+from dpt.bounds import ArgumentParser, fail
 from dpt.checkpoint import checkpoints, load_checkpoint
 from dpt.config import TrainConfig, check_stage, load_config
 from dpt.data.sources import needed_files
@@ -86,13 +86,20 @@ def _gib(count: int) -> str:
 
 def run_stage(stage: str, argv: list[str] | None, description: str) -> int:
     """A training script: config file, overrides, exit code."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=description)
     parser.add_argument("config", help="a YAML file: what differs from the defaults of `dpt.config.TrainConfig`")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved config, what it would train, memory and data found"
     )
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if flags := [word for word in words if word.startswith("--") and word not in ("--dry-run", "--help")]:
+        return fail(
+            f"{flags[0]} is no flag: settings are key=value behind a config file, such as train_{stage}.py "
+            f"configs/sd21/{stage}.yaml data.root=DATA; docs/fidelity.md says which setting a flag of the reference's "
+            "train_stage1.py and train_stage2.py is"
+        )
+    args = parser.parse_args(words)
     try:
         config = load_config(TrainConfig, args.config, args.overrides)
         if args.dry_run:
@@ -109,16 +116,13 @@ def run_stage(stage: str, argv: list[str] | None, description: str) -> int:
     except (ValueError, FloatingPointError, OSError) as error:
         # an error in a reading process arrives with that process's traceback; its last line is the error
         message = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("ValueError: ")
-        print(f"error: {message}", file=sys.stderr)
-        return 2
+        return fail(message)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         known = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not known and not any(text in str(error) for text in ("can't allocate memory", "out of memory")):
             raise
-        print(
-            "error: out of memory: lower optim.batch_size (and raise optim.gradient_accumulation_steps), set "
-            "optim.mixed_precision=bf16, or in tune model.gradient_checkpointing=true",
-            file=sys.stderr,
+        return fail(
+            "out of memory: lower optim.batch_size (and raise optim.gradient_accumulation_steps), set "
+            "optim.mixed_precision=bf16, or in tune model.gradient_checkpointing=true"
         )
-        return 2
     return 0

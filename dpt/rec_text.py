@@ -3,12 +3,24 @@
 Shapes: B texts, T tokens, R width.
 """
 
+import pickle
 from dataclasses import dataclass
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from dpt.bounds import Bounds
 from dpt.stable_diffusion import CKPT_FOLDER, StableDiffusion
+
+MOST = {"hidden_size": 16_384, "num_hidden_layers": 200, "intermediate_size": 65_536, "vocab_size": 2_000_000}
+"""sizes of an encoder's config that memory is taken for"""
+LOADING_ERRORS = (
+    *(OSError, EOFError, MemoryError, pickle.UnpicklingError, SafetensorError, StrictDataclassError),
+    *(AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),
+)
+"""what transformers and torch's unpickler raise of files that are damaged, hold code or are of something else"""
 
 
 @dataclass
@@ -53,14 +65,21 @@ def load_rec_text_encoder(
     source = str(folder) if folder.is_dir() else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only, use_fast=True)
-        width = AutoConfig.from_pretrained(source, local_files_only=local_files_only).hidden_size
+        config = AutoConfig.from_pretrained(source, local_files_only=local_files_only)
+        for size, most in MOST.items():
+            Bounds(at_least=1, at_most=most).check(f"its {size}", getattr(config, size))
         if not with_model:
-            return RecTextEncoder(tokenizer, None, width)
-        model = AutoModel.from_pretrained(source, local_files_only=local_files_only, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
+            return RecTextEncoder(tokenizer, None, config.hidden_size)
+        model, found = AutoModel.from_pretrained(
+            source, local_files_only=local_files_only, dtype=torch.float32, output_loading_info=True
+        )
+        # transformers would draw at random what is missing; the pooler, which RoBERTa's files lack, is not used
+        if missing := sorted(key for key in found["missing_keys"] if not key.startswith("pooler.")):
+            raise ValueError(f"{len(missing)} of its weights are missing, such as {missing[0]}")
+    except LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise ValueError(
             f"rec_text_encoder {name!r} cannot be loaded from {source} ({reason}): put its files into {folder}, name a "
             "folder that holds them, or use clip"
         ) from error
-    return RecTextEncoder(tokenizer, model.to(sd.device).eval().requires_grad_(False), width)
+    return RecTextEncoder(tokenizer, model.to(sd.device).eval().requires_grad_(False), config.hidden_size)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dpt.data.collate import Sample, collate, encode_batch, positive_map, sample_generator
+from dpt.data.collate import Sample, as_latents, collate, encode_batch, positive_map, sample_generator
 from dpt.rec_text import load_rec_text_encoder
 from dpt.stable_diffusion import load_stable_diffusion
 
@@ -27,6 +27,24 @@ def make(sample_id, *, pixels=False, boxes=1):
         torch.rand(boxes, 4, generator=generator),
         [[(0, 8)]] * boxes,
     )
+
+
+def test_latents_may_be_drawn_from_the_posterior(sd, rec_text):
+    """By (seed, sample, epoch) alone; timesteps and noise are those without it, and cached latents stay."""
+
+    def latents(sample_ids, seed=1, epoch=0, **options):
+        batch = collate([make(k, pixels=True) for k in sample_ids], [epoch] * len(sample_ids))
+        inputs = encode_batch(batch, sd, rec_text, seed=seed, timesteps=(0, 0), **options)
+        return inputs["noisy_latents"][-1], inputs["noise_target"][-1]
+
+    mean, drawn = latents([4, 9]), latents([4, 9], posterior=True)
+    assert torch.equal(mean[1], drawn[1])
+    assert not torch.allclose(mean[0], drawn[0], atol=1e-4)
+    torch.testing.assert_close(latents([9], posterior=True)[0], drawn[0], atol=1e-4, rtol=1e-4)
+    for other in (latents([9], posterior=True, epoch=1), latents([9], posterior=True, seed=2)):
+        assert not torch.allclose(other[0], drawn[0], atol=1e-4)
+    cached = collate([make(4)])
+    assert as_latents(cached.images, sd, [torch.Generator()]) is cached.images
 
 
 def test_a_sample_s_numbers_do_not_depend_on_its_batch(sd, rec_text):

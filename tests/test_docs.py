@@ -1,7 +1,8 @@
 import re
 from pathlib import Path
 
-from dpt.config import TrainConfig, config_keys
+from dpt.config import TrainConfig
+from dpt.typed_yaml import config_keys
 
 DOCS = [Path("README.md"), *Path("docs").glob("*.md")]
 

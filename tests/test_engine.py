@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,9 @@ from PIL import Image
 import train_probe
 import train_tune
 from dpt.checkpoint import load_checkpoint
-from dpt.config import CONTROLS, TrainConfig, load_config
+from dpt.config import CONTROLS, OptimSettings, TrainConfig, load_config
 from dpt.data.loader import step_indices
-from dpt.engine import learning_rate_factor
+from dpt.engine import learning_rate_factor, make_accelerator, schedule_stretch
 from dpt.model import DPT
 from dpt.stable_diffusion import load_stable_diffusion
 
@@ -123,6 +124,11 @@ def test_another_run_is_not_resumed(tmp_path, cache, capsys):
     assert "is a probe; resume it with train_probe.py" in capsys.readouterr().err
     assert run("probe", tmp_path, cache, "resume=true", "seed=3") == 2
     assert "seed 42 (now 3)" in capsys.readouterr().err
+    path = tmp_path / "run/config.yaml"  # as runs older than these settings have it
+    lines = path.read_text().splitlines(keepends=True)
+    older = [line for line in lines if "latent_sample" not in line and "schedule_length" not in line]
+    assert len(older) == len(lines) - 2
+    path.write_text("".join(older))
     assert run("probe", tmp_path, cache, "resume=true", "optim.steps=3", "checkpoints.every=1") == 0
 
 
@@ -418,6 +424,44 @@ def test_another_joint_batch_is_not_resumed(tmp_path, cache, capsys):
     assert "trains on 8 samples a step, here it would on 4" in capsys.readouterr().err
 
 
+def test_the_same_joint_batch_in_other_parts_is_resumed(tmp_path, cache, capsys):
+    """Four samples in one batch go on as two of two: the same run but for rounding, where there is no dropout."""
+    other = ["optim.batch_size=2", "optim.gradient_accumulation_steps=2", "optim.schedule=constant"]
+    for name in ("whole", "cut"):
+        steps = 2 if name == "cut" else 3
+        assert run("probe", tmp_path / name, cache, f"optim.steps={steps}", "optim.schedule=constant") == 0
+    capsys.readouterr()
+    assert run("probe", tmp_path / "cut", cache, "resume=true", "optim.steps=3", *other) == 0
+    assert "the same 4 samples a step as before" in capsys.readouterr().out
+    records = [[record for record in metrics(tmp_path / name) if "loss_ce" in record] for name in ("whole", "cut")]
+    last = [{k: v for k, v in record[2].items() if k.startswith("loss")} for record in records]
+    assert last[1] == pytest.approx(last[0], rel=1e-4)
+    stretched = [*other, "optim.schedule_length=reference"]
+    assert run("probe", tmp_path / "ref", cache, "optim.steps=1", *stretched) == 0
+    assert run("probe", tmp_path / "ref", cache, "resume=true", *COMMON, *stretched[2:]) == 2
+    assert "depends on processes and accumulation" in capsys.readouterr().err
+
+
+def test_the_environment_changes_no_training(monkeypatch):
+    """What `accelerate config` and launchers leave there: the config alone counts."""
+    config = load_config(TrainConfig, TINY["probe"], ["optim.mixed_precision=no"])
+    variables = {
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_USE_FSDP": "true",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    accelerator = make_accelerator(config)
+    assert accelerator.gradient_accumulation_steps == 1
+    assert accelerator.mixed_precision == "no"
+    assert accelerator.state.dynamo_plugin.backend.value == "NO"
+    assert accelerator.distributed_type.value == "NO"
+    assert {name: os.environ[name] for name in variables} == variables
+
+
 def test_pictures_that_a_kill_left_out_are_made_up_for(tmp_path, cache):
     pictures = ["samples.every=0", "samples.num_inference_steps=2", "samples.prompts=[a red circle]"]
     assert run("probe", tmp_path, cache, "optim.steps=1", *pictures) == 0
@@ -560,10 +604,22 @@ def test_schedules_and_data_order():
     assert cosine[6] == pytest.approx(0.5)
     assert learning_rate_factor(6, steps=10, warmup_steps=2, schedule="linear") == 0.5
     assert learning_rate_factor(9, steps=10, warmup_steps=2, schedule="constant") == 1
+    assert learning_rate_factor(4, steps=2, warmup_steps=0, schedule="linear") == 0
     pairs = [pair for step in range(5) for pair in step_indices(step, count=4, num_samples=10, seed=0)]
     assert sorted(i for i, epoch in pairs if epoch == 0) == list(range(10))
     assert sorted(i for i, epoch in pairs if epoch == 1) == list(range(10))
     assert [i for i, epoch in pairs if epoch == 0] != [i for i, epoch in pairs if epoch == 1]
+
+
+@pytest.mark.parametrize(("processes", "end"), [(1, 0.9619), (2, 0.8536), (4, 0.5), (8, 0)])
+def test_a_schedule_of_the_reference_s_length(processes, end):
+    """Its cosine with 8 accumulated batches: what is left of the rate at the end of training."""
+    optim = OptimSettings(gradient_accumulation_steps=8, schedule_length="reference")
+    stretch = schedule_stretch(optim, processes)
+    limits = {"steps": 5000 * stretch, "warmup_steps": 0, "schedule": "cosine"}
+    assert learning_rate_factor(5000, **limits) == pytest.approx(end, abs=1e-4)
+    assert learning_rate_factor(2500, **limits) == pytest.approx((1 + np.cos(np.pi * processes / 16)) / 2)
+    assert schedule_stretch(OptimSettings(gradient_accumulation_steps=8), processes) == 1
 
 
 def test_lora_trained_on_denoising_alone(tmp_path, cache):

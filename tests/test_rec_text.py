@@ -1,3 +1,7 @@
+import json
+import pickle
+import shutil
+
 import pytest
 import torch
 
@@ -38,6 +42,49 @@ def test_spans_on_blanks_are_narrowed(sd):
     assert torch.equal(token_mask(encoding, 1, [(3, 15)], length), exact)
     assert exact.sum() == 2
     assert not token_mask(encoding, 1, [(3, 4)], length).any()
+
+
+def config(**changes):
+    def write(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return write
+
+
+def weights(content, name="model.safetensors"):
+    def write(folder):
+        before = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").unlink()
+        (folder / name).write_bytes(before[:500] if content is None else content)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (weights(None), "header"),
+        (weights(b"version https://git-lfs.github.com/spec/v1"), "header"),
+        (weights(b"e" * 300, "pytorch_model.bin"), "cannot be loaded"),
+        (weights(pickle.dumps(exit), "pytorch_model.bin"), "Weights only load failed"),
+        (config(hidden_size=-1), "its hidden_size is -1"),
+        (config(hidden_size="x"), "hidden_size"),
+        (config(num_hidden_layers=10**7), "its num_hidden_layers is 10000000"),
+        (config(num_hidden_layers=9), "of its weights are missing, such as encoder.layer."),
+        (config(intermediate_size=3), "cannot be loaded"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "cannot be loaded"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot be loaded"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "cannot be loaded"),
+    ],
+)
+def test_damaged_encoders_are_one_line(sd, golden, tmp_path, damage, message):
+    shutil.copytree(golden / "roberta", tmp_path / "roberta")
+    damage(tmp_path / "roberta")
+    with pytest.raises(ValueError, match=message) as error:
+        load_rec_text_encoder(str(tmp_path / "roberta"), sd, with_model=True)
+    assert str(error.value).startswith(f"rec_text_encoder '{tmp_path / 'roberta'}' cannot be loaded")
+    assert "\n" not in str(error.value)
 
 
 def test_missing_weights_say_what_to_do(sd):

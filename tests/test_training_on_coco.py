@@ -163,6 +163,25 @@ def test_boxes_and_spans_of_another_format(coco_tree, tmp_path, capsys, change):
     assert f"expression {content['annotations'][0]['image_id']}" in error
 
 
+def test_latents_of_the_posterior_are_trained_on(coco_tree, tmp_path, capsys):
+    for name in ("mean", "posterior"):
+        assert run("probe", coco_tree, tmp_path / name, f"data.latent_sample={name}", "optim.steps=1") == 0
+    assert losses(tmp_path / "mean")[0] != losses(tmp_path / "posterior")[0]
+    assert run("probe", coco_tree, tmp_path, "data.latent_sample=posterior", "data.latents=x") == 2
+    assert "cached latents are as they are" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"bbox": [1, 2, float("nan"), 4]}, {"tokens_positive": [[0, 10**12]]}])
+def test_nothing_is_trained_on_that_the_check_reports(coco_tree, tmp_path, capsys, change):
+    content = json.loads((coco_tree / "annotations/finetune_refall_train.json").read_text())
+    content["annotations"][0].update(change)
+    broken = tmp_path / "finetune_broken.json"
+    broken.write_text(json.dumps(content))
+    assert run("probe", coco_tree, tmp_path, f"data.expressions={broken}") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{broken} is no REC annotation file: expression {content['annotations'][0]['image_id']}: " in error
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_cannot_be_read_is_named(coco_tree, tmp_path, capsys, workers):
     tree = tmp_path / "data"

@@ -7,11 +7,13 @@
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
 import torch
 
+from dpt.bounds import ArgumentParser, device, fail, number
 from dpt.config import DataSettings
 from dpt.data.check import SHOWN, check_tree, find, leakage, write_leak_free
 from dpt.data.coco import load_captions
@@ -53,17 +55,13 @@ def run_check(args: argparse.Namespace) -> int:
 
 def run_cache_latents(args: argparse.Namespace) -> int:
     """Encodes a folder of images; go on after a kill with the same command."""
-    try:
-        k, n = (int(part) for part in args.shard.split("/"))
-        if not 0 <= k < n:
-            raise ValueError
-    except ValueError:
-        raise ValueError(f"--shard is {args.shard!r}; it must be K/N with 0 <= K < N, such as 0/4") from None
     sd = load_stable_diffusion(
         args.model, local_files_only=args.local_files_only, dtype=DTYPES[args.dtype], device=_device(args)
     )
     size = args.size or sd.default_size
-    count = cache_folder(sd, Path(args.images), Path(args.output), size=size, batch_size=args.batch_size, shard=(k, n))
+    count = cache_folder(
+        sd, Path(args.images), Path(args.output), size=size, batch_size=args.batch_size, shard=args.shard
+    )
     print(f"{args.output}: {count} new latents")
     return 0
 
@@ -90,15 +88,21 @@ def run_mine_negatives(args: argparse.Namespace) -> int:
     return 0
 
 
+def shard(text: str) -> tuple[int, int]:
+    """An argparse type: K/N, the K-th of N shares."""
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}; it must be K/N with 0 <= K < N, such as 0/4")
+    return int(match[1]), int(match[2])
+
+
 def _device(args: argparse.Namespace) -> str:
     return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        "python -m dpt.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("python -m dpt.data", description=__doc__)
     commands = parser.add_subparsers(required=True)
     check = commands.add_parser("check", help="verify a data folder")
     check.add_argument("root")
@@ -110,8 +114,10 @@ def main(argv: list[str] | None = None) -> int:
     cache = commands.add_parser("cache-latents", help="encode a folder of images")
     cache.add_argument("--model", default="sd21-base")
     cache.add_argument("--local_files_only", "--local-files-only", action="store_true")
-    cache.add_argument("--size", type=int, help="height and width in pixels; default: the model's")
-    cache.add_argument("--shard", default="0/1", metavar="K/N", help="one of several processes' share")
+    cache.add_argument(
+        "--size", type=number(int, at_least=8, at_most=4096), help="height and width in pixels; default: the model's"
+    )
+    cache.add_argument("--shard", type=shard, default=(0, 1), metavar="K/N", help="one of several processes' share")
     cache.add_argument("--dtype", choices=DTYPES, default="float32")
     cache.set_defaults(run=run_cache_latents)
 
@@ -119,23 +125,25 @@ def main(argv: list[str] | None = None) -> int:
     mining.add_argument("--captions", required=True, help="a COCO caption file")
     mining.add_argument("--clip", default="ViT-H-14", help="a model of open_clip, or the JSON file of one's config")
     mining.add_argument("--pretrained", default="laion2b_s32b_b79k", help="open_clip's tag, or a file of weights")
-    mining.add_argument("--num_texts", type=int, default=20)
-    mining.add_argument("--num_images", type=int, default=4)
-    mining.add_argument("--block", type=int, default=4096, help="rows compared at once")
+    mining.add_argument("--num_texts", type=number(int, at_least=1, at_most=1000), default=20)
+    mining.add_argument("--num_images", type=number(int, at_least=1, at_most=1000), default=4)
+    mining.add_argument(
+        "--block", type=number(int, at_least=1, at_most=65_536), default=4096, help="rows compared at once"
+    )
     mining.add_argument("--work", help="folder for embeddings; default: beside the output")
     mining.set_defaults(run=run_mine_negatives)
 
     for command in (cache, mining):
         command.add_argument("--images", required=True, help="folder of image files")
         command.add_argument("--output", required=True)
-        command.add_argument("--batch_size", type=int, default=8 if command is cache else 64)
-        command.add_argument("--device")
+        size = number(int, at_least=1, at_most=4096)
+        command.add_argument("--batch_size", type=size, default=8 if command is cache else 64)
+        command.add_argument("--device", type=device, help="default: the first CUDA device, else the CPU")
     args = parser.parse_args(argv)
     try:
         return args.run(args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
 
 
 if __name__ == "__main__":

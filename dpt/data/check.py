@@ -8,9 +8,11 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from dpt.data.coco import read_json
+from dpt.data.coco import UNSCALED, base_name, read_captions, read_json, stable_id, upright_rgb
 from dpt.data.itm import INDEX_FILE, ItmNegatives
-from dpt.data.latents import IMAGE_SUFFIXES, MANIFEST, verify_folder
+from dpt.data.latents import IMAGE_SUFFIXES, MANIFEST, read_manifest, verify_folder
+from dpt.data.refcoco import Expression, ExpressionBox, load_expressions, read_expressions
+from dpt.files import write_text
 
 ORIENTATION = 0x0112  # EXIF's tag
 SHOWN = 3  # examples of each problem
@@ -55,8 +57,8 @@ def check_images(paths: list[Path], *, decode: bool = False) -> tuple[Findings, 
                 # a quarter turn, which loading undoes; other formats would be decoded to find it
                 turned = image.format in ("JPEG", "MPO") and image.getexif().get(ORIENTATION, 1) >= 5
                 sizes[path.name] = image.size[::-1] if turned else image.size
-                if decode:
-                    image.convert("RGB")
+                if decode or image.mode in UNSCALED:
+                    upright_rgb(image)
                 elif not _ends_well(path):
                     findings.add("truncated image", path.name)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -76,51 +78,52 @@ def _ends_well(path: Path) -> bool:
 
 def check_annotations(path: Path, sizes: dict[str, tuple[int, int]]) -> Findings:
     """Ids, images, boxes, spans of a COCO-style file: captions, or MDETR's expressions."""
-    findings = Findings(path.name)
+    findings, are_expressions = Findings(path.name), path.name.startswith("finetune_")
     try:
-        content = read_json(path)
-        images, annotations = content["images"], content["annotations"]
-        expressions = path.name.startswith("finetune_")
-        findings.holds = f"{len(images)} {'expressions' if expressions else 'images'}, {len(annotations)} annotations"
-        for kind, entries in (("image", images), ("annotation", annotations)):
-            for value, count in Counter(entry["id"] for entry in entries if "id" in entry).items():
-                if count > 1:
-                    findings.add(f"duplicate {kind} id", str(value))
-        by_id = {image["id"]: image for image in images}
-        for image in images:
-            findings.files.add(image["file_name"])
-            found = sizes.get(image["file_name"])
-            if found is None:
-                findings.add("missing or unreadable image", image["file_name"])
-            elif {"width", "height"} <= image.keys() and found != (image["width"], image["height"]):
-                findings.add("image of another size", f"{image['file_name']} is {found[0]}x{found[1]}")
-        for annotation in annotations:
-            if annotation["image_id"] not in by_id:
-                findings.add("annotation of an unknown image", str(annotation["image_id"]))
-            elif expressions:
-                _check_box(findings, annotation, by_id[annotation["image_id"]])
-            elif not annotation["caption"].strip():
-                findings.add("empty caption", str(annotation["image_id"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        findings.add("unreadable file", str(error) if isinstance(error, ValueError) else f"{error!r} is missing")
+        content, problems = (read_expressions if are_expressions else read_captions)(path)
+    except ValueError as error:
+        findings.add("unreadable file", str(error))
+        return findings
+    for problem in problems:
+        findings.add("unreadable record", problem)
+    images, annotations = content.images, content.annotations
+    findings.holds = f"{len(images)} {'expressions' if are_expressions else 'images'}, {len(annotations)} annotations"
+    for kind, entries in (("image", images), ("annotation", annotations)):
+        for value, count in Counter(stable_id(entry.id) for entry in entries if entry.id is not None).items():
+            if count > 1:
+                findings.add(f"duplicate {kind} id", str(value))
+    for image in images:
+        name = base_name(image.file_name)
+        findings.files.add(name)
+        if name not in sizes:
+            findings.add("missing or unreadable image", image.file_name)
+        elif image.width and image.height and sizes[name] != (image.width, image.height):
+            findings.add("image of another size", f"{name} is {sizes[name][0]}x{sizes[name][1]}")
+    if are_expressions and images and not annotations:
+        findings.add("no expression has a box", path.name)
+    by_id = {stable_id(image.id): image for image in images}
+    for annotation in annotations:
+        image = by_id.get(stable_id(annotation.image_id))
+        if image is None:
+            if not problems:  # else it may be one of those that are left out
+                findings.add("annotation of an unknown image", str(annotation.image_id))
+        elif are_expressions:
+            _check_box(findings, annotation, image)
+        elif not annotation.caption.strip():
+            findings.add("empty caption", str(annotation.image_id))
     return findings
 
 
-def _check_box(findings: Findings, annotation: dict, image: dict) -> None:
-    x, y, width, height = annotation["bbox"]
-    where = f"expression {image['id']}"
-    if (
-        width <= 0
-        or height <= 0
-        or x < -1
-        or y < -1
-        or x + width > image["width"] + 1
-        or y + height > image["height"] + 1
-    ):
-        findings.add("box outside its image", f"{where}: {annotation['bbox']}")
-    for begin, end in annotation["tokens_positive"]:
-        if not 0 <= begin < end <= len(image["caption"]):
-            findings.add("span outside its expression", f"{where}: [{begin}, {end}) of {len(image['caption'])}")
+def _check_box(findings: Findings, annotation: ExpressionBox, expression: Expression) -> None:
+    x, y, width, height = annotation.bbox
+    where = f"expression {expression.id}"
+    right, bottom = x + width, y + height
+    inside = x >= -1 and y >= -1 and right <= expression.width + 1 and bottom <= expression.height + 1
+    if width <= 0 or height <= 0 or not inside:
+        findings.add("box outside its image", f"{where}: {list(annotation.bbox)}")
+    for begin, end in annotation.tokens_positive:
+        if not 0 <= begin < end <= len(expression.caption):
+            findings.add("span outside its expression", f"{where}: [{begin}, {end}) of {len(expression.caption)}")
 
 
 def check_negatives(path: Path, sizes: dict[str, tuple[int, int]]) -> Findings:
@@ -128,7 +131,7 @@ def check_negatives(path: Path, sizes: dict[str, tuple[int, int]]) -> Findings:
     findings = Findings(path.name if path.suffix == ".tsv" else f"{path.parent.name}/{path.name}")
     try:
         negatives = ItmNegatives(path)
-    except (ValueError, TypeError, AttributeError) as error:
+    except ValueError as error:
         findings.add("unreadable file", str(error))
         return findings
     findings.holds, findings.files = f"{len(negatives)} captions", set(negatives.texts_of)
@@ -141,16 +144,29 @@ def check_negatives(path: Path, sizes: dict[str, tuple[int, int]]) -> Findings:
         except ValueError as error:
             findings.add("unreadable item", str(error))
             continue
-        if text_id not in negatives.texts_of.get(item.image, ()):
+        image, *others = map(base_name, (item.image, *item.neg_images))
+        if text_id not in negatives.texts_of.get(image, ()):
             findings.add("item listed for another image", f"text {text_id} is of {item.image}")
-        findings.files.update(item.neg_images)
-        for name in (item.image, *item.neg_images):
+        findings.files.update(others)
+        for name in (image, *others):
             if name not in sizes:
                 findings.add("missing or unreadable image", name)
         if item.title in item.neg_captions:
             findings.add("negative equal to the positive", f"caption of text {text_id}")
-        if item.image in item.neg_images:
+        if image in others:
             findings.add("negative equal to the positive", f"image of text {text_id}")
+    return findings
+
+
+def check_latents(folder: Path) -> Findings:
+    """Cached latents: a manifest that can be read, and files that are as they were written."""
+    findings = Findings(folder.name)
+    try:
+        findings.holds = f"latents of {read_manifest(folder).model}"
+        for problem in verify_folder(folder):
+            findings.add("damaged latents", problem)
+    except ValueError as error:
+        findings.add("unreadable file", str(error))
     return findings
 
 
@@ -162,14 +178,18 @@ def leakage(lists: list[Findings]) -> list[tuple[str, str, int, int]]:
 
 
 def write_leak_free(annotations: Path, evaluation: list[Path], target: Path) -> tuple[int, int]:
-    """Writes a training list without the images of evaluation lists; returns expressions kept and left out."""
-    held_out = {image["file_name"] for path in evaluation for image in read_json(path)["images"]}
-    content = read_json(annotations)
-    kept = [image for image in content["images"] if image["file_name"] not in held_out]
-    ids = {image["id"] for image in kept}
-    annotated = [a for a in content["annotations"] if a["image_id"] in ids]
-    target.write_text(json.dumps(content | {"images": kept, "annotations": annotated}))
-    return len(kept), len(content["images"]) - len(kept)
+    """Writes a training list without the images of evaluation lists; returns expressions kept and left out.
+
+    Raises:
+        ValueError: a list that training would refuse; it is named.
+    """
+    held_out = {expression.path.name for path in evaluation for expression in load_expressions(path, path.parent)}
+    left = {e.id for e in load_expressions(annotations, annotations.parent) if e.path.name in held_out}
+    content = read_json(annotations)  # with what is not read here
+    images = [image for image in content["images"] if stable_id(image["id"]) not in left]
+    boxes = [box for box in content["annotations"] if stable_id(box["image_id"]) not in left]
+    write_text(target, json.dumps(content | {"images": images, "annotations": boxes}))
+    return len(images), len(left)
 
 
 def check_tree(root: Path, *, decode: bool = False) -> list[Findings]:
@@ -187,10 +207,7 @@ def check_tree(root: Path, *, decode: bool = False) -> list[Findings]:
     lists += [check_negatives(p, sizes) for p in find(root, "*.tsv")]
     latents = []
     for path in find(root, MANIFEST):
-        cached = Findings(path.parent.name, f"latents of {read_json(path).get('model')}")
-        for problem in verify_folder(path.parent):
-            cached.add("damaged latents", problem)
-        latents.append(cached)
+        latents.append(check_latents(path.parent))
     if not images and not lists:
         raise ValueError(f"{root} holds no images and no annotation files; docs/data.md shows what it should hold")
     return [findings, *lists, *latents]

@@ -1,15 +1,58 @@
-"""COCO's captions and images, in the files that users have.
+"""COCO's images and annotation files, in the layouts that users have.
 
 Images are resized to a square without keeping the aspect, as the paper trains on them.
 """
 
+import hashlib
 import json
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Generic, TypeVar
 
+import msgspec
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from msgspec import Meta, Struct
+from PIL import Image, ImageOps
+
+from dpt.files import in_words, read_bytes, read_text
+
+Id = int | str
+"""an image's, an expression's; text too, such as "img-64" """
+Name = Annotated[str, Meta(min_length=1)]
+Side = Annotated[float, Meta(gt=0, le=1_000_000)]
+"""pixels"""
+
+SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+UNSCALED = ("I", "F")
+"""Pillow's modes whose numbers have no known range"""
+
+
+class CocoImage(Struct, gc=False):
+    """An image of a caption file."""
+
+    id: Id
+    file_name: Name
+    width: Side | None = None
+    height: Side | None = None
+
+
+class CocoCaption(Struct, gc=False):
+    image_id: Id
+    caption: str
+    id: Id | None = None
+
+
+I = TypeVar("I")  # noqa: E741
+A = TypeVar("A")
+
+
+class Annotations(Struct, Generic[I, A]):
+    """A COCO-style file."""
+
+    images: list[I]
+    annotations: list[A]
 
 
 @dataclass(frozen=True)
@@ -21,25 +64,134 @@ class CaptionedImage:
 
 
 def read_json(path: Path):
-    """The contents of a JSON file. Raises ValueError naming the file where it is none."""
+    """The contents of a JSON file, NaN allowed. Raises ValueError naming the file where it is none."""
+    text = read_text(path)
     try:
-        return json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        if path.read_text("utf-8").lstrip().startswith("<"):
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{path} is no valid JSON (nested too deeply): get the file again") from error
+    except ValueError as error:  # a JSONDecodeError, or an integer of more digits than Python reads
+        if text.lstrip().startswith("<"):
             raise ValueError(f"{path} is a web page, not JSON: download the file itself") from error
-        raise ValueError(f"{path} is no valid JSON (line {error.lineno}: {error.msg}): get the file again") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+        where = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise ValueError(f"{path} is no valid JSON ({where}): get the file again") from error
+
+
+def read_annotations(
+    path: Path, image: type[I], annotation: type[A], *, kind: str, noun: str
+) -> tuple[Annotations[I, A], list[str]]:
+    """A COCO-style file, and what is wrong with those of its records that do not fit, which are left out.
+
+    Args:
+        kind: what the file is called in errors.
+        noun: what its ids are of.
+
+    Raises:
+        ValueError: no JSON, or none with lists of images and annotations; the message names the file.
+    """
+    schema = Annotations[image, annotation]
+    try:
+        return msgspec.json.decode(read_bytes(path), type=schema), []
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        pass  # read again in a slower way, to say what is wrong with which record
+    content, problems = read_json(path), []
+    try:
+        outline = msgspec.convert(content, Annotations[dict, dict])
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{path} is no {kind} file: {in_words(str(error))}") from error
+    images = _fitting(outline.images, image, "id", noun, problems)
+    return Annotations(images, _fitting(outline.annotations, annotation, "image_id", noun, problems)), problems
+
+
+def _fitting(records: list[dict], schema: type, key: str, noun: str, problems: list[str]) -> list:
+    fitting = []
+    for record in records:
+        try:
+            fitting.append(_plain(msgspec.convert(record, schema)))
+        except ValueError as error:  # a ValidationError is one
+            reason = in_words(str(error))
+            field = reason.partition(":")[0].partition("[")[0]
+            value = f" ({field} is {reprlib.repr(record[field])})" if field in record else ""
+            problems.append(f"{noun} {reprlib.repr(record.get(key))}: {reason}{value}")
+    return fitting
+
+
+def _plain(record: Struct) -> Struct:
+    """The record. Raises ValueError where a text of it is none."""
+    for name in record.__struct_fields__:
+        if isinstance(value := getattr(record, name), str):
+            check_text(name, value)
+    return record
+
+
+def check_text(name: str, text: str) -> str:
+    """The text. Raises ValueError where it holds a lone surrogate, half of a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: half a character (a lone surrogate, \\u{ord(text[error.start]):x})") from error
+    return text
+
+
+def stable_id(value: Id) -> int:
+    """The number of an id, the same on every machine: its own, if it is one (also as text), else of its hash."""
+    if isinstance(value, str) and value.isdecimal() and len(value) < 19 and str(int(value)) == value:
+        value = int(value)
+    if isinstance(value, int) and 0 <= value < 2**63:
+        return value
+    return int.from_bytes(hashlib.sha256(str(value).encode()).digest()[:7], "big")
+
+
+def base_name(file_name: str) -> str:
+    """The name of an image file without folders, which annotation files write with either slash."""
+    return file_name.replace("\\", "/").rpartition("/")[2]
+
+
+def image_path(folder: Path, file_name: str) -> Path:
+    """Where an image lies that an annotation file names: below the folder as it is written, or right in it."""
+    written = folder / file_name.replace("\\", "/")
+    name = base_name(file_name)
+    return written if name == file_name or written.exists() else folder / name
+
+
+def read_captions(path: Path) -> tuple[Annotations[CocoImage, CocoCaption], list[str]]:
+    """A `captions_*.json`, and what is wrong with records that do not fit; see `read_annotations`."""
+    return read_annotations(path, CocoImage, CocoCaption, kind="COCO caption", noun="image")
 
 
 def load_captions(annotations: Path, images: Path) -> list[CaptionedImage]:
-    """All captions of a `captions_*.json`, in its order."""
-    content = read_json(annotations)
-    try:
-        files = {image["id"]: images / image["file_name"] for image in content["images"]}
-        return [CaptionedImage(files[a["image_id"]], a["caption"].strip()) for a in content["annotations"]]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{annotations} is no COCO caption file: {error!r} is missing") from error
+    """All captions of a `captions_*.json`, in its order.
+
+    Raises:
+        ValueError: unreadable, no such file, or a caption of an image that is not in it.
+    """
+    content, problems = read_captions(annotations)
+    if problems:
+        raise ValueError(f"{annotations} is no COCO caption file: {first_of(problems)}")
+    files = {stable_id(image.id): image_path(images, image.file_name) for image in content.images}
+    unknown = [str(a.image_id) for a in content.annotations if stable_id(a.image_id) not in files]
+    if unknown:
+        raise ValueError(f"{annotations}: captions of images that it does not hold: image_id {first_of(unknown)}")
+    return [CaptionedImage(files[stable_id(a.image_id)], a.caption.strip()) for a in content.annotations]
+
+
+def first_of(problems: list[str]) -> str:
+    """The first, and how many more there are."""
+    return problems[0] + (f", and {len(problems) - 1} more" if len(problems) > 1 else "")
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Any mode turned into RGB of 8 bits, EXIF rotation applied.
+
+    Raises:
+        ValueError: numbers of unknown range.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode in SIXTEEN_BITS:  # Pillow would cut, not scale them
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
+    if image.mode in UNSCALED:
+        raise ValueError(f"its pixels are of mode {image.mode}, whose range is unknown: save it with 8 bits a channel")
+    return image.convert("RGB")
 
 
 def load_pixels(path: Path, size: int) -> torch.Tensor:
@@ -48,9 +200,14 @@ def load_pixels(path: Path, size: int) -> torch.Tensor:
     Raises:
         ValueError: no readable image there.
     """
+    image = open_image(path).resize((size, size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def open_image(path: Path) -> Image.Image:
+    """An image as upright RGB. Raises ValueError naming the file where there is none."""
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            return upright_rgb(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1

@@ -103,17 +103,26 @@ def sample_generator(seed: int, sample_id: int, epoch: int, purpose: str) -> tor
     """The random numbers of one sample in one epoch, whatever batch, rank or run it is in.
 
     Args:
-        purpose: "noise" (timestep and noise) or "draw" (what is drawn of the sample): independent streams.
+        purpose: "noise" (timestep and noise), "draw" (what is drawn of the sample) or "latents" (of its images'
+            posteriors): independent streams.
     """
-    stream = ("noise", "draw").index(purpose)
+    stream = ("noise", "draw", "latents").index(purpose)
     state = np.random.SeedSequence((seed, sample_id, epoch, stream)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) & (2**63 - 1))
 
 
-def as_latents(images: torch.Tensor, sd: StableDiffusion) -> torch.Tensor:
-    """Scaled latents (B, K, C, h, w) of a batch's images: pixels (B, K, 3, H, W) are encoded, latents kept."""
+def as_latents(
+    images: torch.Tensor, sd: StableDiffusion, generators: list[torch.Generator] | None = None
+) -> torch.Tensor:
+    """Scaled latents (B, K, C, h, w) of a batch's images: pixels (B, K, 3, H, W) are encoded, latents kept.
+
+    Args:
+        generators: one a sample, of draws from the autoencoder's posterior; by default its mean is taken.
+    """
     if images.shape[2] != 3:
         return images
+    if generators is not None:
+        return torch.stack([sd.encode_images(*pair) for pair in zip(images, generators, strict=True)])
     return sd.encode_images(images.flatten(0, 1)).unflatten(0, images.shape[:2])
 
 
@@ -129,6 +138,7 @@ def encode_batch(
     normalize_positive_map: bool = True,
     align_to_padding: bool = False,
     denoise_negatives: bool = False,
+    posterior: bool = False,
 ) -> dict:
     """The input of `DPT.forward`: everything that no gradient reaches.
 
@@ -139,13 +149,16 @@ def encode_batch(
         timesteps: drawn from [first, last]; by default from the whole schedule.
         noise_offset: weight of noise that is constant over a channel.
         align_to_padding: leave `token_valid` out, so that contrastive alignment counts padding as the reference does.
+        posterior: draw the latents of pixels from the autoencoder's posterior, by (seed, sample, epoch).
         denoise_negatives: give what denoising the other two images under captions of their own needs.
     """
     device = sd.device  # diffusers looks for it anew each time
-    latents = as_latents(batch.images, sd).to(device).float()  # (B, K, C, h, w)
+    named = list(zip(batch.ids, batch.epochs, strict=True))
+    draws = [sample_generator(seed, *pair, "latents") for pair in named] if posterior else None
+    latents = as_latents(batch.images, sd, draws).to(device).float()  # (B, K, C, h, w)
     first, last = timesteps or (0, sd.scheduler.config.num_train_timesteps - 1)
     drawn, noise = [], []
-    for sample_id, epoch in zip(batch.ids, batch.epochs, strict=True):
+    for sample_id, epoch in named:
         generator = sample_generator(seed, sample_id, epoch, "noise")
         drawn.append(torch.randint(first, last + 1, (1,), generator=generator))
         noise.append(torch.randn(latents.shape[2:], generator=generator))

@@ -7,14 +7,34 @@ A folder holds `imgname2txtid.json`, {image file: [text ids]}, and one `{id:05d}
 import ast
 import csv
 import json
+import re
 from dataclasses import dataclass
 from functools import lru_cache
+from io import StringIO
 from pathlib import Path
+from typing import Annotated
 
-from dpt.data.coco import read_json
+from msgspec import Meta, Struct, convert
+
+from dpt.data.coco import Name, base_name, check_text
+from dpt.files import read_json, read_text, write_text
 
 INDEX_FILE = "imgname2txtid.json"
 FIELDS = ("title", "filepath", "neg_caption", "neg_image")
+MAX_LIST = 100_000  # characters
+_STRING = r"u?(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")"
+_LIST = re.compile(rf"\s*\[\s*{_STRING}\s*(?:,\s*{_STRING}\s*)*,?\s*\]\s*", re.DOTALL)
+
+TextId = Annotated[int, Meta(ge=0, le=10**12)]
+
+
+class ItmRow(Struct):
+    """An item as its file has it."""
+
+    title: str
+    filepath: Name
+    neg_caption: str
+    neg_image: str
 
 
 @dataclass(frozen=True)
@@ -30,25 +50,23 @@ class ItmItem:
 class ItmNegatives:
     """Items by text id, read when asked for (a folder) or at once (a `.tsv`).
 
+    `texts_of` has the text ids of each image, by its name without folders.
+
     Raises:
         ValueError: neither layout there, or a file that does not hold what it should; it is named.
     """
 
     def __init__(self, path: Path):
-        self.path, self._rows = path, None
+        self.path, self._rows, self.texts_of = path, None, {}
         if path.is_dir():
-            index = read_json(path / INDEX_FILE)
-            if not isinstance(index, dict) or not all(
-                isinstance(ids, list) and all(isinstance(i, int) for i in ids) for ids in index.values()
-            ):
-                raise ValueError(f"{path / INDEX_FILE} does not map image files to lists of text ids")
-            self.texts_of = index
-            self.ids = sorted(i for ids in index.values() for i in ids)
+            index = read_json(path / INDEX_FILE, dict[Name, list[TextId]])
         else:
-            self._rows, self.texts_of = _read_tsv(path), {}
-            self.ids = list(range(len(self._rows)))
+            self._rows, index = _read_tsv(path), {}
             for i, row in enumerate(self._rows):
-                self.texts_of.setdefault(row["filepath"], []).append(i)
+                index.setdefault(row.filepath, []).append(i)
+        for name, ids in index.items():
+            self.texts_of.setdefault(base_name(name), []).extend(ids)
+        self.ids = sorted(i for ids in index.values() for i in ids)
         if not self.ids:
             raise ValueError(f"{path} holds no items")
         self.item = lru_cache(maxsize=4096)(self._item)
@@ -57,33 +75,42 @@ class ItmNegatives:
         return len(self.ids)
 
     def _item(self, text_id: int) -> ItmItem:
-        where = self.path / f"{text_id:05d}.json" if self._rows is None else f"{self.path}, row {text_id + 1}"
-        row = read_json(where) if self._rows is None else self._rows[text_id]
+        if self._rows is None:
+            where = self.path / f"{text_id:05d}.json"
+            row = read_json(where, ItmRow)
+        else:
+            where, row = f"{self.path}, row {text_id + 1}", self._rows[text_id]
         try:
-            lists = [_literal_list(row[name]) for name in FIELDS[2:]]
-            return ItmItem(row["title"], row["filepath"], *lists)
-        except (KeyError, TypeError, ValueError, SyntaxError) as error:
-            raise ValueError(f"{where} is no item of hard negatives: {error!r}") from error
+            lists = [_literal_list(name, getattr(row, name)) for name in FIELDS[2:]]
+            return ItmItem(check_text("title", row.title), check_text("filepath", row.filepath), *lists)
+        except ValueError as error:
+            raise ValueError(f"{where} is no item of hard negatives: {error}") from error
 
 
-def _literal_list(text: str) -> tuple[str, ...]:
-    values = ast.literal_eval(text)
-    if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
-        raise ValueError(f"{text[:60]!r} is no list of strings")
-    return tuple(values)
+def _literal_list(name: str, text: str) -> tuple[str, ...]:
+    """The strings of a Python-literal list; its form is looked at before Python's parser is, which takes any depth."""
+    if len(text) > MAX_LIST or not _LIST.fullmatch(text):
+        raise ValueError(f"{name}: {text[:60]!r} is no list of strings")
+    try:
+        return tuple(check_text(name, value) for value in ast.literal_eval(text.strip()))
+    except SyntaxError as error:  # such as an escape that is cut off
+        raise ValueError(f"{name}: {text[:60]!r} is no list of strings") from error
 
 
-def _read_tsv(path: Path) -> list[dict[str, str]]:
+def _read_tsv(path: Path) -> list[ItmRow]:
     csv.field_size_limit(2**24)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t")
-            missing = [name for name in FIELDS if name not in (reader.fieldnames or ())]
-            if missing:
-                raise ValueError(f"{path} lacks the columns {', '.join(missing)}")
-            return list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reader = csv.DictReader(StringIO(read_text(path), newline=""), delimiter="\t")
+        missing = [name for name in FIELDS if name not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(f"{path} lacks the columns {', '.join(missing)}")
+        rows = list(reader)
+    except csv.Error as error:
         raise ValueError(f"{path} cannot be read as a table: {error}") from error
+    for number, row in enumerate(rows, 1):
+        if empty := [name for name in FIELDS if row[name] is None or not (row[name] or name == "title")]:
+            raise ValueError(f"{path}, row {number}: {empty[0]} is missing")
+    return [convert({name: row[name] for name in FIELDS}, ItmRow) for row in rows]
 
 
 def write_items(folder: Path, items: dict[int, ItmItem]) -> None:
@@ -93,16 +120,16 @@ def write_items(folder: Path, items: dict[int, ItmItem]) -> None:
     for text_id, item in items.items():
         texts_of.setdefault(item.image, []).append(text_id)
         (folder / f"{text_id:05d}.json").write_text(json.dumps(_row(item)))
-    (folder / INDEX_FILE).write_text(json.dumps(texts_of))
+    write_text(folder / INDEX_FILE, json.dumps(texts_of))
 
 
 def write_tsv(path: Path, items: dict[int, ItmItem]) -> None:
-    """Writes the table layout."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, delimiter="\t")
-        writer.writeheader()
-        writer.writerows(_row(item) for item in items.values())
+    """Writes the table layout, at once or not at all."""
+    table = StringIO(newline="")
+    writer = csv.DictWriter(table, FIELDS, delimiter="\t")
+    writer.writeheader()
+    writer.writerows(_row(item) for item in items.values())
+    write_text(path, table.getvalue())
 
 
 def _row(item: ItmItem) -> dict[str, str]:

@@ -8,17 +8,39 @@ import hashlib
 import io
 import json
 import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from msgspec import Struct
 from tqdm import tqdm
 
-from dpt.data.coco import load_pixels, read_json
+from dpt.data.coco import load_pixels
+from dpt.files import read_json, read_json_lines
 from dpt.stable_diffusion import StableDiffusion
 
 MANIFEST = "latents.json"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass
+class Manifest:
+    """What latents depend on."""
+
+    model: str
+    vae: list[float]
+    """its fingerprint"""
+    scaling_factor: float
+    size: int
+    shape: list[int]
+
+
+class Checksum(Struct):
+    """A line of `checksums_*.jsonl`."""
+
+    file: str
+    sha256: str
 
 
 def vae_fingerprint(vae: torch.nn.Module) -> list[float]:
@@ -27,32 +49,29 @@ def vae_fingerprint(vae: torch.nn.Module) -> list[float]:
     return [tensor.flatten()[tensor.numel() // 2].item() for _, tensor in tensors]
 
 
-def manifest(sd: StableDiffusion, size: int) -> dict:
-    """What latents depend on."""
-    return {
-        "model": sd.name,
-        "vae": vae_fingerprint(sd.vae),
-        "scaling_factor": sd.vae.config.scaling_factor,
-        "size": size,
-        "shape": list(sd.latent_shape(size, size)),
-    }
+def manifest(sd: StableDiffusion, size: int) -> Manifest:
+    """That of latents of a model and size."""
+    shape = list(sd.latent_shape(size, size))
+    return Manifest(sd.name, vae_fingerprint(sd.vae), sd.vae.config.scaling_factor, size, shape)
 
 
-def check_manifest(folder: Path, expected: dict) -> None:
+def read_manifest(folder: Path) -> Manifest:
+    """A folder's manifest. Raises ValueError naming file and field."""
+    return read_json(folder / MANIFEST, Manifest)
+
+
+def check_manifest(folder: Path, expected: Manifest) -> None:
     """Raises ValueError where the folder says that its latents are another model's or size's."""
-    path = folder / MANIFEST
-    if not path.exists():
+    if not (folder / MANIFEST).exists():
         return
-    found = read_json(path)
-    same_vae = len(found.get("vae", [])) == len(expected["vae"]) and np.allclose(
-        found["vae"], expected["vae"], rtol=0.01, atol=1e-4
-    )
-    differing = [key for key in ("scaling_factor", "size") if found.get(key) != expected[key]]
+    found = read_manifest(folder)
+    same_vae = len(found.vae) == len(expected.vae) and np.allclose(found.vae, expected.vae, rtol=0.01, atol=1e-4)
+    both = {name: (getattr(found, name), getattr(expected, name)) for name in ("scaling_factor", "size")}
+    differing = [f"{name} {there}, here {here}" for name, (there, here) in both.items() if there != here]
     if differing or not same_vae:
-        what = ", ".join(f"{key} {found.get(key)}, here {expected[key]}" for key in differing) or "other weights"
         raise ValueError(
-            f"latents in {folder} were made by {found.get('model')}; this model is {expected['model']} ({what}): cache "
-            "them again into another folder"
+            f"latents in {folder} were made by {found.model}; this model is {expected.model} "
+            f"({', '.join(differing) or 'other weights'}): cache them again into another folder"
         )
 
 
@@ -73,12 +92,17 @@ class LatentFolder:
         """Scaled latents (C, h, w) float32 of an image. Raises ValueError naming the file where that fails."""
         path = self.folder / f"{stem}.npy"
         try:
-            latents = np.load(path, allow_pickle=False)
+            latents = np.load(path, mmap_mode="r", allow_pickle=False)  # takes no memory for what its head says
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path} cannot be read as latents: {error}") from error
+        if not isinstance(latents, np.ndarray) or latents.dtype.kind != "f":
+            raise ValueError(f"{path} cannot be read as latents: it holds something other than one array of floats")
         if latents.size != np.prod(self.shape) or latents.shape[-3:] != self.shape:
             raise ValueError(f"{path} is {latents.shape}; the model's latents are {self.shape}")
-        return torch.from_numpy(latents.reshape(self.shape)).float()
+        array = np.array(latents, np.float32).reshape(self.shape)
+        if not np.isfinite(array).all():
+            raise ValueError(f"{path} cannot be read as latents: some of its numbers are not finite")
+        return torch.from_numpy(array)
 
 
 def cache_folder(
@@ -106,10 +130,11 @@ def cache_folder(
     check_manifest(folder, expected)
     if not (folder / MANIFEST).exists() and any(folder.glob("*.npy")):
         raise ValueError(f"{folder} holds latents of an unknown model (no {MANIFEST}): choose another --output")
-    _write(folder / MANIFEST, json.dumps(expected, indent=1).encode())
+    _write(folder / MANIFEST, json.dumps(asdict(expected), indent=1).encode())
     k, n = shard
     missing = [path for path in files[k::n] if not (folder / f"{path.stem}.npy").exists()]
     sums = folder / f"checksums_{k}_of_{n}.jsonl"
+    _end_line(sums)
     for start in tqdm(range(0, len(missing), batch_size), desc="latents", mininterval=2):
         part = missing[start : start + batch_size]
         latents = sd.encode_images(torch.stack([load_pixels(path, size) for path in part])).half().cpu().numpy()
@@ -126,21 +151,33 @@ def cache_folder(
 
 
 def verify_folder(folder: Path) -> list[str]:
-    """What is wrong with cached latents: files that differ from their checksum or are missing."""
-    sums = {}
+    """What is wrong with cached latents: files that differ from their checksum or are missing.
+
+    A file that was encoded again, in another batch or shard, has several; any of them is right.
+
+    Raises:
+        ValueError: a list of checksums that is none; file and line are named.
+    """
+    sums: dict[str, set[str]] = {}
     for path in sorted(folder.glob("checksums_*.jsonl")):
-        for line in path.read_text().splitlines():
-            if line.endswith("}"):
-                record = json.loads(line)
-                sums[record["file"]] = record["sha256"]
+        for record in read_json_lines(path, Checksum):
+            sums.setdefault(record.file, set()).add(record.sha256)
     problems = []
     for name, expected in sums.items():
         path = folder / name
-        if not path.exists():
+        if path.name != name:
+            problems.append(f"{name} in the checksums is no name of a file here")
+        elif not path.exists():
             problems.append(f"{path} is missing")
-        elif hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+        elif hashlib.sha256(path.read_bytes()).hexdigest() not in expected:
             problems.append(f"{path} differs from its checksum")
     return problems
+
+
+def _end_line(path: Path) -> None:
+    """Takes away the part of a line that a kill left at a file's end, so that the next one begins a line."""
+    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+        _write(path, content[: content.rfind(b"\n") + 1])
 
 
 def _write(path: Path, content: bytes) -> None:

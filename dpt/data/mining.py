@@ -121,22 +121,25 @@ def mine(
     if len(files) < 2:
         raise ValueError(f"hard negatives need captions of at least 2 images, not {len(files)}")
     number = {path: k for k, path in enumerate(files)}
-    texts, image_of = [c.caption for c in captions], np.array([number[c.path] for c in captions])
-    distinct = {text: k for k, text in enumerate(dict.fromkeys(texts))}
-    groups = np.stack([image_of, [distinct[text] for text in texts]], axis=1)  # the same words are no negative
+    image_of = np.array([number[c.path] for c in captions])
+    texts = list(dict.fromkeys(c.caption for c in captions))  # each once, whatever images it is of
+    distinct = {text: k for k, text in enumerate(texts)}
+    text_of = np.array([distinct[c.caption] for c in captions])
+    own: list[set[int]] = [set() for _ in files]
+    for image, text in zip(image_of, text_of, strict=True):
+        own[image].add(int(text))
     keys = [json.dumps([key, *contents]) for contents in (texts, [path.name for path in files])]
     text_rows = embed_to_file(texts, embed_texts, work / "texts", key=keys[0], batch_size=batch_size)
     image_rows = embed_to_file(files, embed_images, work / "images", key=keys[1], batch_size=batch_size)
+    # of each text so many that enough are left without an image's own texts, or without itself
     limits = {"block": block, "device": device}
-    similar_texts = most_similar(text_rows, groups, text_rows, groups, num_texts, **limits)
-    own = image_of[:, None], np.arange(len(files))[:, None]
-    similar_images = most_similar(text_rows, own[0], image_rows, own[1], num_images, **limits)
-    return {
-        k: ItmItem(
-            caption.caption,
-            caption.path.name,
-            tuple(texts[i] for i in similar_texts[k] if i >= 0),
-            tuple(files[i].name for i in similar_images[k] if i >= 0),
-        )
-        for k, caption in enumerate(captions)
-    }
+    of_none, all_texts, all_images = (np.full((len(x), 1), k) for k, x in enumerate((texts, texts, files)))
+    most_own = max(map(len, own))
+    texts_near = most_similar(text_rows, of_none, text_rows, all_texts, num_texts + most_own, **limits)
+    images_near = most_similar(text_rows, of_none, image_rows, all_images, num_images + 1, **limits)
+    items = {}
+    for k, (caption, text, image) in enumerate(zip(captions, text_of, image_of, strict=True)):
+        others = [texts[i] for i in texts_near[text] if i >= 0 and i not in own[image]]
+        pictures = [files[i].name for i in images_near[text] if i >= 0 and i != image]
+        items[k] = ItmItem(caption.caption, caption.path.name, tuple(others[:num_texts]), tuple(pictures[:num_images]))
+    return items

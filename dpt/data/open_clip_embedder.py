@@ -1,12 +1,20 @@
 """open_clip models as functions from captions and image files to vectors."""
 
+import pickle
 from pathlib import Path
 
 import open_clip
 import torch
-from PIL import Image, ImageOps
+from safetensors import SafetensorError
 
+from dpt.data.coco import open_image
 from dpt.data.mining import Embedder
+
+LOADING_ERRORS = (
+    *(OSError, EOFError, MemoryError, pickle.UnpicklingError, SafetensorError),
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),
+)
+"""what open_clip and torch's unpickler raise of files that are damaged, hold code or fit no such model"""
 
 
 def load_embedders(name: str, pretrained: str | None, *, device: torch.device | str) -> tuple[Embedder, Embedder]:
@@ -19,16 +27,16 @@ def load_embedders(name: str, pretrained: str | None, *, device: torch.device | 
     Raises:
         ValueError: no such model or weights.
     """
-    if name.endswith(".json"):
-        if not Path(name).is_file():
-            raise ValueError(f"--clip is {name}, which is no file")
-        open_clip.add_model_config(name)
-        name = Path(name).stem
+    if name.endswith(".json") and not Path(name).is_file():
+        raise ValueError(f"--clip is {name}, which is no file")
     try:
+        if name.endswith(".json"):
+            open_clip.add_model_config(name)
+            name = Path(name).stem
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained, device=device)
         tokenizer = open_clip.get_tokenizer(name)
-    except (RuntimeError, OSError, ValueError, FileNotFoundError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
             f"CLIP {name!r} with weights {pretrained!r} cannot be loaded ({reason}): download the weights and name the "
             "file with --pretrained"
@@ -41,14 +49,6 @@ def load_embedders(name: str, pretrained: str | None, *, device: torch.device | 
 
     @torch.no_grad()
     def embed_images(paths: list[Path]) -> torch.Tensor:
-        return model.encode_image(torch.stack([preprocess(_open(path)) for path in paths]).to(device))
+        return model.encode_image(torch.stack([preprocess(open_image(path)) for path in paths]).to(device))
 
     return embed_texts, embed_images
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error

@@ -3,12 +3,43 @@
 Boxes are normalised cxcywh.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from msgspec import Meta, Struct
 
-from dpt.data.coco import read_json
+from dpt.data.coco import Annotations, Id, Name, Side, first_of, image_path, read_annotations, stable_id
+
+Coordinate = Annotated[float, Meta(ge=-1_000_000, le=1_000_000)]
+Place = Annotated[int, Meta(ge=0, le=100_000)]
+"""a character's, in an expression"""
+
+
+class Expression(Struct, gc=False):
+    """An expression and the image that it is of."""
+
+    id: Id
+    file_name: Name
+    width: Side
+    height: Side
+    caption: str
+
+
+class ExpressionBox(Struct, gc=False):
+    """A box (x, y, width, height) in pixels, and the [begin, end) spans of characters that name it."""
+
+    image_id: Id
+    bbox: tuple[Coordinate, Coordinate, Coordinate, Coordinate]
+    tokens_positive: list[tuple[Place, Place]]
+    iscrowd: int | bool | None = 0
+    id: Id | None = None
+
+    def __post_init__(self):
+        if any(begin > end for begin, end in self.tokens_positive):
+            raise ValueError("tokens_positive: a span ends before it begins")
 
 
 @dataclass(frozen=True)
@@ -22,48 +53,60 @@ class ReferredImage:
     tokens_positive: tuple[tuple[tuple[int, int], ...], ...]
 
 
+def read_expressions(path: Path) -> tuple[Annotations[Expression, ExpressionBox], list[str]]:
+    """A `finetune_*.json`, and what is wrong with records that do not fit; see `read_annotations`."""
+    return read_annotations(path, Expression, ExpressionBox, kind="REC annotation", noun="expression")
+
+
 def load_expressions(annotations: Path, images: Path) -> list[ReferredImage]:
     """All expressions of a `finetune_*.json`, with their boxes cut to the image.
 
     Crowds are left out, and boxes without area, as the reference does.
 
     Raises:
-        ValueError: unreadable, or no such file; the message names it.
+        ValueError: unreadable, no such file, or one that would be trained on without its boxes; the message names it.
     """
-    content = read_json(annotations)
-    try:
-        boxes: dict[int, list[dict]] = {}
-        for annotation in content["annotations"]:
-            if not annotation.get("iscrowd"):
-                boxes.setdefault(annotation["image_id"], []).append(annotation)
-        ids = [entry["id"] for entry in content["images"]]
-        if len(set(ids)) < len(ids):
-            raise ValueError(f"{len(ids) - len(set(ids))} ids of expressions occur twice")
-        return [_referred(entry, boxes.get(entry["id"], []), images) for entry in content["images"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{annotations} is no REC annotation file: {error!r}") from error
-    except ValueError as error:
-        raise ValueError(f"{annotations}: {error}") from error
+    content, problems = read_expressions(annotations)
+    if problems:
+        raise ValueError(f"{annotations} is no REC annotation file: {first_of(problems)}")
+    row = {stable_id(image.id): k for k, image in enumerate(content.images)}
+    if len(row) < len(content.images):
+        raise ValueError(f"{annotations}: {len(content.images) - len(row)} ids of expressions occur twice")
+    boxes = [box for box in content.annotations if not box.iscrowd]
+    rows = np.array([row.get(stable_id(box.image_id), -1) for box in boxes], int)
+    _check_matching(annotations, content, rows)
+    return list(_referred(content.images, boxes, rows, images))
 
 
-def _referred(entry: dict, annotations: list[dict], images: Path) -> ReferredImage:
-    """Raises ValueError for an entry whose boxes or spans are not of the format."""
-    for annotation in annotations:
-        box, spans = annotation["bbox"], annotation["tokens_positive"]
-        numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(x, int | float) for x in box)
-        if not numbers or not all(len(span) == 2 and 0 <= span[0] <= span[1] for span in spans):
-            raise ValueError(f"expression {entry['id']} has bbox {box} and tokens_positive {spans}")
-    if entry["width"] <= 0 or entry["height"] <= 0:
-        raise ValueError(f"expression {entry['id']} is of an image of {entry['width']} x {entry['height']} pixels")
-    scale = np.array([entry["width"], entry["height"]] * 2, float)
-    xywh = np.array([a["bbox"] for a in annotations], float).reshape(-1, 4)
+def _check_matching(path: Path, content: Annotations, rows: np.ndarray) -> None:
+    """Raises ValueError where boxes of unknown images leave expressions without any."""
+    of = {stable_id(box.image_id) for box in content.annotations}
+    bare = [str(image.id) for image in content.images if stable_id(image.id) not in of]
+    if (rows < 0).any() and bare:
+        known = {stable_id(image.id) for image in content.images}
+        unknown = [str(box.image_id) for box in content.annotations if stable_id(box.image_id) not in known]
+        raise ValueError(
+            f"{path}: boxes of image_id {first_of(unknown)}, belong to no expression, and expression {first_of(bare)}, "
+            "has no box: ids and image_ids do not match"
+        )
+    if len(bare) == len(content.images) > 0:
+        raise ValueError(f"{path}: no expression has a box")
+
+
+def _referred(
+    entries: list[Expression], boxes: list[ExpressionBox], rows: np.ndarray, images: Path
+) -> Iterator[ReferredImage]:
+    """Expressions with their boxes, in the files' order."""
+    order = np.argsort(rows, kind="stable")
+    order = order[rows[order] >= 0]
+    xywh = np.array([boxes[k].bbox for k in order], float).reshape(-1, 4)
+    scale = np.array([(entries[row].width, entries[row].height) * 2 for row in rows[order]], float).reshape(-1, 4)
     corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1) / scale
     corners = corners.clip(0, 1)
     cxcywh = np.concatenate([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], axis=1)
-    kept = (cxcywh[:, 2:] > 0).all(1)
-    spans = tuple(
-        tuple((int(begin), int(end)) for begin, end in annotation["tokens_positive"])
-        for annotation, keep in zip(annotations, kept, strict=True)
-        if keep
-    )
-    return ReferredImage(entry["id"], images / entry["file_name"], entry["caption"], cxcywh[kept], spans)
+    order, cxcywh = (part[(cxcywh[:, 2:] > 0).all(1)] for part in (order, cxcywh))
+    ends = np.searchsorted(rows[order], np.arange(len(entries) + 1)).tolist()
+    for entry, begin, end in zip(entries, ends[:-1], ends[1:], strict=True):
+        spans = tuple(tuple(boxes[k].tokens_positive) for k in order[begin:end])
+        path = image_path(images, entry.file_name)
+        yield ReferredImage(stable_id(entry.id), path, entry.caption, cxcywh[begin:end], spans)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpt.data.coco import load_pixels
+from dpt.data.coco import base_name, image_path, load_pixels
 from dpt.data.collate import Sample, sample_generator
 from dpt.data.flip import can_mirror, mirror_text
 from dpt.data.itm import ItmItem, ItmNegatives
@@ -56,7 +56,7 @@ class CocoSamples:
                 + ("" if negatives is None else f" whose image has a caption in {negatives.path}")
             )
         if negatives is not None:
-            distinct = negatives.texts_of if expressions is None else {e.path for e in expressions}
+            distinct = negatives.texts_of if expressions is None else {e.path.name for e in expressions}
             if min(len(distinct), len(negatives.texts_of)) < 2:
                 raise ValueError("all samples are of one image; random negatives need another one")
 
@@ -72,20 +72,22 @@ class CocoSamples:
         generator = sample_generator(self.seed, self._id(index), epoch, "draw")
         rng = np.random.default_rng(torch.randint(2**62, (1,), generator=generator).item())
         referred = None if self.expressions is None else self.expressions[index]
-        names, captions = [referred.path.name if referred else ""], ("", "", "")
+        paths, captions = [referred.path] if referred else [], ("", "", "")
         if self.negatives is not None:
-            text_id = int(rng.choice(self.negatives.texts_of[names[0]])) if referred else self._id(index)
+            texts_of = self.negatives.texts_of
+            text_id = int(rng.choice(texts_of[referred.path.name])) if referred else self._id(index)
             item = self.negatives.item(text_id)
-            if referred and item.image != names[0]:
+            path = referred.path if referred else image_path(self.images, item.image)
+            if base_name(item.image) != path.name:
                 raise ValueError(
-                    f"text {text_id} of {self.negatives.path} is listed for {names[0]}, but is of {item.image}"
+                    f"text {text_id} of {self.negatives.path} is listed for {path.name}, but is of {item.image}"
                 )
-            names[0] = item.image
-            names += [str(rng.choice(item.neg_images)), self._other_image(item.image, rng)]
-            captions = (item.title, str(rng.choice(item.neg_captions)), self._other_caption(item.image, rng))
+            hard = image_path(self.images, str(rng.choice(item.neg_images)))
+            paths = [path, hard, self._other_image(path.name, rng)]
+            captions = (item.title, str(rng.choice(item.neg_captions)), self._other_caption(path.name, rng))
         sample = Sample(
             id=self._id(index),
-            images=torch.stack([self._image(name) for name in names]),
+            images=torch.stack([self._image(path) for path in paths]),
             captions=captions,
             expression=referred.expression if referred else "",
             boxes=torch.tensor(referred.boxes if referred else np.zeros((0, 4)), dtype=torch.float32),
@@ -97,28 +99,26 @@ class CocoSamples:
     def _id(self, index: int) -> int:
         return self.negatives.ids[index] if self.expressions is None else self.expressions[index].id
 
-    def _other_image(self, image: str, rng: np.random.Generator) -> str:
+    def _other_image(self, name: str, rng: np.random.Generator) -> Path:
         while True:
             if self.expressions is None:
-                name = self._any_item(rng).image
+                path = image_path(self.images, self._any_item(rng).image)
             else:
-                name = self.expressions[int(rng.integers(len(self.expressions)))].path.name
-            if name != image:
-                return name
+                path = self.expressions[int(rng.integers(len(self.expressions)))].path
+            if path.name != name:
+                return path
 
-    def _other_caption(self, image: str, rng: np.random.Generator) -> str:
+    def _other_caption(self, name: str, rng: np.random.Generator) -> str:
         while True:
             item = self._any_item(rng)
-            if item.image != image:
+            if base_name(item.image) != name:
                 return item.title
 
     def _any_item(self, rng: np.random.Generator) -> ItmItem:
         return self.negatives.item(self.negatives.ids[int(rng.integers(len(self.negatives)))])
 
-    def _image(self, name: str) -> torch.Tensor:
-        if self.latents is not None:
-            return self.latents.read(Path(name).stem)
-        return load_pixels(self.images / name, self.size)
+    def _image(self, path: Path) -> torch.Tensor:
+        return load_pixels(path, self.size) if self.latents is None else self.latents.read(path.stem)
 
 
 def mirror(sample: Sample) -> Sample:

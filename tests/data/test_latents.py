@@ -83,12 +83,24 @@ def test_the_reference_s_folder_is_read_as_it_is(sd, tmp_path):
             folder.read(stem)
 
 
-@pytest.mark.parametrize(
-    ("more", "message"), [(["--shard", "4/4"], "--shard is '4/4'"), (["--images", "/nowhere"], "holds no images")]
-)
-def test_bad_arguments(coco_tree, tmp_path, capsys, more, message):
-    assert main(command(coco_tree, tmp_path / "x", *more)) == 2
-    assert message in capsys.readouterr().err
+def test_bad_arguments(coco_tree, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(command(coco_tree, tmp_path / "x", "--shard", "4/4"))
+    assert "--shard: '4/4'" in capsys.readouterr().err
+    assert main(command(coco_tree, tmp_path / "x", "--images", "/nowhere")) == 2
+    assert "holds no images" in capsys.readouterr().err
+
+
+def test_a_line_of_checksums_that_a_kill_cut_short(coco_tree, cached, tmp_path):
+    output = tmp_path / "again"
+    shutil.copytree(cached, output)
+    sums = output / "checksums_0_of_1.jsonl"
+    sums.write_text('{"file": "a.npy", "sha')
+    lost = sorted(output.glob("*.npy"))[3]
+    lost.unlink()
+    assert main(command(coco_tree, output)) == 0
+    assert [json.loads(line)["file"] for line in sums.read_text().splitlines()] == [lost.name]
+    assert verify_folder(output) == []
 
 
 def test_latents_of_an_unknown_model_are_not_claimed(coco_tree, tmp_path, capsys):

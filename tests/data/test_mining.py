@@ -1,4 +1,5 @@
 import json
+import pickle
 import threading
 from pathlib import Path
 
@@ -8,9 +9,9 @@ import pytest
 import torch
 
 from dpt.data.__main__ import main
-from dpt.data.coco import load_captions
+from dpt.data.coco import CaptionedImage, load_captions
 from dpt.data.itm import ItmNegatives
-from dpt.data.mining import embed_to_file, most_similar
+from dpt.data.mining import embed_to_file, mine, most_similar
 from dpt.data.open_clip_embedder import load_embedders
 
 
@@ -99,6 +100,53 @@ def test_negatives_of_a_tree_are_those_of_brute_force(coco_tree, tiny_clip, tmp_
         assert item.neg_images == tuple(files[i].name for i in ranked if files[i] != caption.path)[:2]
     assert main(["mine-negatives", *where, *settings, "--output", str(tmp_path / "itm.tsv")]) == 0
     assert ItmNegatives(tmp_path / "itm.tsv").item(3) == found.item(3)
+
+
+def test_mined_captions_are_distinct_and_none_of_the_image_s_own(tmp_path):
+    """Generic captions stand under many images."""
+    texts = ["a man", "a man", "a dog", "a man", "two men", "a dog", "a cat", "a man", "two men", "a hat"]
+    captions = [CaptionedImage(tmp_path / f"{k // 2}.jpg", text) for k, text in enumerate(texts)]
+    vectors = {text: torch.tensor([np.cos(k**1.3), np.sin(k**1.3)]) for k, text in enumerate(dict.fromkeys(texts))}
+
+    def embed_texts(items):
+        return torch.stack([vectors[text] for text in items])
+
+    def embed_images(items):
+        return torch.stack([torch.tensor([np.cos(int(path.stem)), 0.5]) for path in items])
+
+    items = mine(captions, embed_texts, embed_images, tmp_path / "work", key="", num_texts=3, num_images=2, block=3)
+    for k, caption in enumerate(captions):
+        own = {other.caption for other in captions if other.path == caption.path}
+        rest = [text for text in vectors if text not in own]
+        ranked = sorted(rest, key=lambda text: -float(vectors[text] @ vectors[caption.caption]))
+        assert items[k].neg_captions == tuple(ranked[:3])
+        assert caption.path.name not in items[k].neg_images
+        assert len(set(items[k].neg_images)) == 2
+
+
+def test_weights_that_are_none_are_one_line(coco_tree, tiny_clip, tmp_path, capsys):
+    """No code of a pickle is run."""
+
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "was_run",)
+
+    weights = Path(tiny_clip[1]).read_bytes()
+    faults = {"garbage": b"e" * 4000, "empty": b"", "cut": weights[:2000], "cut.safetensors": b"\x00" * 5}
+    torch.save({"a": Code()}, tmp_path / "code.pt")
+    (tmp_path / "code.pkl").write_bytes(pickle.dumps(Code()))
+    for name, content in faults.items():
+        (tmp_path / name).write_bytes(content)
+    where = ["--captions", str(coco_tree / "annotations/captions_train2014.json")]
+    where += ["--images", str(coco_tree / "train2014"), "--output", str(tmp_path / "x"), "--clip", tiny_clip[0]]
+    for name in (*faults, "code.pt", "code.pkl", "nowhere.pt"):
+        assert main(["mine-negatives", *where, "--pretrained", str(tmp_path / name)]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: CLIP ")
+        assert str(tmp_path / name) in error
+    assert not (tmp_path / "was_run").exists()
+    (tmp_path / "bad.json").write_text("[")
+    assert main(["mine-negatives", *where, "--clip", str(tmp_path / "bad.json"), "--pretrained", tiny_clip[1]]) == 2
 
 
 def test_a_model_that_is_not_there_is_named(coco_tree, tmp_path, capsys):
