@@ -292,7 +292,7 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = load_checkpoint(weights) if weights else None
     scorer = checkpoint.attach(sd) if checkpoint else None
     if args.lora:
-        load_external_lora(sd.unet, args.lora)
+        load_external_lora(sd, args.lora)
     settings = {
         "model": args.model,
         "weights": weights_fingerprint(sd.text_encoder, sd.vae, sd.unet),

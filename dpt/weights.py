@@ -32,7 +32,11 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         except (OSError, SafetensorError) as error:
             raise ValueError(_unreadable(path, error)) from error
-    state = read_pickle(path)
+    return check_state(path, read_pickle(path))
+
+
+def check_state(path: Path, state: object) -> dict[str, torch.Tensor]:
+    """What a pickle holds, if that is a flat dict of tensors with values; else ValueError."""
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds something other than a flat dict of tensors")
     for key, value in state.items():
