@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from msgspec import Meta, Struct, field
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from dpt.files import read_json
 from dpt.weights import read_shapes
@@ -20,6 +23,8 @@ CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder
 STEMS = {"unet": ("diffusion_pytorch_model",) * 2, "vae": ("diffusion_pytorch_model",) * 2}
 STEMS |= {"text_encoder": ("model", "pytorch_model")}
 """how the names of weights begin, as safetensors and as .bin"""
+LOADING_ERRORS = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, StrictDataclassError)
+"""What diffusers and transformers raise of a folder whose files do not fit each other."""
 SUPPORTED = "supported is Stable Diffusion 1 and 2 that draws from text alone (StableDiffusionPipeline)"
 
 
@@ -60,6 +65,7 @@ class TextConfig(Struct):
     num_attention_heads: Size
     vocab_size: Annotated[int, Meta(ge=1, le=10_000_000)]
     max_position_embeddings: Size = 77
+    eos_token_id: Annotated[int, Meta(ge=0)] = 49_407
 
 
 class SchedulerConfig(Struct):
@@ -130,25 +136,29 @@ def check_weights(folder: Path, variant: str | None) -> None:
     """Looks through the heads of the files of weights that would be loaded.
 
     Raises:
-        ValueError: a file that is cut off, a git-lfs pointer, or of other sizes than the text encoder's config.
+        ValueError: a file that is cut off, a git-lfs pointer, or that lacks tensors of the text encoder.
     """
     for part in CLASSES:
-        files = weight_files(folder / part)
-        shapes = {}
+        files, shapes = weight_files(folder / part), {}
         for file in files.get(variant or "", files.get("", [])):
             shapes |= read_shapes(file)
-        if part != "text_encoder" or not shapes or not (folder / part / "config.json").exists():
-            continue  # diffusers names what does not fit, transformers prints a table
-        config = _read(folder / part / "config.json", TextConfig)
-        expected = {
-            "embeddings.token_embedding": [config.vocab_size, config.hidden_size],
-            "embeddings.position_embedding": [config.max_position_embeddings, config.hidden_size],
-            f"encoder.layers.{config.num_hidden_layers - 1}.mlp.fc1": [config.intermediate_size, config.hidden_size],
-        }
-        found = {name.removeprefix("text_model.").removesuffix(".weight"): shape for name, shape in shapes.items()}
-        for name, shape in expected.items():
-            if found.get(name) != shape:
-                raise ValueError(f"{folder / part}: its weights have {name} {found.get(name)}, its config.json {shape}")
+        if part == "text_encoder" and shapes:  # the others' are compared by diffusers; transformers makes them up
+            _check_text_encoder(folder / part, shapes)
+
+
+def _check_text_encoder(folder: Path, shapes: dict[str, list[int]]) -> None:
+    _read(folder / "config.json", TextConfig)
+    try:
+        config = CLIPTextConfig.from_dict(msgspec.json.decode((folder / "config.json").read_bytes()))
+        with torch.device("meta"):
+            expected = CLIPTextModel(config).state_dict()
+    except LOADING_ERRORS as error:
+        raise ValueError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
+    found = {name.removeprefix("text_model."): shape for name, shape in shapes.items()}
+    for name, tensor in expected.items():
+        if found.get(name.removeprefix("text_model.")) != list(tensor.shape):
+            has = found.get(name.removeprefix("text_model."), "no")
+            raise ValueError(f"{folder}: its weights have {has} {name}, its config.json {list(tensor.shape)}")
 
 
 def weight_files(folder: Path) -> dict[str, list[Path]]:
@@ -174,7 +184,7 @@ def choose_variant(folder: Path) -> str | None:
 
 
 def _read(path: Path, schema: type):
-    if path.read_bytes()[:3] == b"\xef\xbb\xbf":
+    if path.exists() and path.read_bytes()[:3] == b"\xef\xbb\xbf":
         raise ValueError(f"{path} begins with a byte-order mark, which diffusers cannot read: save it without one")
     return read_json(path, schema)
 

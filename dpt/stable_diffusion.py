@@ -22,6 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from dpt.files import read_json
 from dpt.model_folder import (
+    LOADING_ERRORS,
     TextConfig,
     check_folder,
     check_kind,
@@ -226,21 +227,24 @@ def load_stable_diffusion(
         config = pipeline.scheduler.config
         # A config without clip_sample means none; DDIM's own default would clip the latents.
         scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
-    except _LOADING_ERRORS as error:
-        raise ValueError(_missing(model, source, error)) from error
+    except Exception as error:
+        if isinstance(error, LOADING_ERRORS) or type(error) is Exception:  # as the tokenizers library raises it
+            raise ValueError(_missing(model, source, error)) from error
+        raise
     check_kind(f"model {model!r}", pipeline.unet.config, pipeline.vae.config)
+    for part in ("text_encoder", "vae", "unet"):
+        if lacking := [name for name, value in getattr(pipeline, part).named_parameters() if value.is_meta]:
+            raise ValueError(_missing(model, source, ValueError(f"{part}: its weights lack {lacking[0]}")))
     vocabulary = pipeline.text_encoder.config.vocab_size
     if len(pipeline.tokenizer) != vocabulary:  # transformers makes an empty tokenizer where its files are missing
         reason = f"its tokenizer has {len(pipeline.tokenizer)} tokens, its text encoder {vocabulary}"
         raise ValueError(_missing(model, source, ValueError(reason)))
+    positions = pipeline.text_encoder.config.max_position_embeddings  # without its config, a tokenizer's length is 1e30
+    pipeline.tokenizer.model_max_length = min(pipeline.tokenizer.model_max_length, positions)
     parts = {"text_encoder": pipeline.text_encoder, "vae": pipeline.vae, "unet": pipeline.unet}
     for module in parts.values():
         module.to(device).eval().requires_grad_(False)
     return StableDiffusion(name=model, source=str(source), tokenizer=pipeline.tokenizer, scheduler=scheduler, **parts)
-
-
-_LOADING_ERRORS = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError)
-"""What diffusers and transformers raise of a folder whose files do not fit each other."""
 
 
 def _checked_variant(model: str, folder: Path, variant: str | None, notice) -> str | None:
@@ -257,17 +261,22 @@ def _checked_variant(model: str, folder: Path, variant: str | None, notice) -> s
 
 @contextlib.contextmanager
 def _quiet_fallback():
-    """Keeps diffusers from calling it an error that a folder holds .bin files and no safetensors."""
+    """Keeps diffusers from calling it an error that a folder holds .bin files and no safetensors, and transformers from
+    printing tables of what fails.
+    """
 
     def keep(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("An error occurred while trying to fetch")
 
     logger = logging.getLogger("diffusers.models.modeling_utils")
     logger.addFilter(keep)
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
     try:
         yield
     finally:
         logger.removeFilter(keep)
+        transformers.utils.logging.set_verbosity(verbosity)
 
 
 def architecture(model: str) -> tuple[FrozenDict, int, int]:
@@ -285,7 +294,7 @@ def architecture(model: str) -> tuple[FrozenDict, int, int]:
             files = [file for part in ("text_encoder", "vae") for file in weight_files(folder / part).get("", [])]
             parameters = sum(math.prod(shape) for file in files for shape in read_shapes(file).values())
             return _whole_config(unet), width, parameters
-        except _LOADING_ERRORS as error:
+        except LOADING_ERRORS as error:
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"model {model!r}: {folder} is not a complete Stable Diffusion folder ({reason})"
@@ -397,7 +406,7 @@ def _broken_part(folder: Path) -> str:
         try:
             with torch.device("meta"):
                 expected = kind.from_config(kind.load_config(folder / part)).state_dict()
-        except _LOADING_ERRORS:
+        except LOADING_ERRORS:
             return f"{part}/config.json: "
         for file in weight_files(folder / part).get("", []):
             if any(

@@ -2,6 +2,7 @@
 
 import pickle
 import pickletools
+import struct
 import zipfile
 from io import BufferedReader
 from pathlib import Path
@@ -15,10 +16,10 @@ MAX_PICKLE_BYTES = 2**26
 LEGACY_PICKLES = 5  # in a file of torch's older format: magic number, version, system, the object, its storages' keys
 
 UNPICKLING_ERRORS = (
-    *(OSError, EOFError, MemoryError, pickle.UnpicklingError),
+    *(OSError, EOFError, MemoryError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile),
     *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),
 )
-"""What torch's unpickler raises, where an opcode does not find on the stack what it takes from it."""
+"""What damaged zips raise, and torch's unpickler where an opcode does not find on the stack what it takes from it."""
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -237,6 +237,11 @@ def larger_than_its_storage(path):
     torch.save({"x": torch.zeros(1).expand(10**12)}, path)
 
 
+def damaged_zip(path):
+    torch.save({"x": torch.zeros(1)}, path)
+    path.write_bytes(path.read_bytes().replace(b"PK\x03\x04", b"PK\x03\x05", 1))
+
+
 STRANGE = {
     "passwd": b"root:x:0:0:root:/root:/bin/bash\n",
     "text": b"hello, this is a text\n",
@@ -257,6 +262,7 @@ STRANGE = {
     "an integer tensor": {"query_embed.weight": torch.zeros(2, 2, dtype=torch.int64)},
     "a deep pickle": deep_pickle,
     "a stored deep pickle": stored_deep_pickle,
+    "a damaged zip": damaged_zip,
     "a tensor larger than its storage": larger_than_its_storage,
 }
 

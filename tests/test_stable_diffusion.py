@@ -226,7 +226,10 @@ SCHEDULER = "scheduler/scheduler_config.json"
         (VAE, {"out_channels": 5}, "conv_out"),
         (TEXT, {"hidden_size": "wide"}, "hidden_size: expected int, got str"),
         (TEXT, {"num_hidden_layers": 10**7}, "num_hidden_layers: expected int <= 128"),
-        (TEXT, {"vocab_size": 700}, "text_encoder: its weights have embeddings.token_embedding"),
+        (TEXT, {"vocab_size": 700}, "its weights have [664, 32] embeddings.token_embedding"),
+        (TEXT, {"eos_token_id": None}, "eos_token_id: expected int, got null"),
+        (TEXT, {"initializer_range": 10**12}, "initializer_range"),
+        (TEXT, {"hidden_act": "none-such"}, "none-such"),
         (VAE, {"scaling_factor": "0.18"}, "scaling_factor: expected float, got str"),
         (VAE, {"latent_channels": 0}, "latent_channels: expected int >= 1"),
         (SCHEDULER, {"beta_start": "small"}, "beta_start: expected float, got str"),
@@ -242,7 +245,7 @@ def test_configs_that_cannot_be_name_file_and_field(golden, tmp_path, capfd, fil
     error = refused(tmp_path, capfd)
     assert message in error
     assert file == "model_index.json" or file.split("/")[0] in error
-    if file in (UNET, TEXT) and not message.startswith(("conv_out", "text_encoder: its weights")):
+    if file == UNET and message != "conv_out":
         with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
             architecture(str(tmp_path))
 
@@ -322,6 +325,33 @@ def test_damaged_weights_name_the_file(golden, tmp_path, capfd, part, damage):
     error = refused(tmp_path, capfd)
     assert str(tmp_path / part.split("/")[0]) in error
     assert ("git lfs pull" in error) == (damage is lfs_pointer)
+
+
+@pytest.mark.parametrize("part", ["text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"])
+def test_a_tensor_that_is_missing_is_not_made_up(golden, tmp_path, capfd, part):
+    path = copy_of(golden, tmp_path) / f"{part}.safetensors"
+    state = load_file(path)
+    name = next(name for name in state if name.endswith("weight"))
+    del state[name]
+    save_file(state, path)
+    error = refused(tmp_path, capfd)
+    assert name.removeprefix("text_model.") in error
+    assert part.split("/")[0] in error
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("content", [b"hello", b"\xff\xfe", b'{"a": -0.5}', b"[]"])
+def test_a_damaged_tokenizer(golden, tmp_path, capfd, file, content):
+    (copy_of(golden, tmp_path) / "tokenizer" / file).write_bytes(content)
+    if (file, content) in (("special_tokens_map.json", b'{"a": -0.5}'), ("tokenizer_config.json", b'{"a": -0.5}')):
+        load_stable_diffusion(str(tmp_path)).encode_prompts(["a red cube"])
+    else:
+        refused(tmp_path, capfd)
+
+
+def test_a_tokenizer_without_its_length(golden, tmp_path):
+    (copy_of(golden, tmp_path) / "tokenizer/tokenizer_config.json").unlink()
+    assert load_stable_diffusion(str(tmp_path)).tokenizer.model_max_length == 77
 
 
 def with_variant(path, variant):
