@@ -15,6 +15,7 @@ from dpt.weights import read_shapes
 
 Size = Annotated[int, Meta(ge=1, le=65_536)]
 Few = Annotated[int, Meta(ge=1, le=128)]
+Factor = Annotated[float, Meta(gt=0, le=1000)]
 Share = Annotated[float, Meta(gt=0, lt=1)]
 Blocks = Annotated[list[str], Meta(min_length=1, max_length=16)]
 Widths = Annotated[list[Size], Meta(min_length=1, max_length=16)]
@@ -42,6 +43,14 @@ class UNetConfig(Struct):
     attention_head_dim: Size | list[Size] = 8
     num_attention_heads: Size | list[Size] | None = None
     norm_num_groups: Size | None = 32
+    norm_eps: Factor = 1e-5
+    act_fn: str = "silu"
+    mid_block_scale_factor: Factor = 1
+    resnet_out_scale_factor: Factor = 1
+    freq_shift: int = 0
+    flip_sin_to_cos: bool = True
+    center_input_sample: bool = False
+    upcast_attention: bool = False
     use_linear_projection: bool = False
     addition_embed_type: str | None = None
     class_embed_type: str | None = None
@@ -55,7 +64,7 @@ class VaeConfig(Struct):
     out_channels: Size = 3
     layers_per_block: Few = 1
     norm_num_groups: Size = 32
-    scaling_factor: Annotated[float, Meta(gt=0, le=1000)] = 0.18215
+    scaling_factor: Factor = 0.18215
 
 
 class TextConfig(Struct):

@@ -222,6 +222,7 @@ SCHEDULER = "scheduler/scheduler_config.json"
         (UNET, {"norm_num_groups": 7}, "num_channels"),
         (UNET, {"up_block_types": ["NoBlock"] * 4}, "NoBlock"),
         (UNET, {"conv_in_kernel": "x"}, ""),
+        (UNET, {"mid_block_scale_factor": "x"}, "mid_block_scale_factor: expected float, got str"),
         (UNET, {"out_channels": 5}, "conv_out"),
         (VAE, {"out_channels": 5}, "conv_out"),
         (TEXT, {"hidden_size": "wide"}, "hidden_size: expected int, got str"),
