@@ -10,7 +10,6 @@
 peak memory of a tune step with and without gradient checkpointing.
 """
 
-import argparse
 import copy
 import json
 import shlex
@@ -24,6 +23,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from dpt.adapter import DiscriminativeAdapter, Scorer
+from dpt.bounds import ArgumentParser, fail, number
 from dpt.config import AdapterConfig
 from dpt.lora import add_lora
 from dpt.memory import estimate_step, peak_mb, reset_peak
@@ -147,6 +147,7 @@ def time_sampling(name: str, batch_size: int, repeats: int) -> dict:
 
 
 TRAINING_KINDS = ("batched", "sequential", "sequential_full", "tune", "tune_checkpointed")
+KINDS = {"sampling": ("plain", "corrected", "whole", "feature"), "training": TRAINING_KINDS}
 
 
 class SequentialDPT(DPT):
@@ -304,24 +305,24 @@ def sentence_of(what: str, result: dict, threads: int) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("sampling", "training"))
-    parser.add_argument(
-        "--model", choices=tuple(BATCH_SIZES), help="default: shapes for sampling, random-145m for training"
-    )
-    parser.add_argument("--batch_size", type=int, help=f"default: {BATCH_SIZES}")
-    parser.add_argument("--repeats", type=int, default=7, help="interleaved runs of each kind (default: 7)")
-    parser.add_argument("--threads", type=int, default=1, help="default: 1")
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("what", choices=tuple(KINDS))
+    add("--model", choices=tuple(BATCH_SIZES), help="default: shapes for sampling, random-145m for training")
+    add("--batch_size", type=number(int, at_least=1, at_most=1024), help=f"default: {BATCH_SIZES}")
+    repeats = number(int, at_least=1, at_most=10_000)
+    add("--repeats", type=repeats, default=7, help="interleaved runs of each kind, of sampling at least 5 (default: 7)")
+    add("--threads", type=number(int, at_least=1, at_most=1024), default=1, help="default: 1")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON instead of a sentence")
     output.add_argument("--record", action="store_true", help="put the sentence into docs/results.md")
-    parser.add_argument("--peak_of", metavar="KIND", help="print one kind of step's peak memory in MB alone (Linux)")
+    add("--peak_of", metavar="KIND", help="print one kind of step's peak memory in MB alone (Linux)")
     args = parser.parse_args(argv)
     args.model = args.model or {"sampling": "shapes", "training": "random-145m"}[args.what]
-    least = {"sampling": 5, "training": 1}[args.what]
-    if args.repeats < least:
-        print(f"error: --repeats is {args.repeats}; it must be at least {least}", file=sys.stderr)
-        return 2
+    if args.what == "sampling" and args.repeats < 5:
+        return fail(f"--repeats is {args.repeats}; it must be at least 5")
+    if args.peak_of and args.peak_of not in KINDS[args.what]:
+        return fail(f"--peak_of is {args.peak_of!r}; of {args.what} there are {', '.join(KINDS[args.what])}")
     torch.set_num_threads(args.threads)
     batch_size = args.batch_size or BATCH_SIZES[args.model]
     if args.peak_of:

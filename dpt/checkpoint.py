@@ -7,13 +7,10 @@ Our folder: `adapter.safetensors`, `config.yaml`, and `lora/pytorch_lora_weights
 loads with `pipe.load_lora_weights(FOLDER + "/lora")`.
 """
 
-import argparse
-import pickle
 import re
 import shutil
 import sys
 import tempfile
-import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,17 +19,19 @@ from types import SimpleNamespace
 import torch
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from dpt.adapter import DiscriminativeAdapter, Scorer
+from dpt.bounds import ArgumentParser, fail, number
 from dpt.config import AdapterConfig, DPTConfig, load_config, save_config
+from dpt.hub import fetch, is_hub_id
 from dpt.lora import load_lora, lora_key, lora_metadata, remove_lora
 from dpt.stable_diffusion import CKPT_FOLDER, MODELS, StableDiffusion, known_name
 from dpt.unet_features import block_channels, parse_feature
+from dpt.weights import read_tensors
 
 ADAPTER_FILE, CONFIG_FILE, LORA_FILE = "adapter.safetensors", "config.yaml", "pytorch_lora_weights.safetensors"
-RELEASED_FILE = "pytorch_model.bin"
+RELEASED_FILES = ("pytorch_model.bin", "model.safetensors")
 DPT_WEIGHTS = {"shapes": CKPT_FOLDER / "shapes-dpt", "sd21-base": CKPT_FOLDER / "dpt-v2.1"}
 """Adapter and LoRA that belong to a base model, used where they are there."""
 
@@ -201,37 +200,18 @@ def infer_adapter_config(
     return AdapterConfig(**inferred | fixed)
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """A flat dict of tensors from a `.safetensors` or `torch.save` file, memory-mapped.
-
-    Raises:
-        ValueError: unreadable, or a pickle that holds anything but tensors.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # files of the older format can be read, not mapped
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (OSError, EOFError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:160]
-        if isinstance(error, pickle.UnpicklingError):
-            reason = f"it holds something other than tensors, and is not run: {reason}"
-        raise ValueError(f"{path} is no readable weights file ({reason})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds something other than a flat dict of tensors")
-    return dict(state)
-
-
 def checkpoints(folder: Path) -> list[Path]:
     """The run's checkpoint folders, newest first."""
     return sorted((p for p in (folder / "checkpoints").glob("step_*") if p.name[5:].isdigit()), reverse=True)
 
 
-def load_checkpoint(path: str | Path, **released_settings) -> DPTCheckpoint:
-    """Reads our folder, a run's (its newest checkpoint), the released file or its folder, or a training folder of the
-    reference.
+def load_checkpoint(path: str | Path, *, local_files_only: bool = False, **released_settings) -> DPTCheckpoint:
+    """Reads our folder, a run's (its newest checkpoint), the released file or its folder, a training folder of the
+    reference, or any of them from the hub.
 
     Args:
+        path: a path, or a hub id such as leigangqu/DPT-T2I.
+        local_files_only: of a hub id, take what is in the cache and never ask.
         released_settings: for the reference's files, what shapes do not tell: `feature`, `base_model`, and the
             arguments of `infer_adapter_config`.
 
@@ -239,6 +219,9 @@ def load_checkpoint(path: str | Path, **released_settings) -> DPTCheckpoint:
         ValueError: nothing readable there, or tensors that are missing, left over or of another shape; each is named.
     """
     path = Path(path)
+    if is_hub_id(path):
+        wanted = [CONFIG_FILE, ADAPTER_FILE, f"lora/{LORA_FILE}", *RELEASED_FILES]
+        path = fetch(path, wanted, local_files_only=local_files_only)
     if (path / "checkpoints").is_dir():
         steps = checkpoints(path)
         if not steps:
@@ -248,20 +231,57 @@ def load_checkpoint(path: str | Path, **released_settings) -> DPTCheckpoint:
         return _load_own(path)
     if not path.exists():
         raise ValueError(f"{path} is not there; pass our folder, a run's, or the released checkpoint")
-    file = path / RELEASED_FILE if path.is_dir() else path
-    if not file.exists():
-        raise ValueError(f"{path} holds neither {CONFIG_FILE} and {ADAPTER_FILE} nor {RELEASED_FILE}")
+    files = [path / name for name in RELEASED_FILES] if path.is_dir() else [path]
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
+        raise ValueError(f"{path} holds neither {CONFIG_FILE} and {ADAPTER_FILE} nor {' or '.join(RELEASED_FILES)}")
     return _load_released(file, **released_settings)
 
 
 def _load_own(folder: Path) -> DPTCheckpoint:
-    config = load_config(DPTConfig, folder / CONFIG_FILE)
-    adapter = _fill_adapter(folder / ADAPTER_FILE, config.adapter, read_tensors(folder / ADAPTER_FILE))
-    lora_path = folder / "lora" / LORA_FILE
-    lora = {}
+    config_path = folder / CONFIG_FILE
+    try:
+        config = load_config(DPTConfig, config_path)
+    except ValueError as error:
+        raise ValueError(str(error) if str(config_path) in str(error) else f"{config_path}: {error}") from error
+    state = read_tensors(folder / ADAPTER_FILE)
+    _check_config(folder, config, state)
+    adapter = _fill_adapter(folder / ADAPTER_FILE, config.adapter, state)
+    lora, lora_path = {}, folder / "lora" / LORA_FILE
     if config.lora_rank:
         lora = {key.removeprefix("unet."): value for key, value in read_tensors(lora_path).items()}
+        try:
+            rank = _check_lora(lora)
+        except ValueError as error:
+            raise ValueError(f"{lora_path}: {error}") from error
+        if rank != config.lora_rank:
+            raise ValueError(f"{config_path}: lora_rank is {config.lora_rank}; {lora_path} is of rank {rank}")
     return DPTCheckpoint(config, adapter, lora, source=str(folder))
+
+
+def _check_config(folder: Path, config: DPTConfig, state: dict[str, torch.Tensor]) -> None:
+    """Compares a config with the tensors beside it, before an adapter is built from its numbers.
+
+    Raises:
+        ValueError: a field that the tensors contradict, or a layer that the adapter does not have.
+    """
+    stated, layer = config.adapter, config.itm_layer
+    try:
+        found = infer_adapter_config(state, num_queries_itm=stated.num_queries_itm, nheads=stated.nheads)
+    except ValueError as error:
+        raise ValueError(f"{folder / ADAPTER_FILE}, by {CONFIG_FILE}: {error}") from error
+    names = ["fuse", "in_channels", "hidden_dim", "enc_layers", "dec_layers", "dim_feedforward", "pre_norm"]
+    names += ["position_embedding", "num_queries_rec", "text_dim", "rec_text_dim", "contrastive_dim"]
+    for name in names + ["fusion_dim"] * found.fuse:
+        says, has = getattr(stated, name), getattr(found, name)
+        if name == "in_channels" and not found.fuse:  # maps side by side: the tensors tell their sum alone
+            fits = min(says, default=0) > 0 and sum(says) == sum(has)
+        else:
+            fits = says == has
+        if not fits:
+            raise ValueError(f"{folder / CONFIG_FILE}: adapter.{name} is {says}; {ADAPTER_FILE} is of {has}")
+    if not -stated.dec_layers <= layer < stated.dec_layers:
+        raise ValueError(f"{folder / CONFIG_FILE}: itm_layer is {layer}; the adapter has {stated.dec_layers} of them")
 
 
 def _load_released(file: Path, *, feature: str = "up1", base_model: str = "sd21-base", **settings) -> DPTCheckpoint:
@@ -296,6 +316,8 @@ def _check_lora(lora: dict[str, torch.Tensor]) -> int:
     """The rank of LoRA tensors; ValueError names one that is misshapen or missing beside the others."""
     ranks = Counter()
     for key, value in lora.items():
+        if not key.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise ValueError(f"tensor {key} belongs to no LoRA")
         if value.ndim != 2:
             raise ValueError(f"LoRA tensor {key} has {value.ndim} dimensions instead of 2")
         ranks[value.shape[0 if ".lora_A." in key else 1]] += 1
@@ -322,6 +344,7 @@ def _fill_adapter(path: Path, config: AdapterConfig, state: dict[str, torch.Tens
         for name, value in expected.items()
         if name in state and state[name].shape != value.shape
     ]
+    problems += [f"{name} is {value.dtype}" for name, value in state.items() if not value.is_floating_point()]
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems[:5])}" + (f"; {len(problems)} in all" if problems[5:] else ""))
     adapter.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
@@ -376,23 +399,23 @@ def describe(checkpoint: DPTCheckpoint) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="say what is in a checkpoint")
-    inspect.add_argument("path", type=Path)
+    inspect.add_argument("path", help="a folder, a file or a hub id")
     convert = commands.add_parser("convert", help="write any readable checkpoint as our folder")
-    convert.add_argument("input", type=Path)
+    convert.add_argument("input", help="a folder, a file or a hub id")
     convert.add_argument("output", type=Path)
     for command in (inspect, convert):
-        command.add_argument("--feature", default="up1", help="released files: the probed block (default: up1)")
-        command.add_argument("--base_model", default="sd21-base", help="released files: what they were trained on")
-        command.add_argument(
-            "--num_queries_itm", type=int, default=10, help="released files: ITM queries (default: 10)"
-        )
-        command.add_argument("--fusion_size", type=int, default=16, help="released files with `all`: map size (16)")
-        command.add_argument("--nheads", type=int, default=8, help="released files: attention heads (default: 8)")
+        add, count = command.add_argument, number(int, at_least=1, at_most=10_000)
+        add("--feature", default="up1", help="released files: the probed block (default: up1)")
+        add("--base_model", default="sd21-base", help="released files: what they were trained on")
+        add("--num_queries_itm", type=count, default=10, help="released files: ITM queries (default: 10)")
+        add("--fusion_size", type=count, default=16, help="released files with `all`: map size (16)")
+        add("--nheads", type=count, default=8, help="released files: attention heads (default: 8)")
+        add("--local-files-only", action="store_true", help="never ask the hub")
     args = parser.parse_args(argv)
-    names = ("feature", "base_model", "num_queries_itm", "nheads", "fusion_size")
+    names = ("feature", "base_model", "num_queries_itm", "nheads", "fusion_size", "local_files_only")
     settings = {name: getattr(args, name) for name in names}
     try:
         checkpoint = load_checkpoint(args.path if args.command == "inspect" else args.input, **settings)
@@ -401,8 +424,7 @@ def main(argv: list[str] | None = None) -> int:
             save_checkpoint(checkpoint, args.output)
             print(f"written to {args.output}")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     return 0
 
 

@@ -10,6 +10,10 @@ import threading
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 
+from dpt.bounds import ArgumentParser, fail, number
+from dpt.files import check_text
+from dpt.hub import is_hub_id
+
 LOOPBACK = "127.0.0.1"
 TARGETS = ("conditional", "latent")  # `dpt.sampling.CORRECTION_TARGETS`, without its slow imports
 KNOWN_ARMS = [(0, None, "plain"), (0, None, "corrected")]  # gradio's plot draws only those that its first value has
@@ -80,13 +84,16 @@ def make_page(model: str, opening: Future):
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="shapes", help="shapes, sd21-base, sd21, sd14, a local folder or a hub id")
-    parser.add_argument("--dpt", type=Path, help="adapter and LoRA (default: those that belong to the model)")
-    parser.add_argument("--scale", type=float, help="guidance scale (default: 5 for shapes, else 7.5)")
-    parser.add_argument("--steps", type=int, help="sampling steps (default: 20 for shapes, else 50)")
-    parser.add_argument("--device", help="default: the first GPU, else the CPU")
-    parser.add_argument("--port", type=int, default=7860)
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--model", default="shapes", help="shapes, sd21-base, sd21, sd14, a local folder or a hub id")
+    add("--dpt", type=Path, help="adapter and LoRA, a path or a hub id (default: those that belong to the model)")
+    add("--scale", type=number(float, at_least=0, below=1000), help="guidance scale (default: 5 for shapes, else 7.5)")
+    steps = number(int, at_least=1, at_most=500)
+    add("--steps", type=steps, help="sampling steps (default: 20 for shapes, else 50)")
+    add("--device", help="default: the first GPU, else the CPU")
+    add("--local-files-only", action="store_true", help="never ask the hub")
+    add("--port", type=number(int, at_least=1, at_most=65535), default=7860)
     args = parser.parse_args(argv)
     opening, page = Future(), None
     try:
@@ -103,11 +110,9 @@ def main(argv: list[str] | None = None) -> int:
         wait_forever()
     except ModuleNotFoundError as error:
         packages = "requirements.txt" if page else "requirements-demo.txt"
-        print(f"error: {error.name} is missing: pip install -r {packages}", file=sys.stderr)
-        return 2
+        return fail(f"{error.name} is missing: pip install -r {packages}")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -119,15 +124,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be told before the page is up. Raises ValueError."""
-    if args.dpt and not args.dpt.exists():
-        raise ValueError(f"--dpt {args.dpt} is not there; pass an adapter's folder or file")
-    if args.steps is not None and args.steps < 1:
-        raise ValueError(f"--steps is {args.steps}; it must be at least 1")
-    if args.scale is not None and not 0 <= args.scale < 1000:
-        raise ValueError(f"--scale is {args.scale}; it must be a number from 0 to 1000")
-    if not 1 <= args.port < 2**16:
-        raise ValueError(f"--port is {args.port}; it must be from 1 to 65535")
+    """Raises ValueError for what can be told before the page is up."""
+    check_text("--model", args.model)
+    if args.dpt and not args.dpt.exists() and not is_hub_id(args.dpt):
+        raise ValueError(f"--dpt {args.dpt} is not there; pass an adapter's folder or file, or a hub id")
 
 
 def wait_forever() -> None:
@@ -139,7 +139,8 @@ def load(args: argparse.Namespace):
     """The command line's studio."""
     from dpt.studio import open_studio  # slow to import, so after the page is up
 
-    return open_studio(args.model, dpt=args.dpt, scale=args.scale, steps=args.steps, device=args.device)
+    settings = {name: getattr(args, name) for name in ("dpt", "scale", "steps", "device", "local_files_only")}
+    return open_studio(args.model, **settings)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,15 @@ def text_lines(text: str) -> list[str]:
     return lines if lines[-1] else lines[:-1]
 
 
+def check_text(name: str, text: str) -> str:
+    """The text, if it can be written as UTF-8; else ValueError. Other bytes of a command line cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} is {ascii(text)[:80]}, which is no UTF-8 text") from error
+    return text
+
+
 def decode(text: str | bytes, schema: type[T], where: str) -> T:
     """JSON as an instance of the schema. Raises ValueError that begins with `where` and names the field."""
     try:

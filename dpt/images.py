@@ -4,6 +4,7 @@ Nothing is ever overwritten, also when several runs write into one folder.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -14,8 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Required, TypedDict
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from dpt.boxes import cxcywh_to_xyxy
@@ -194,13 +197,32 @@ def read_image(path: Path) -> np.ndarray:
         raise ValueError(f"{path} cannot be read as an image ({error}); remove it and generate again") from error
 
 
+@functools.cache
+def _letters() -> tuple[str, frozenset[int]]:
+    """The file of DejaVu Sans, which matplotlib brings along, and the code points that it has."""
+    path = str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
+    return path, frozenset(FT2Font(path).get_charmap())
+
+
+def without_glyph(text: str) -> str:
+    """The characters, each once and in order, that a label cannot show."""
+    return "".join(c for c in dict.fromkeys(text) if ord(c) not in _letters()[1] and not c.isspace())
+
+
+def legible(text: str) -> str:
+    """A text in one line, what DejaVu Sans lacks written as \\uXXXX."""
+    lacking = {c: c.encode("unicode_escape").decode() for c in without_glyph(text)}
+    return "".join(lacking.get(c, c) for c in " ".join(text.split()))
+
+
 def make_grid(rows: list[tuple[str, list[np.ndarray]]], *, cell: int = 192, label_width: int = 200) -> Image.Image:
     """A labelled grid: each row is a text and its pictures, (H, W, 3) uint8."""
     columns = max(len(images) for _, images in rows)
     canvas = Image.new("RGB", (label_width + columns * cell, len(rows) * cell), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
+    draw = ImageDraw.Draw(canvas)
     for r, (label, images) in enumerate(rows):
-        lines = textwrap.wrap(" ".join(label.split()), 26)[: cell // 18 - 1]
+        font = ImageFont.load_default(14) if label.isascii() else ImageFont.truetype(_letters()[0], 12)
+        lines = textwrap.wrap(legible(label), 26)[: cell // 18 - 1]
         draw.multiline_text((8, r * cell + cell // 2), "\n".join(lines), "black", font, anchor="lm", spacing=4)
         for c, image in enumerate(images):
             picture = Image.fromarray(image)

@@ -1,13 +1,19 @@
 """LoRA on the U-Net's attention, through PEFT; tensors travel in diffusers' names (`<module>.lora_{A,B}.weight`)."""
 
+import contextlib
+import logging
 import re
+import warnings
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from transformers import CLIPTextModel
 
+from dpt.lora_files import read_lora
+from dpt.stable_diffusion import StableDiffusion
 from dpt.unet_features import parse_feature
 
 ADAPTER_NAME = "dpt"
@@ -66,31 +72,75 @@ def load_lora(
                 parameter.requires_grad_(True)
 
 
-def load_external_lora(unet: UNet2DConditionModel, path: Path) -> None:
-    """Attaches a LoRA in diffusers' format (a folder or file, such as another method's) to the U-Net, frozen.
+def load_external_lora(sd: StableDiffusion, path: Path, notice=print) -> None:
+    """Attaches another method's LoRA, of any layout that `lora_files` reads, to U-Net and text encoder, frozen.
+
+    Args:
+        path: a file, or a folder that holds one.
+        notice: called with one line of what diffusers and PEFT warn of, such as tensors that fit nothing.
 
     Raises:
-        ValueError: nothing readable there, or nothing for a U-Net in it.
+        ValueError: nothing readable there, or nothing that fits this model.
     """
-    if not path.exists():
-        raise ValueError(f"lora {path} is not there")
-    remove_lora(unet)
+    models, notes = {"unet": sd.unet, "text_encoder": sd.text_encoder}, []
+    for model in models.values():
+        remove_lora(model)
+    load = {"unet": StableDiffusionPipeline.load_lora_into_unet}
+    load["text_encoder"] = StableDiffusionPipeline.load_lora_into_text_encoder
+    state, settings = read_lora(path, models, notes.append)
     try:
-        state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(path, return_lora_metadata=True)
-        StableDiffusionPipeline.load_lora_into_unet(
-            state, alphas, unet, adapter_name=ADAPTER_NAME, metadata=metadata or None
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"lora {path} does not fit this U-Net: {' '.join(str(error).split())[:200]}") from error
-    if ADAPTER_NAME not in getattr(unet, "peft_config", {}):
-        raise ValueError(f"lora {path} holds nothing for a U-Net")
-    unet.requires_grad_(False)
+        with collected_warnings(notes):
+            state, alphas = StableDiffusionPipeline.lora_state_dict(state)
+            for part, model in models.items():
+                own = {key: value for key, value in state.items() if key.startswith(f"{part}.")}
+                if not own:
+                    continue
+                metadata = settings.get(part)
+                if metadata is not None:
+                    targets = sorted({key.removeprefix(f"{part}.").split(".lora_")[0] for key in own})
+                    metadata = {f"{part}.{k}": v for k, v in (metadata | {"target_modules": targets}).items()}
+                load[part](own, alphas, model, adapter_name=ADAPTER_NAME, metadata=metadata)
+                model.eval().requires_grad_(False)
+    except (
+        OSError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        re.error,
+    ) as error:  # of libraries, by any content
+        raise ValueError(f"lora {path} does not fit this model: {' '.join(str(error).split())[:200]}") from error
+    if not any(ADAPTER_NAME in getattr(model, "peft_config", {}) for model in models.values()):
+        raise ValueError(f"lora {path} holds nothing for a U-Net or text encoder")
+    if notes:
+        notice(f"note: lora {path}: {' '.join('; '.join(notes).split())[:400]}")
 
 
-def remove_lora(unet: UNet2DConditionModel) -> None:
+@contextlib.contextmanager
+def collected_warnings(messages: list[str]):
+    """Adds what diffusers, transformers and PEFT warn of while the context lasts to the list, and prints nothing."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "peft")]
+    before = [(logger.level, logger.handlers[:]) for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+        logger.handlers[:] = [handler]
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            yield
+        messages += [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+    finally:
+        for logger, (level, handlers) in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+            logger.handlers[:] = handlers
+
+
+def remove_lora(model: UNet2DConditionModel | CLIPTextModel) -> None:
     """Detaches the PEFT adapter "dpt", if there is one."""
-    if ADAPTER_NAME in getattr(unet, "peft_config", {}):
-        unet.delete_adapters(ADAPTER_NAME)
+    if ADAPTER_NAME in (getattr(model, "peft_config", None) or {}):
+        (model.delete_adapters if isinstance(model, UNet2DConditionModel) else model.delete_adapter)(ADAPTER_NAME)
 
 
 def add_lora(unet: UNet2DConditionModel, *, rank: int, alpha: float, blocks: tuple[str, ...] = ()) -> None:

@@ -14,7 +14,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 
 from dpt.adapter import Scorer, itm_score
 from dpt.images import to_images
-from dpt.stable_diffusion import StableDiffusion
+from dpt.stable_diffusion import StableDiffusion, advice_against_nan
 from dpt.unet_features import unet_features
 
 Denoiser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -231,9 +231,10 @@ class SelfCorrection:
         )
         finite = gradient.flatten(1).isfinite().all(1) & score.isfinite()  # (B,)
         if not finite.all() and settings.on_nan == "raise":
+            precision = "" if self.unet.dtype == torch.float32 else "draw in float32 (--dtype float32), "
             raise FloatingPointError(
-                f"the matching score or its gradient is not finite at step {step} (timestep {int(timestep)}): draw in "
-                "float32 (--dtype float32), end the correction earlier (--correction_stop), or pass --on_nan skip"
+                f"the matching score or its gradient is not finite at step {step} (timestep {int(timestep)}): "
+                f"{precision}end the correction earlier (--correction_stop), or pass --on_nan skip"
             )
         gradient = torch.where(finite[:, None, None, None], gradient, 0.0)
         latent_norm, gradient_norm = (x.flatten(1).norm(dim=1) for x in (noisy_latents.float(), gradient))
@@ -417,5 +418,5 @@ def draw(
         on_step=on_step,
     )
     if not latents.isfinite().all():
-        raise FloatingPointError("the latents are not finite: draw in float32 (--dtype float32), or at a lower --scale")
+        raise FloatingPointError(f"the latents are not finite: {advice_against_nan(sd)}")
     return to_images(sd.decode_latents(latents))

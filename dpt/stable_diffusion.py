@@ -4,9 +4,10 @@ Shapes: B batch, L text tokens, E context width, P pooled width, C latent channe
 Whatever a size or a factor is, the model's own config says it.
 """
 
+import contextlib
 import difflib
 import hashlib
-import json
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,21 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.configuration_utils import FrozenDict
 from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from dpt.files import read_json
+from dpt.model_folder import (
+    LOADING_ERRORS,
+    TextConfig,
+    check_folder,
+    check_kind,
+    check_weights,
+    choose_variant,
+    read_unet_config,
+    weight_files,
+)
 from dpt.shapes.captions import parse
+from dpt.weights import read_shapes
 
 CKPT_FOLDER = Path(__file__).resolve().parents[1] / "ckpt"
 
@@ -56,6 +68,7 @@ OTHER_PARAMETERS = {"sd21-base": 424_000_000, "sd21": 424_000_000, "sd14": 207_0
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 VAE_SLICING_ABOVE = 4  # images encoded or decoded at once
+MAX_SIDE = 8192  # of a picture, in pixels: one of that size takes a hundred times the memory of 512
 
 
 @dataclass
@@ -187,8 +200,8 @@ class StableDiffusion:
 
 def check_size(name: str, value: int, factor: int) -> int:
     """The value, if it is a size in pixels that an autoencoder of that factor takes; else ValueError."""
-    if value <= 0 or value % factor:
-        raise ValueError(f"{name} is {value}; it must be a positive multiple of {factor}")
+    if value <= 0 or value % factor or value > MAX_SIDE:
+        raise ValueError(f"{name} is {value}; it must be a positive multiple of {factor}, at most {MAX_SIDE}")
     return value
 
 
@@ -196,6 +209,7 @@ def load_stable_diffusion(
     model: str = DEFAULT_MODEL,
     *,
     revision: str | None = None,
+    variant: str | None = None,
     local_files_only: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -205,70 +219,113 @@ def load_stable_diffusion(
 
     A named model is taken from `ckpt/<name>` where that folder exists. The scheduler becomes DDIM, settings kept.
 
+    Args:
+        variant: of the files of weights, such as fp16; by default, of a local folder, whichever is there.
+
     Raises:
         ValueError: nothing usable there; the message says what to do.
     """
     source = _source(model, notice)
     if revision is not None and Path(source).is_dir():
         raise ValueError(f"revision is {revision!r}; {source} is a local folder, which has none")
+    if Path(source).is_dir():
+        variant = _checked_variant(model, Path(source), variant, notice)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()  # what fails is said by the error below
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            source,
-            revision=revision,
-            local_files_only=local_files_only,
-            dtype=dtype,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(_missing(model, source, error)) from error
+        with _quiet_fallback():
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                source,
+                revision=revision,
+                variant=variant,
+                local_files_only=local_files_only,
+                dtype=dtype,
+                safety_checker=None,
+                feature_extractor=None,
+                image_encoder=None,
+                requires_safety_checker=False,
+            )
+        config = pipeline.scheduler.config
+        # A config without clip_sample means none; DDIM's own default would clip the latents.
+        scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
+    except Exception as error:
+        if isinstance(error, LOADING_ERRORS) or type(error) is Exception:  # as the tokenizers library raises it
+            raise ValueError(_missing(model, source, error)) from error
+        raise
+    check_kind(f"model {model!r}", pipeline.unet.config, pipeline.vae.config)
+    for part in ("text_encoder", "vae", "unet"):
+        if lacking := [name for name, value in getattr(pipeline, part).named_parameters() if value.is_meta]:
+            raise ValueError(_missing(model, source, ValueError(f"{part}: its weights lack {lacking[0]}")))
     vocabulary = pipeline.text_encoder.config.vocab_size
     if len(pipeline.tokenizer) != vocabulary:  # transformers makes an empty tokenizer where its files are missing
         reason = f"its tokenizer has {len(pipeline.tokenizer)} tokens, its text encoder {vocabulary}"
         raise ValueError(_missing(model, source, ValueError(reason)))
-    config = pipeline.scheduler.config
+    positions = pipeline.text_encoder.config.max_position_embeddings  # without its config, a tokenizer's length is 1e30
+    pipeline.tokenizer.model_max_length = min(pipeline.tokenizer.model_max_length, positions)
     parts = {"text_encoder": pipeline.text_encoder, "vae": pipeline.vae, "unet": pipeline.unet}
     for module in parts.values():
         module.to(device).eval().requires_grad_(False)
-    return StableDiffusion(
-        name=model,
-        source=str(source),
-        tokenizer=pipeline.tokenizer,
-        # A config without clip_sample means none; DDIM's own default would clip the latents.
-        scheduler=DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False)),
-        **parts,
-    )
+    return StableDiffusion(name=model, source=str(source), tokenizer=pipeline.tokenizer, scheduler=scheduler, **parts)
+
+
+def _checked_variant(model: str, folder: Path, variant: str | None, notice) -> str | None:
+    """The variant of a local folder's weights, after a look at all that is there. Raises ValueError."""
+    try:
+        check_folder(folder)
+        if variant is None and (variant := choose_variant(folder)):
+            notice(f"{model} has weights of the variant {variant} alone: they are taken")
+        check_weights(folder, variant)
+    except ValueError as error:
+        raise ValueError(f"model {model!r}: {error}") from error
+    return variant
+
+
+@contextlib.contextmanager
+def _quiet_fallback():
+    """Keeps diffusers from calling it an error that a folder holds .bin files and no safetensors, and transformers from
+    printing tables of what fails.
+    """
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("An error occurred while trying to fetch")
+
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    logger.addFilter(keep)
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+        transformers.utils.logging.set_verbosity(verbosity)
 
 
 def architecture(model: str) -> tuple[FrozenDict, int, int]:
     """The U-Net's config, the text encoder's width, and about the other parts' parameters; reads no weights.
 
     Raises:
-        ValueError: neither a local folder nor a model whose architecture is known.
+        ValueError: neither a local folder nor a model whose architecture is known, or a folder that is not complete.
     """
-    folder = Path(_source(model, lambda _: None))
-    try:
-        if folder.is_dir():
-            unet = json.loads((folder / "unet/config.json").read_text())
-            width = json.loads((folder / "text_encoder/config.json").read_text())["hidden_size"]
-            files = [folder / "text_encoder/model.safetensors", folder / "vae/diffusion_pytorch_model.safetensors"]
-            return _whole_config(unet), width, sum(_num_parameters(file) for file in files if file.exists())
-        known = next(name for name, source in MODELS.items() if str(folder) in (name, source))
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"model {model!r}: {folder} is not a complete Stable Diffusion folder ({error})") from error
-    except StopIteration:
-        raise ValueError(f"model {model!r}: its architecture is not known before it is downloaded") from None
+    source = _source(model, lambda _: None)
+    folder = Path(source)
+    if folder.is_dir():
+        try:
+            unet = read_unet_config(folder)
+            width = read_json(folder / "text_encoder/config.json", TextConfig).hidden_size
+            files = [file for part in ("text_encoder", "vae") for file in weight_files(folder / part).get("", [])]
+            parameters = sum(math.prod(shape) for file in files for shape in read_shapes(file).values())
+            return _whole_config(unet), width, parameters
+        except LOADING_ERRORS as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"model {model!r}: {folder} is not a complete Stable Diffusion folder ({reason})"
+            ) from error
+    known = next((name for name, known in MODELS.items() if source in (name, known)), None)
+    if known is None:
+        raise ValueError(f"model {model!r}: its architecture is not known before it is downloaded")
     config = ARCHITECTURES[known]
     return _whole_config(config), config["cross_attention_dim"], OTHER_PARAMETERS[known]
-
-
-def _num_parameters(file: Path) -> int:
-    with safe_open(file, "pt") as tensors:
-        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
 
 
 def _whole_config(given: dict) -> FrozenDict:
@@ -287,10 +344,10 @@ def weights_fingerprint(*modules: torch.nn.Module) -> str:
 
 
 def usable_device(name: str) -> torch.device:
-    """The device that --device names. Raises ValueError where this machine has none of that name."""
+    """The device that --device names. Raises ValueError where this machine has none of that name that keeps values."""
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name!r} is not usable here: {str(error).splitlines()[0]}") from error
     return device
@@ -306,6 +363,17 @@ def known_name(model: str) -> str | None:
         if Path(model).exists() and Path(model).resolve() == (CKPT_FOLDER / name).resolve():
             return name
     return None
+
+
+def advice_against_nan(sd: StableDiffusion) -> str:
+    """What to try where latents or scores are not finite."""
+    config = sd.scheduler.config
+    if config.get("rescale_betas_zero_snr") and config.prediction_type == "epsilon":
+        return (
+            "its scheduler begins at pure noise (rescale_betas_zero_snr), where a prediction_type of epsilon says "
+            "nothing: set it to v_prediction, or rescale_betas_zero_snr to false, in scheduler_config.json"
+        )
+    return ("" if sd.dtype == torch.float32 else "draw in float32 (--dtype float32), or ") + "draw at a lower --scale"
 
 
 def grammar_note(sd: StableDiffusion, prompts: list[str]) -> str | None:
@@ -339,6 +407,12 @@ def sampling_defaults(model: str) -> SamplingDefaults:
 
 
 def _source(model: str, notice) -> str:
+    """The folder or hub id of a model. Raises ValueError for a single file."""
+    if Path(model).is_file():
+        raise ValueError(
+            f"model {model!r} is a single file; make it a folder once, as README shows, and pass --model FOLDER: "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        )
     if model in MODELS and (MODELS[model] is None or (CKPT_FOLDER / model).is_dir()):
         return str(CKPT_FOLDER / model)
     model = MODELS.get(model) or model
@@ -346,6 +420,22 @@ def _source(model: str, notice) -> str:
         notice(f"{model} is no longer on the hub; using its mirror {MIRRORS[model]}")
         model = MIRRORS[model]
     return model
+
+
+def _broken_part(folder: Path) -> str:
+    """The first component of a folder whose config is of no model, or not of its weights'; "" where none is found."""
+    for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+        try:
+            with torch.device("meta"):
+                expected = kind.from_config(kind.load_config(folder / part)).state_dict()
+        except LOADING_ERRORS:
+            return f"{part}/config.json: "
+        for file in weight_files(folder / part).get("", []):
+            if any(
+                list(expected[name].shape) != shape for name, shape in read_shapes(file).items() if name in expected
+            ):
+                return f"{part}: "
+    return ""
 
 
 def _missing(model: str, source: str, error: Exception) -> str:
@@ -357,6 +447,7 @@ def _missing(model: str, source: str, error: Exception) -> str:
     mirrors = ", ".join(sorted(set(MIRRORS.values())))
     advice = f"(SD 2.1 is mirrored as {mirrors}), or draw without any weights: --model shapes"
     if Path(source).is_dir():
+        reason = _broken_part(Path(source)) + reason
         return (
             f"model {model!r}: {source} is not a complete Stable Diffusion folder ({reason}); fetch what is missing "
             + advice

@@ -10,6 +10,8 @@ import torch
 
 from dpt.adapter import Scorer
 from dpt.checkpoint import DPT_WEIGHTS, load_checkpoint
+from dpt.files import check_text
+from dpt.hub import is_hub_id
 from dpt.images import to_pixels, with_boxes
 from dpt.metrics import objectness
 from dpt.sampling import SEED_LIMIT, CorrectionSettings, draw, initial_noise
@@ -94,8 +96,10 @@ class Studio:
         """(plain, corrected, points of the score, what to say) after every step; pictures are None until done.
 
         Raises:
-            ValueError: an empty prompt or length, or a seed that cannot be.
+            ValueError: an empty prompt or length, text that is none, or a seed that cannot be.
         """
+        for name, text in {"the prompt": prompt, "the phrase": phrase}.items():
+            check_text(name, text or "")
         if not (prompt or "").strip():
             raise ValueError("the prompt is empty; say what to draw")
         if seed is None or not 0 <= seed < SEED_LIMIT:
@@ -147,6 +151,7 @@ def open_studio(
     scale: float | None = None,
     steps: int | None = None,
     device: str | None = None,
+    local_files_only: bool = False,
 ) -> Studio:
     """Loads a model with its adapter; what is None is the model's own.
 
@@ -156,14 +161,15 @@ def open_studio(
     weights = dpt or DPT_WEIGHTS.get(known_name(model))
     if weights is None:
         raise ValueError(f"--model is {model!r}, of which no adapter is known; pass --dpt PATH, or --model shapes")
-    if not weights.exists():
+    if not weights.exists() and not is_hub_id(weights):
         raise ValueError(f"self-correction needs an adapter: {weights} is not there; pass --dpt PATH")
     place = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    sd = load_stable_diffusion(model, dtype=torch.float16 if place.type == "cuda" else torch.float32, device=place)
+    dtype = torch.float16 if place.type == "cuda" else torch.float32
+    sd = load_stable_diffusion(model, local_files_only=local_files_only, dtype=dtype, device=place)
     defaults = sampling_defaults(model)
     return Studio(
         sd,
-        load_checkpoint(weights).attach(sd),
+        load_checkpoint(weights, local_files_only=local_files_only).attach(sd),
         guidance_scale=defaults.guidance_scale if scale is None else scale,
         num_inference_steps=defaults.num_inference_steps if steps is None else steps,
     )

@@ -20,9 +20,11 @@ from tqdm import tqdm
 
 from dpt.adapter import Scorer, itm_score
 from dpt.benchmark import guided_step_kinds
-from dpt.checkpoint import load_checkpoint
+from dpt.bounds import ArgumentParser, fail, number
+from dpt.checkpoint import DPTCheckpoint, load_checkpoint
 from dpt.data.coco import load_captions, load_pixels
 from dpt.data.refcoco import load_expressions
+from dpt.files import check_text
 from dpt.images import make_grid, to_pixels
 from dpt.lora import lora_state
 from dpt.memory import peak_mb, reset_peak
@@ -54,13 +56,20 @@ class Verification:
         self.args = args
         self.device = usable_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.half = torch.float16 if self.device.type == "cuda" else torch.bfloat16
-        self.checkpoint = load_checkpoint(args.dpt)
+        self.checkpoint = self.load_weights()
         self.sd, self.scorer = self.load(torch.float32)
         self.prompts = PROMPTS["shapes" if args.model == "shapes" else "other"]
 
+    def load_weights(self) -> DPTCheckpoint:
+        return load_checkpoint(self.args.dpt, local_files_only=self.args.local_files_only)
+
     def load(self, dtype: torch.dtype) -> tuple[StableDiffusion, Scorer]:
         sd = load_stable_diffusion(
-            self.args.model, local_files_only=self.args.local_files_only, dtype=dtype, device=self.device
+            self.args.model,
+            variant=self.args.variant,
+            local_files_only=self.args.local_files_only,
+            dtype=dtype,
+            device=self.device,
         )
         return sd, self.checkpoint.attach(sd)
 
@@ -82,7 +91,7 @@ class Verification:
 
     def tensors(self):
         """Every tensor of the checkpoint is in the model (loading names what is not)."""
-        file = load_checkpoint(self.args.dpt)
+        file = self.load_weights()
         pairs = [
             (file.adapter.state_dict(), self.scorer.adapter.state_dict()),
             (file.lora, lora_state(self.sd.unet)),
@@ -265,21 +274,24 @@ CHECKS = ("tensors", "stock", "half_precision", "score_rises", "itm", "rec", "co
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sd21-base")
-    parser.add_argument("--dpt", type=Path, required=True, help="adapter and LoRA")
-    parser.add_argument(
-        "--coco", type=Path, help="folder with COCO and REC annotations; without it ITM and REC are left out"
-    )
-    parser.add_argument("--device", help="default: the first CUDA device, else the CPU")
-    parser.add_argument("--num_pairs", type=int, default=400, help="images for ITM and for REC (default: 400)")
-    parser.add_argument("--steps", type=int, default=20, help="steps of the pictures (default: 20)")
-    parser.add_argument("--local_files_only", action="store_true", help="never ask the hub")
-    parser.add_argument("--outdir", type=Path, default=Path("outputs/verify"))
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--model", default="sd21-base")
+    add("--variant", help="of the files of weights, such as fp16")
+    add("--dpt", type=Path, required=True, help="adapter and LoRA: a path or a hub id")
+    add("--coco", type=Path, help="folder with COCO and REC annotations; without it ITM and REC are left out")
+    add("--device", help="default: the first CUDA device, else the CPU")
+    pairs = number(int, at_least=2, at_most=100_000)
+    add("--num_pairs", type=pairs, default=400, help="images for ITM and for REC (default: 400)")
+    steps = number(int, at_least=1, at_most=500)
+    add("--steps", type=steps, default=20, help="steps of the pictures (default: 20)")
+    add("--local_files_only", "--local-files-only", action="store_true", help="never ask the hub")
+    add("--outdir", type=Path, default=Path("outputs/verify"))
     args = parser.parse_args(argv)
     try:
         if args.coco is not None and not args.coco.is_dir():
             raise ValueError(f"--coco {args.coco} is no folder; docs/data.md shows what it should hold")
+        check_text("--model", args.model)
         args.outdir.mkdir(parents=True, exist_ok=True)
         verification = Verification(args)
         report = {"model": args.model, "dpt": str(args.dpt), "torch": torch.__version__, "checks": {}}
@@ -292,8 +304,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{ {True: 'passed', False: 'FAILED', None: 'left out'}[passed]:9}{name}: {json.dumps(figures)}")
             (args.outdir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     print(f"report: {args.outdir / 'report.json'}, {args.outdir / 'pictures.png'}")
     return 1 if any(check["passed"] is False for check in report["checks"].values()) else 0
 

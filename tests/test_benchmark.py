@@ -56,3 +56,17 @@ def test_a_probe_and_a_tune_step_of_stable_diffusion_s_size(capsys):
 def test_too_few_repeats_are_refused(capsys):
     assert main(["sampling", "--repeats", "4"]) == 2
     assert "--repeats is 4; it must be at least 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--batch_size", "0"), ("--batch_size", "-1"), ("--repeats", "0"), ("--threads", "0")]
+)
+def test_numbers_out_of_range(capsys, flag, value):
+    with pytest.raises(SystemExit, match="2"):
+        main(["training", flag, value])
+    assert f"{flag}: '{value}'; it must be a whole number at least 1" in capsys.readouterr().err
+
+
+def test_kinds_that_are_not_there(capsys):
+    assert main(["sampling", "--peak_of", "tune"]) == 2
+    assert "--peak_of is 'tune'; of sampling there are plain, corrected, whole, feature" in capsys.readouterr().err

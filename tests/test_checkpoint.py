@@ -1,10 +1,14 @@
 import json
 import pickle
+import resource
+import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
@@ -217,6 +221,114 @@ def test_pickles_of_anything_but_tensors_are_refused(tmp_path, capsys):
         assert "run!" not in captured.out
 
 
+def deep_pickle(path, depth=3_000_000):
+    """Lists within lists, whose objects would take a thousand times the file, in the place of a state dict."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b".")
+        archive.writestr("archive/version", "3\n")
+
+
+def stored_deep_pickle(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + b"]" * 1_500_000 + b".")
+
+
+def larger_than_its_storage(path):
+    torch.save({"x": torch.zeros(1).expand(10**12)}, path)
+
+
+def damaged_zip(path):
+    torch.save({"x": torch.zeros(1)}, path)
+    path.write_bytes(path.read_bytes().replace(b"PK\x03\x04", b"PK\x03\x05", 1))
+
+
+STRANGE = {
+    "passwd": b"root:x:0:0:root:/root:/bin/bash\n",
+    "text": b"hello, this is a text\n",
+    **{f"begins with {c}": c.encode() + b" and then a text" for c in "(.]abqu}"},
+    "yaml": b"adapter:\n  hidden_dim: 3\n",
+    "a half of a header": b"\x80\x02}q",
+    "empty": b"",
+    "a pickle of stack errors": b"\x80\x02aaaa.",
+    "a pickle without memo": b"\x80\x02h\x07.",
+    "a git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
+    "a zip": None,
+    "a None key": {None: torch.zeros(1)},
+    "int keys": {1: torch.zeros(1)},
+    "a tuple key": {(1, 2): torch.zeros(1)},
+    "meta tensors": {"query_embed.weight": torch.zeros(2, 2, device="meta")},
+    "a sparse tensor": {"query_embed.weight": torch.eye(2).to_sparse()},
+    "a list": [torch.zeros(1)],
+    "an integer tensor": {"query_embed.weight": torch.zeros(2, 2, dtype=torch.int64)},
+    "a deep pickle": deep_pickle,
+    "a stored deep pickle": stored_deep_pickle,
+    "a damaged zip": damaged_zip,
+    "a tensor larger than its storage": larger_than_its_storage,
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_what_is_no_released_file_is_one_line(tmp_path, capsys, name):
+    path, content = tmp_path / "pytorch_model.bin", STRANGE[name]
+    if content is None:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.txt", "a")
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    elif callable(content):
+        content(path)
+    else:
+        torch.save(content, path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert main(["inspect", str(path)]) == 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(path) in error
+    assert ("git lfs pull" in error) == (name == "a git-lfs pointer")
+    path.rename(tmp_path / "model.safetensors")
+    if name not in ("meta tensors", "an integer tensor"):
+        assert main(["inspect", str(tmp_path)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_folder_of_safetensors_alone(golden, tmp_path, small, released):
+    shutil.copy(golden / "stage2_pytorch_model.safetensors", tmp_path / "model.safetensors")
+    assert load_checkpoint(tmp_path, **small).lora.keys() == released.lora.keys()
+
+
+def test_weights_from_the_hub_s_cache(golden, tmp_path, small, released, monkeypatch, capsys):
+    snapshot = tmp_path / "models--leigangqu--DPT-T2I/snapshots/0123"
+    snapshot.mkdir(parents=True)
+    shutil.copy(golden / "stage2_pytorch_model.bin", snapshot / "pytorch_model.bin")
+    (tmp_path / "models--leigangqu--DPT-T2I/refs").mkdir()
+    (tmp_path / "models--leigangqu--DPT-T2I/refs/main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    found = load_checkpoint("leigangqu/DPT-T2I", local_files_only=True, **small)
+    assert found.lora.keys() == released.lora.keys()
+    assert found.released
+    assert main(["inspect", "somebody/else", "--local-files-only"]) == 2
+    error = capsys.readouterr().err
+    assert "somebody/else is neither a path here nor to be had from the hub" in error
+    assert error.count("\n") == 1
+
+
+def test_weights_are_asked_of_the_hub(golden, small, monkeypatch):
+    asked = {}
+
+    def download(name, **options):
+        asked.update(options, name=name)
+        return str(golden / "accelerate_state")
+
+    monkeypatch.setattr("dpt.hub.snapshot_download", download)
+    assert load_checkpoint("leigangqu/DPT-T2I", **small).released
+    assert (asked["name"], asked["local_files_only"]) == ("leigangqu/DPT-T2I", False)
+    assert {"pytorch_model.bin", "adapter.safetensors"} <= {*asked["allow_patterns"]}
+    monkeypatch.chdir(golden.parent)
+    with pytest.raises(ValueError, match="is not there"):  # a path beside what is here
+        load_checkpoint(f"{golden.name}/dpt-v2.1")
+
+
 def test_files_of_torch_s_older_format_are_read(golden, tmp_path, small, released):
     state = torch.load(golden / "stage2_pytorch_model.bin", weights_only=True)
     torch.save(state, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
@@ -235,13 +347,21 @@ def test_lora_of_all_attentions_is_asked_of_released_files(golden, released):
     [
         (["--feature", "banana"], "feature is 'banana'"),
         (["--base_model", "banana"], "base_model is 'banana'"),
-        (["--nheads", "0"], "nheads is 0"),
+        (["--nheads", "3"], "nheads"),
     ],
 )
 def test_bad_settings_of_convert(golden, tmp_path, capsys, arguments, message):
     assert main(["convert", str(golden / "stage2_pytorch_model.bin"), str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", ["--nheads", "--num_queries_itm", "--fusion_size"])
+@pytest.mark.parametrize("value", ["0", "-1", "1e9", "100000000"])
+def test_numbers_out_of_range(capsys, flag, value):
+    with pytest.raises(SystemExit, match="2"):
+        main(["inspect", "x.bin", flag, value])
+    assert f"{flag}: '{value}'; it must be a whole number at least 1" in capsys.readouterr().err
 
 
 def test_converting_to_where_nothing_can_be_written(golden, tmp_path, capsys, flags):
@@ -263,13 +383,68 @@ def test_convert_and_inspect(golden, tmp_path, capsys, flags):
 def test_a_config_that_does_not_fit_is_named(released, tmp_path, capsys):
     save_checkpoint(released, tmp_path / "dpt")
     adapter = released.config.adapter
-    queries = adapter.num_queries_itm + adapter.num_queries_rec
+    found = adapter.num_queries_rec
     released.config.adapter.num_queries_rec += 8
     save_config(released.config, tmp_path / "dpt/config.yaml")
     assert main(["inspect", str(tmp_path / "dpt")]) == 2
-    width = adapter.hidden_dim
-    expected = f"query_embed.weight is ({queries}, {width}) instead of ({queries + 8}, {width})"
+    expected = f"config.yaml: adapter.num_queries_rec is {found + 8}; adapter.safetensors is of {found}"
     assert expected in capsys.readouterr().err
+
+
+CONFIG_VALUES = {
+    "adapter.contrastive_dim": -1,
+    "adapter.dim_feedforward": -1,
+    "adapter.enc_layers": 10**7,
+    "adapter.dec_layers": 10**7,
+    "adapter.in_channels": [-1],
+    "adapter.text_dim": -5,
+    "adapter.hidden_dim": 2**40,
+    "adapter.rec_text_dim": 2**40,
+    "adapter.num_queries_itm": 10**9,
+    "itm_layer": -99,
+    "lora_rank": 10**9,
+}
+
+
+@pytest.mark.parametrize("field", CONFIG_VALUES)
+def test_sizes_of_a_config_are_compared_before_memory_is_taken(released, tmp_path, capsys, monkeypatch, field):
+    save_checkpoint(released, tmp_path / "dpt")
+    config = yaml.safe_load((tmp_path / "dpt/config.yaml").read_text())
+    *part, name = field.split(".")
+    (config[part[0]] if part else config)[name] = CONFIG_VALUES[field]
+    (tmp_path / "dpt/config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr("dpt.checkpoint.DiscriminativeAdapter", None)
+    if field == "lora_rank":
+        monkeypatch.undo()
+    assert main(["inspect", str(tmp_path / "dpt")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "config.yaml" in error
+    assert name in error.replace("num_queries_rec", "num_queries_itm")
+
+
+@pytest.mark.parametrize("damage", ["0-D", "B only", "another rank", "a stranger"])
+def test_damaged_lora_of_ours_is_named(released, tmp_path, capsys, damage):
+    save_checkpoint(released, tmp_path / "dpt")
+    path = tmp_path / "dpt/lora/pytorch_lora_weights.safetensors"
+    state = load_file(path)
+    name = next(key for key in state if ".lora_A." in key)
+    if damage == "0-D":
+        state[name] = torch.tensor(1.0)
+    elif damage == "B only":
+        state = {key: value for key, value in state.items() if ".lora_B." in key}
+        name = "lora_A.weight is missing"
+    elif damage == "another rank":
+        state = {k: v[:2] if ".lora_A." in k else v[:, :2].contiguous() for k, v in state.items()}
+        name = "lora_rank is"
+    else:
+        state[name := "unet.conv_in.weight"] = torch.zeros(2, 2)
+    save_file(state, path)
+    assert main(["inspect", str(tmp_path / "dpt")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(path) in error
+    assert name.removeprefix("unet.") in error
 
 
 @pytest.mark.slow

@@ -45,6 +45,8 @@ def test_both_pictures_with_the_score_after_every_step(studio):
         ((None, 0, 0.0, "latent", ""), "prompt is empty"),
         (("a star", 1e30, 0.0, "latent", ""), "seed is 1e"),
         (("a star", None, 0.0, "latent", ""), "seed is None"),
+        (("a \ud800", 0, 0.0, "latent", ""), r"the prompt is 'a \\ud800', which is no UTF-8 text"),
+        (("a star", 0, 0.0, "latent", "\udcff"), r"the phrase is '\\udcff', which is no UTF-8 text"),
         (("a star", 0, None, "latent", ""), "length is empty"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -95,10 +97,8 @@ def free_port():
     ("words", "said"),
     [
         (["--dpt", "none-such"], "--dpt none-such is not there"),
-        (["--steps", "0"], "--steps is 0"),
-        (["--scale", "-1"], "--scale is -1"),
-        (["--port", "99999"], "--port is 99999"),
-        (["--port", "0"], "--port is 0"),
+        (["--dpt", "somebody/none-such"], "somebody/none-such is neither a path here nor to be had from the hub"),
+        (["--model", "\udcff"], "--model is '\\udcff', which is no UTF-8 text"),
         (["--model", "none-such"], "no adapter is known"),  # told when the page is up already
         (["--dpt", "ckpt/shapes"], "ckpt/shapes"),
     ],
@@ -112,6 +112,24 @@ def test_bad_input_is_one_line_and_ends_the_page(words, said, free_port, capsys,
     assert error.count("\n") == 1
     with socket.socket() as closed:
         assert closed.connect_ex((demo.LOOPBACK, free_port)) != 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steps", "0"], "--steps: '0'; it must be a whole number at least 1 and at most 500"),
+        (["--scale", "-1"], "--scale: '-1'; it must be a number at least 0 and below 1000"),
+        (["--scale", "nan"], "--scale: 'nan'; it must be a number at least 0 and below 1000"),
+        (["--port", "99999"], "--port: '99999'; it must be a whole number at least 1 and at most 65,535"),
+        (["--port", "0"], "--port: '0'; it must be a whole number"),
+    ],
+)
+def test_numbers_out_of_range(words, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        demo.main(words)
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
 
 
 def test_a_port_in_use_and_an_interruption(free_port, capsys, monkeypatch):

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from dpt.bounds import ArgumentParser, bounded, check_bounds, number, one_of
-from dpt.files import read_json, read_json_lines, text_lines, write_text
+from dpt.files import check_text, read_json, read_json_lines, text_lines, write_text
 
 
 class Record(msgspec.Struct):
@@ -89,3 +89,14 @@ def test_bounds_of_flags_are_one_line_and_exit_code_2(capsys, value):
     assert error.count("\n") == 1
     assert "--steps" in error
     assert "a whole number at least 1 and at most 500" in error
+
+
+def test_text_that_cannot_be_written_is_named():
+    assert check_text("--prompt", "a 🙂") == "a 🙂"
+    with pytest.raises(ValueError, match=r"--prompt is 'a \\udcff', which is no UTF-8 text"):
+        check_text("--prompt", "a \udcff")
+
+
+def test_an_integer_beyond_floats_is_out_of_bounds():
+    with pytest.raises(argparse.ArgumentTypeError, match="at most 500"):
+        number(int, at_least=1, at_most=500)("1" + "0" * 400)

@@ -1,14 +1,26 @@
 import json
+import re
 import resource
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from dpt.sampling import classifier_free_guidance, initial_noise, sample
-from dpt.stable_diffusion import CKPT_FOLDER, MIRRORS, StableDiffusion, load_stable_diffusion
+from dpt.stable_diffusion import (
+    CKPT_FOLDER,
+    MIRRORS,
+    StableDiffusion,
+    advice_against_nan,
+    architecture,
+    load_stable_diffusion,
+    usable_device,
+    weights_fingerprint,
+)
 
 SHAPES_FOLDER = CKPT_FOLDER / "shapes"
 
@@ -168,6 +180,252 @@ def test_many_pictures_are_decoded_in_slices_and_alike():
     together = sd.decode_latents(latents)
     assert sd.vae.use_slicing
     assert torch.allclose(alone, together, atol=1e-5)
+
+
+def copy_of(golden, folder):
+    shutil.copytree(golden / "sd21", folder, dirs_exist_ok=True)
+    return folder
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def refused(folder, capfd):
+    """The one line with which a folder is refused; nothing else is printed."""
+    with pytest.raises(ValueError, match=re.escape(str(folder))) as caught:
+        load_stable_diffusion(str(folder))
+    assert capfd.readouterr() == ("", "")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("run!",))
+
+
+UNET, VAE, TEXT = "unet/config.json", "vae/config.json", "text_encoder/config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "message"),
+    [
+        (UNET, {"in_channels": -4}, "in_channels: expected int >= 1"),
+        (UNET, {"layers_per_block": 10**9}, "layers_per_block: expected int <= 128"),
+        (UNET, {"block_out_channels": "wide"}, "block_out_channels: expected array, got str"),
+        (UNET, {"block_out_channels": [8, 10**9, 8, 8]}, "block_out_channels[1]: expected int <= 65536"),
+        (UNET, {"down_block_types": [1, 2]}, "down_block_types[0]: expected str, got int"),
+        (UNET, {"cross_attention_dim": 48}, "cross_attention_dim 48, text_encoder/config.json the hidden_size 32"),
+        (UNET, {"sample_size": [8, 8]}, "sample_size: expected int, got array"),
+        (UNET, {"norm_num_groups": 7}, "num_channels"),
+        (UNET, {"up_block_types": ["NoBlock"] * 4}, "NoBlock"),
+        (UNET, {"conv_in_kernel": "x"}, ""),
+        (UNET, {"mid_block_scale_factor": "x"}, "mid_block_scale_factor: expected float, got str"),
+        (UNET, {"out_channels": 5}, "conv_out"),
+        (VAE, {"out_channels": 5}, "conv_out"),
+        (TEXT, {"hidden_size": "wide"}, "hidden_size: expected int, got str"),
+        (TEXT, {"num_hidden_layers": 10**7}, "num_hidden_layers: expected int <= 128"),
+        (TEXT, {"vocab_size": 700}, "its weights have [664, 32] embeddings.token_embedding"),
+        (TEXT, {"eos_token_id": None}, "eos_token_id: expected int, got null"),
+        (TEXT, {"initializer_range": 10**12}, "initializer_range"),
+        (TEXT, {"hidden_act": "none-such"}, "none-such"),
+        (VAE, {"scaling_factor": "0.18"}, "scaling_factor: expected float, got str"),
+        (VAE, {"latent_channels": 0}, "latent_channels: expected int >= 1"),
+        (SCHEDULER, {"beta_start": "small"}, "beta_start: expected float, got str"),
+        (SCHEDULER, {"num_train_timesteps": 10**12}, "num_train_timesteps: expected int <= 100000"),
+        (SCHEDULER, {"beta_schedule": "steep"}, "beta_schedule"),
+        ("model_index.json", {"unet": ["os", "path"]}, "its unet is ['os', 'path'], not UNet2DConditionModel"),
+        ("model_index.json", {"scheduler": ["os", "path"]}, "its scheduler is ['os', 'path'], none of diffusers'"),
+        ("model_index.json", {"scheduler": ["diffusers", "NoScheduler"]}, "NoScheduler"),
+    ],
+)
+def test_configs_that_cannot_be_name_file_and_field(golden, tmp_path, capfd, file, values, message):
+    change(copy_of(golden, tmp_path) / file, **values)
+    error = refused(tmp_path, capfd)
+    assert message in error
+    assert file == "model_index.json" or file.split("/")[0] in error
+    if file == UNET and message != "conv_out":
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+            architecture(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "malformed|truncated"),
+        (b"{}", "missing required field"),
+        (b"[]", "expected object"),
+        (b"[" * 100_000, "nested|expected object"),
+        (b"\xff", "not UTF-8"),
+        (b"\xef\xbb\xbf{}", "begins with a byte-order mark"),
+    ],
+)
+@pytest.mark.parametrize("file", [UNET, TEXT, VAE])
+def test_configs_that_are_none(golden, tmp_path, capfd, file, content, message):
+    (copy_of(golden, tmp_path) / file).write_bytes(content)
+    error = refused(tmp_path, capfd)
+    assert file in error
+    assert re.search(message, error)
+
+
+XL = {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "message"),
+    [
+        ("model_index.json", XL, "is of StableDiffusionXLPipeline"),
+        (UNET, {"addition_embed_type": "text_time"}, "as Stable Diffusion XL has"),
+        (UNET, {"in_channels": 9}, "for inpainting use: its U-Net takes 9 channels, its latents have 4"),
+        (UNET, {"num_class_embeds": 1000}, "num_class_embeds 1000"),
+    ],
+)
+def test_other_kinds_of_models_are_named(golden, tmp_path, capfd, file, values, message):
+    change(copy_of(golden, tmp_path) / file, **values)
+    error = refused(tmp_path, capfd)
+    assert message in error
+    assert "supported is Stable Diffusion 1 and 2" in error
+
+
+def lfs_pointer(path):
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234\n")
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def cut_in_the_header(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def with_code(path):
+    torch.save({"x": Harmful()}, path.with_name(NAMES[path.name]))
+    path.unlink()
+
+
+def no_pickle(path):
+    path.with_name(NAMES[path.name]).write_text("hello")
+    path.unlink()
+
+
+NAMES = {"model.safetensors": "pytorch_model.bin"}
+NAMES |= {"diffusion_pytorch_model.safetensors": "diffusion_pytorch_model.bin"}
+
+
+@pytest.mark.parametrize("damage", [lfs_pointer, truncated, cut_in_the_header, empty, with_code, no_pickle])
+@pytest.mark.parametrize("part", ["text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"])
+def test_damaged_weights_name_the_file(golden, tmp_path, capfd, part, damage):
+    damage(copy_of(golden, tmp_path) / f"{part}.safetensors")
+    error = refused(tmp_path, capfd)
+    assert str(tmp_path / part.split("/")[0]) in error
+    assert ("git lfs pull" in error) == (damage is lfs_pointer)
+
+
+@pytest.mark.parametrize("part", ["text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"])
+def test_a_tensor_that_is_missing_is_not_made_up(golden, tmp_path, capfd, part):
+    path = copy_of(golden, tmp_path) / f"{part}.safetensors"
+    state = load_file(path)
+    name = next(name for name in state if name.endswith("weight"))
+    del state[name]
+    save_file(state, path)
+    error = refused(tmp_path, capfd)
+    assert name.removeprefix("text_model.") in error
+    assert part.split("/")[0] in error
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("content", [b"hello", b"\xff\xfe", b'{"a": -0.5}', b"[]"])
+def test_a_damaged_tokenizer(golden, tmp_path, capfd, file, content):
+    (copy_of(golden, tmp_path) / "tokenizer" / file).write_bytes(content)
+    if (file, content) in (("special_tokens_map.json", b'{"a": -0.5}'), ("tokenizer_config.json", b'{"a": -0.5}')):
+        load_stable_diffusion(str(tmp_path)).encode_prompts(["a red cube"])
+    else:
+        refused(tmp_path, capfd)
+
+
+def test_a_tokenizer_without_its_length(golden, tmp_path):
+    (copy_of(golden, tmp_path) / "tokenizer/tokenizer_config.json").unlink()
+    assert load_stable_diffusion(str(tmp_path)).tokenizer.model_max_length == 77
+
+
+def with_variant(path, variant):
+    path.rename(path.with_suffix(f".{variant}{path.suffix}"))
+
+
+@pytest.mark.parametrize("parts", [["unet"], ["unet", "vae", "text_encoder"]])
+def test_a_folder_of_fp16_files_alone_is_taken(golden, tmp_path, capfd, parts):
+    copy_of(golden, tmp_path)
+    for part in parts:
+        with_variant(next((tmp_path / part).glob("*.safetensors")), "fp16")
+    notices = []
+    sd = load_stable_diffusion(str(tmp_path), notice=notices.append)
+    assert notices == [f"{tmp_path} has weights of the variant fp16 alone: they are taken"]
+    plain = load_stable_diffusion(str(golden / "sd21"))
+    parts = ("unet", "vae", "text_encoder")
+    assert weights_fingerprint(*(getattr(sd, part) for part in parts)) == weights_fingerprint(
+        *(getattr(plain, part) for part in parts)
+    )
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_variant_is_asked_for(golden, tmp_path):
+    folder = copy_of(golden, tmp_path) / "unet"
+    path = folder / "diffusion_pytorch_model.safetensors"
+    save_file({k: v + 1 for k, v in load_file(path).items()}, folder / "diffusion_pytorch_model.ema.safetensors")
+    plain, ema = (load_stable_diffusion(str(tmp_path), variant=variant).unet for variant in (None, "ema"))
+    assert torch.allclose(ema.conv_in.weight, plain.conv_in.weight + 1)
+    with pytest.raises(ValueError, match="variant=none-such"):
+        load_stable_diffusion(str(tmp_path), variant="none-such")
+
+
+def test_a_folder_of_bin_files_is_loaded_in_silence(golden, tmp_path, capfd):
+    copy_of(golden, tmp_path)
+    for path in tmp_path.rglob("*.safetensors"):
+        torch.save(load_file(path), path.with_name(NAMES[path.name]))
+        path.unlink()
+    sd = load_stable_diffusion(str(tmp_path))
+    assert capfd.readouterr() == ("", "")
+    assert torch.equal(sd.unet.conv_in.weight, load_stable_diffusion(str(golden / "sd21")).unet.conv_in.weight)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
+def test_a_single_file_says_how_it_is_converted(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    for load in (load_stable_diffusion, architecture):
+        with pytest.raises(ValueError, match=r"is a single file.*from_single_file.*save_pretrained"):
+            load(str(tmp_path / name))
+
+
+def test_advice_against_values_that_are_not_finite(sd):
+    assert advice_against_nan(sd) == "draw at a lower --scale"  # it is float32 already
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+    )
+    half = replace(sd, unet=unet.half())
+    assert advice_against_nan(half) == "draw in float32 (--dtype float32), or draw at a lower --scale"
+    zero = DDIMScheduler.from_config(sd.scheduler.config, rescale_betas_zero_snr=True)
+    assert "rescale_betas_zero_snr" in advice_against_nan(replace(sd, scheduler=zero))
+    good = DDIMScheduler.from_config(zero.config, prediction_type="v_prediction")
+    assert "lower --scale" in advice_against_nan(replace(sd, scheduler=good))
+
+
+def test_devices_that_keep_no_values_are_refused():
+    for name in ("meta", "bogus", "cuda:99"):
+        with pytest.raises(ValueError, match=f"--device '{name}' is not usable here"):
+            usable_device(name)
+
+
+@pytest.mark.parametrize("side", [2**62, 2**31, 200_000, 8200])
+def test_sides_beyond_memory_are_refused(sd, side):
+    with pytest.raises(ValueError, match="it must be a positive multiple of 8, at most 8192"):
+        sd.latent_shape(side, 64)
 
 
 @pytest.mark.slow

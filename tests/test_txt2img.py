@@ -1,24 +1,31 @@
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import txt2img
-from dpt.images import read_metadata
+from dpt.images import legible, make_grid, read_metadata
 from dpt.shapes.oracle import judge
+from dpt.stable_diffusion import CKPT_FOLDER
 
 SHAPES = ["--model", "shapes", "--ddim_steps", "3", "--n_samples", "1"]
 
 
 def draw(outdir, *arguments):
-    return txt2img.main([*SHAPES, "--outdir", str(outdir), *arguments])
+    try:
+        return txt2img.main([*SHAPES, "--outdir", str(outdir), *arguments])
+    except SystemExit as stop:  # argparse's, of flags that cannot be
+        return stop.code
 
 
 def pictures(outdir):
@@ -153,12 +160,34 @@ def test_a_long_prompt_file_is_read_whole(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--H", "100"], "H is 100; it must be a positive multiple of 8"),
-        (["--W", "0"], "--W is 0"),
-        (["--n_samples", "0"], "--n_samples is 0; it must be at least 1"),
-        (["--batch_size", "0"], "--batch_size is 0"),
-        (["--ddim_steps", "0"], "--ddim_steps is 0"),
-        (["--scale", "nan"], "--scale is nan"),
-        (["--seed", "-1"], "--seed is -1"),
+        (["--W", "0"], "--W: '0'; it must be a whole number at least 1 and at most 8192"),
+        (["--H", str(2**62)], f"--H: '{2**62}'; it must be"),
+        (["--H", "200000", "--W", "200000"], "--H: '200000'; it must be"),
+        (["--n_samples", "0"], "--n_samples: '0'; it must be a whole number at least 1 and at most 1,000,000"),
+        (["--n_samples", str(10**10)], "--n_samples: '10000000000'; it must be"),
+        (["--n_samples", "1" + "0" * 400], "it must be a whole number"),
+        (["--n_iter", str(10**12)], "--n_iter: '1000000000000'; it must be"),
+        (["--n_iter", "1000000", "--n_samples", "1000"], "are 1,000,000,000 pictures; at most 10,000,000 are a run"),
+        (["--batch_size", "0"], "--batch_size: '0'"),
+        (["--batch_size", "100000"], "--batch_size: '100000'"),
+        (["--ddim_steps", "0"], "--ddim_steps/--num_timesteps: '0'"),
+        (["--scale", "nan"], "--scale: 'nan'; it must be a number at least 0 and below 1000"),
+        (["--seed", "-1"], "--seed: '-1'"),
+        (["--seed", str(2**62)], f"--seed: '{2**62}'"),
+        (["--gpuid", "-1"], "--gpu: '-1'"),
+        (["--device", "meta"], "--device 'meta' is not usable here"),
+        (["--prompt", "a \udcff"], "--prompt is 'a \\udcff', which is no UTF-8 text"),
+        (["--negative_prompt", "\ud800"], "--negative_prompt is '\\ud800', which is no UTF-8 text"),
+        (["--compbench", "--prompt", "\udcff"], "--prompt is '\\udcff', which is no UTF-8 text"),
+        (["--model", "\udcff"], "--model is '\\udcff', which is no UTF-8 text"),
+        (
+            ["--unet_feature", "up1"],
+            "--unet_feature is a flag of the reference; here config.yaml of the weights says it",
+        ),
+        (["--enc_layers=1"], "--enc_layers is a flag of the reference; here config.yaml of the weights says it"),
+        (["--hidden_dim", "256"], "(adapter.hidden_dim); a released file gets one by dpt.checkpoint convert"),
+        (["--resolution", "512"], "--resolution is a flag of the reference; here it is --H and --W"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--device", "cuda:99"], "--device 'cuda:99' is not usable here"),
         (["--device", "toaster"], "--device 'toaster' is not usable here"),
         (["--gpuid", "0", "--device", "cpu"], "exclude each other"),
@@ -179,13 +208,54 @@ def test_no_prompt_and_broken_files(tmp_path, capsys):
     assert "nothing to draw" in capsys.readouterr().err
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     assert draw(tmp_path, "--from-file", str(tmp_path / "latin.txt")) == 2
-    assert "as UTF-8 text" in capsys.readouterr().err
+    assert "latin.txt cannot be read: it is not UTF-8 text" in capsys.readouterr().err
     (tmp_path / "blank.txt").write_text("\n\n")
     assert draw(tmp_path, "--from-file", str(tmp_path / "blank.txt")) == 2
     assert "holds no prompt" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--gpuid", "--gpu"])
+def test_a_prompt_is_what_a_line_feed_ends(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa red circle\r\ntwo\u2028blue\x85stars\x0b\x1c!\n\u2029\n".encode())
+    args = txt2img.make_parser().parse_args(["--from-file", str(file)])
+    assert txt2img.read_prompts(args) == ["a red circle", "two\u2028blue\x85stars\x0b\x1c!"]
+
+
+def test_a_million_pictures_take_no_memory_before_they_are_drawn(tmp_path, monkeypatch):
+    def stop(*args, **kwargs):
+        raise ValueError("drawn")
+
+    monkeypatch.setattr("txt2img.draw", stop)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert draw(tmp_path, "--prompt", "a red circle", "--n_iter", "1000000", "--n_samples", "10") == 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+def test_labels_beyond_ascii(tmp_path, capsys):
+    prompts = ["красный круг", "μ ü ł", "一个红色的圆 🙂", "$x^2$ \\frac{1}"]
+    flags = [word for prompt in prompts for word in ("--prompt", prompt)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert draw(tmp_path, *flags, "--dpt", "none", "--ddim_steps", "1") == 0
+    out = capsys.readouterr().out
+    assert out.count("the labels' font has no") == 1
+    assert "the labels' font has no '\\u4e00\\u4e2a" in out
+    grid = np.array(Image.open(tmp_path / "grid-0000.png").convert("L"))
+    labels = [grid[r * 192 : (r + 1) * 192, :200] for r in range(4)]
+    assert all((label < 128).any() for label in labels)
+    assert all((labels[a] != labels[b]).any() for a in range(4) for b in range(a))
+    assert legible("круг\n一🙂\x07") == r"круг \u4e00\U0001f642\x07"
+
+
+def test_labels_of_ascii_are_as_they_were():
+    draw_with = ImageFont.load_default(14)
+    grid = np.array(make_grid([("a red circle", [np.zeros((8, 8, 3), np.uint8)])]))
+    canvas = Image.new("RGB", (200, 192), "white")
+    ImageDraw.Draw(canvas).multiline_text((8, 96), "a red circle", "black", draw_with, anchor="lm", spacing=4)
+    assert (grid[:, :200] == np.array(canvas)).all()
+
+
+@pytest.mark.parametrize("flag", ["--gpuid", "--gpu", "-g"])
 def test_the_paper_s_command_without_cuda(tmp_path, capsys, flag, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert draw(tmp_path, flag, "0", "--prompt", "a red circle") == 0
@@ -217,6 +287,23 @@ def test_missing_weights_are_one_line(tmp_path, capsys):
         assert "--model shapes" in error
     assert draw(tmp_path, "--prompt", "x", "--revision", "fp16") == 2
     assert "is a local folder, which has none" in capsys.readouterr().err
+
+
+def test_a_dry_run_names_a_folder_that_cannot_be_drawn_with(tmp_path, capsys):
+    shutil.copytree(CKPT_FOLDER / "shapes", tmp_path / "model")
+    config = tmp_path / "model/unet/config.json"
+    config.write_text(config.read_text().replace('"in_channels": 4', '"in_channels": 9'))
+    for more in ([], ["--dry-run"]):
+        arguments = ["--prompt", "x", "--dpt", "none", "--model", str(tmp_path / "model"), *more]
+        assert draw(tmp_path / "out", *arguments) == 2
+        error = capsys.readouterr().err
+        assert "for inpainting use" in error
+        assert error.count("\n") == 1
+
+
+def test_the_variant_is_passed_on(tmp_path, capsys):
+    assert draw(tmp_path, "--prompt", "x", "--variant", "none-such") == 2
+    assert "variant=none-such" in capsys.readouterr().err
 
 
 def test_a_dry_run_checks_the_size(tmp_path, capsys):

@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -17,7 +18,10 @@ BASE = ["--model", "shapes", "--ddim_steps", "4", "--n_samples", "1", "--skip_gr
 
 
 def draw(outdir, *arguments):
-    return txt2img.main([*BASE, "--outdir", str(outdir), *arguments])
+    try:
+        return txt2img.main([*BASE, "--outdir", str(outdir), *arguments])
+    except SystemExit as stop:  # argparse's, of flags that cannot be
+        return stop.code
 
 
 def picture(outdir):
@@ -140,10 +144,13 @@ def test_trace_shows_both_arms(tmp_path, weights):
             ["--correction_start", "0.8", "--correction_stop", "0.2"],
             "correction_start and correction_stop are 0.8 and 0.2",
         ),
-        (["--correction_norm", "-1"], "correction_norm is -1.0"),
+        (["--correction_norm", "-1"], "--correction_norm: '-1'; it must be a number at least 0"),
+        (["--correction_factor", "-1"], "--correction_factor: '-1'; it must be a number at least 0"),
+        (["--correction_start", "-0.1"], "--correction_start: '-0.1'; it must be a number at least 0 and at most 1"),
+        (["--dpt", "nobody/none-such", "--local-files-only"], "nobody/none-such is neither a path here nor"),
         (["--parity", "--correction_norm", "0.1"], "--parity is the reference's sampling"),
         (["--parity", "--correction_target", "latent"], "--parity is the reference's sampling"),
-        (["--correction_factor", "nan"], "correction_factor is nan"),
+        (["--correction_factor", "nan"], "--correction_factor: 'nan'; it must be a number"),
     ],
 )
 def test_bad_input(tmp_path, capsys, weights, flags, message, request, monkeypatch):
@@ -152,6 +159,34 @@ def test_bad_input(tmp_path, capsys, weights, flags, message, request, monkeypat
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "\n" not in error
+
+
+def test_a_trace_of_prompts_that_matplotlib_would_read_as_formulas(tmp_path, weights):
+    prompt = ["--prompt", "a $circle", "--prompt", "$\\frac{", "--prompt", "一个圆"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert draw(tmp_path, *weights, "--trace", "--ddim_steps", "1", *prompt) == 0
+    traces = json.loads((tmp_path / "trace-0000.json").read_text())
+    assert [trace["prompt"] for trace in traces] == ["a red circle", "a $circle", "$\\frac{", "一个圆"]
+    assert (tmp_path / "trace-0000.png").exists()
+
+
+def test_a_trace_s_data_are_written_before_its_figure(tmp_path, weights, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ValueError("no figure")
+
+    monkeypatch.setattr("dpt.traces.plt.subplots", fail)
+    assert draw(tmp_path, *weights, "--trace", "--ddim_steps", "1") == 2
+    assert json.loads((tmp_path / "trace-0000.json").read_text())
+
+
+def test_weights_from_the_hub(tmp_path, capsys, shapes_dpt, monkeypatch):
+    hub = ["--dpt", "somebody/shapes-dpt"]
+    assert draw(tmp_path, *hub, "--dry-run") == 0  # nothing is fetched
+    assert "DPT weights somebody/shapes-dpt" in capsys.readouterr().out
+    monkeypatch.setattr("dpt.hub.snapshot_download", lambda name, **options: str(shapes_dpt))
+    assert draw(tmp_path, *hub, "--ddim_steps", "1") == 0
+    assert read_metadata(tmp_path)[0]["dpt_source"] == str(shapes_dpt)
 
 
 def test_a_non_finite_score_stops_or_is_skipped(tmp_path, capsys, weights, monkeypatch):

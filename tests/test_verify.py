@@ -94,3 +94,24 @@ def test_a_coco_folder_that_is_not_there(tmp_path, capsys):
 def test_bad_weights_are_one_line(tmp_path, capsys):
     assert main(["--model", "shapes", "--dpt", str(tmp_path / "none"), "--outdir", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--num_pairs", "0"), ("--num_pairs", "1"), ("--steps", "0"), ("--steps", "501"), ("--steps", "x")],
+)
+def test_numbers_out_of_range(capsys, flag, value):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--dpt", "x", flag, value])
+    error = capsys.readouterr().err
+    assert f"{flag}: '{value}'; it must be a whole number at least" in error
+    assert error.count("\n") == 1
+
+
+def test_weights_of_text_are_one_line(tmp_path, capsys):
+    (tmp_path / "weights.txt").write_text("hello\n")
+    arguments = ["--model", "shapes", "--dpt", str(tmp_path / "weights.txt"), "--outdir", str(tmp_path)]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "weights.txt is no readable weights file" in error
+    assert error.count("\n") == 1

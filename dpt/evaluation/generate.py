@@ -147,7 +147,7 @@ class Artist:
             self.scorer = checkpoint.attach(self.sd, measuring=checkpoint.config.control == "shuffled_labels")
             parts.append(checkpoint.adapter)
         if arm.lora:
-            load_external_lora(self.sd.unet, Path(arm.lora))
+            load_external_lora(self.sd, Path(arm.lora))
         self.fingerprint = weights_fingerprint(*parts, self.sd.unet)
         if arm.untrained_adapter:
             with torch.random.fork_rng(devices=[]):

@@ -318,7 +318,7 @@ def test_the_committed_weights_are_there_and_fit():
         if arm.dpt:
             load_checkpoint(arm.dpt).attach(sd)
         else:
-            load_external_lora(sd.unet, Path(arm.lora))
+            load_external_lora(sd, Path(arm.lora))
     own, first = (load_file(Path("ckpt/shapes-dpt") / folder / LORA_FILE) for folder in ("lora", "seeds/dpt-0"))
     assert own.keys() == first.keys()
     assert all(torch.equal(value, first[name]) for name, value in own.items())

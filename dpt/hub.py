@@ -1,0 +1,27 @@
+"""Ids of the Hugging Face hub in place of paths."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Whether a name reads like an id of the hub, such as leigangqu/DPT-T2I, and is no path of this machine."""
+    path = Path(name)
+    return (
+        bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name))) and not path.exists() and not path.parent.exists()
+    )
+
+
+def fetch(name: str | Path, patterns: list[str], *, local_files_only: bool = False) -> Path:
+    """The folder of a repository's files that fit the patterns, downloaded where they are not in the cache.
+
+    Raises:
+        ValueError: neither on the hub nor, with `local_files_only`, in the cache.
+    """
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=patterns, local_files_only=local_files_only))
+    except (OSError, ValueError) as error:  # the hub's own errors are one or the other
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{name} is neither a path here nor to be had from the hub ({reason})") from error

@@ -1,0 +1,204 @@
+"""Folders of base models: what they say of themselves is checked before anything is built from it or read."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from msgspec import Meta, Struct, field
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from dpt.files import read_json
+from dpt.weights import read_shapes
+
+Size = Annotated[int, Meta(ge=1, le=65_536)]
+Few = Annotated[int, Meta(ge=1, le=128)]
+Factor = Annotated[float, Meta(gt=0, le=1000)]
+Share = Annotated[float, Meta(gt=0, lt=1)]
+Blocks = Annotated[list[str], Meta(min_length=1, max_length=16)]
+Widths = Annotated[list[Size], Meta(min_length=1, max_length=16)]
+
+CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+STEMS = {"unet": ("diffusion_pytorch_model",) * 2, "vae": ("diffusion_pytorch_model",) * 2}
+STEMS |= {"text_encoder": ("model", "pytorch_model")}
+"""how the names of weights begin, as safetensors and as .bin"""
+LOADING_ERRORS = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, StrictDataclassError)
+"""What diffusers and transformers raise of a folder whose files do not fit each other."""
+SUPPORTED = "supported is Stable Diffusion 1 and 2 that draws from text alone (StableDiffusionPipeline)"
+
+
+class UNetConfig(Struct):
+    block_out_channels: Widths
+    sample_size: Size
+    cross_attention_dim: Size | Widths
+    down_block_types: Blocks = field(default_factory=lambda: ["CrossAttnDownBlock2D"])
+    up_block_types: Blocks = field(default_factory=lambda: ["CrossAttnUpBlock2D"])
+    mid_block_type: str | None = None
+    in_channels: Size = 4
+    out_channels: Size = 4
+    layers_per_block: Few | list[Few] = 2
+    transformer_layers_per_block: Few | list[Few | list[Few]] = 1
+    attention_head_dim: Size | list[Size] = 8
+    num_attention_heads: Size | list[Size] | None = None
+    norm_num_groups: Size | None = 32
+    norm_eps: Factor = 1e-5
+    act_fn: str = "silu"
+    mid_block_scale_factor: Factor = 1
+    resnet_out_scale_factor: Factor = 1
+    freq_shift: int = 0
+    flip_sin_to_cos: bool = True
+    center_input_sample: bool = False
+    upcast_attention: bool = False
+    use_linear_projection: bool = False
+    addition_embed_type: str | None = None
+    class_embed_type: str | None = None
+    num_class_embeds: int | None = None
+
+
+class VaeConfig(Struct):
+    block_out_channels: Widths
+    latent_channels: Size = 4
+    in_channels: Size = 3
+    out_channels: Size = 3
+    layers_per_block: Few = 1
+    norm_num_groups: Size = 32
+    scaling_factor: Factor = 0.18215
+
+
+class TextConfig(Struct):
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Few
+    num_attention_heads: Size
+    vocab_size: Annotated[int, Meta(ge=1, le=10_000_000)]
+    max_position_embeddings: Size = 77
+    eos_token_id: Annotated[int, Meta(ge=0)] = 49_407
+
+
+class SchedulerConfig(Struct):
+    num_train_timesteps: Annotated[int, Meta(ge=1, le=100_000)] = 1000
+    beta_start: Share = 0.0001
+    beta_end: Share = 0.02
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    trained_betas: list[Share] | None = None
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
+    steps_offset: Annotated[int, Meta(ge=0, le=1000)] = 0
+    clip_sample: bool = False
+    set_alpha_to_one: bool = True
+    rescale_betas_zero_snr: bool = False
+
+
+CONFIGS = {
+    "unet/config.json": UNetConfig,
+    "vae/config.json": VaeConfig,
+    "text_encoder/config.json": TextConfig,
+    "scheduler/scheduler_config.json": SchedulerConfig,
+}
+
+
+def check_folder(folder: Path) -> None:
+    """Looks through the configs that are there.
+
+    Raises:
+        ValueError: another kind of model, or a value that cannot be; file and field are named.
+    """
+    if (folder / "model_index.json").exists():
+        index = _read(folder / "model_index.json", dict[str, object])
+        kind = index.get("_class_name")
+        if "text_encoder_2" in index or (kind is not None and "unet" not in index):
+            raise ValueError(f"{folder} is of {kind}; {SUPPORTED}")
+        for part, wanted in CLASSES.items():
+            if part in index and index[part] not in (["diffusers", wanted], ["transformers", wanted]):
+                raise ValueError(f"{folder}: its {part} is {str(index[part])[:60]}, not {wanted}; {SUPPORTED}")
+        scheduler = index.get("scheduler", ["diffusers"])
+        if not isinstance(scheduler, list) or scheduler[:1] != ["diffusers"]:
+            raise ValueError(f"{folder}: its scheduler is {str(scheduler)[:60]}, none of diffusers'")
+    configs = {part: _read(folder / part, schema) for part, schema in CONFIGS.items() if (folder / part).exists()}
+    unet, vae, text = (configs.get(f"{part}/config.json") for part in CLASSES)
+    if unet is not None:
+        check_kind(folder, unet, vae or VaeConfig(block_out_channels=[1]))
+        widths = [unet.cross_attention_dim] if isinstance(unet.cross_attention_dim, int) else unet.cross_attention_dim
+        if text is not None and {*widths} != {text.hidden_size}:
+            raise ValueError(
+                f"{folder}: unet/config.json has the cross_attention_dim {unet.cross_attention_dim}, "
+                f"text_encoder/config.json the hidden_size {text.hidden_size}; they must agree"
+            )
+
+
+def check_kind(name: object, unet, vae) -> None:
+    """Raises ValueError where configs are of a U-Net that takes more than latents, a timestep and a text."""
+    if unet.in_channels != vae.latent_channels:
+        kind = {9: "inpainting", 5: "depth-to-image", 8: "image editing", 7: "upscaling"}.get(unet.in_channels, "other")
+        raise ValueError(
+            f"{name} is a model for {kind} use: its U-Net takes {unet.in_channels} channels, its latents have "
+            f"{vae.latent_channels}; {SUPPORTED}"
+        )
+    for setting in ("addition_embed_type", "class_embed_type", "num_class_embeds"):
+        if (value := getattr(unet, setting)) is not None:
+            raise ValueError(f"{name}: its U-Net has the {setting} {value}, as Stable Diffusion XL has; {SUPPORTED}")
+
+
+def check_weights(folder: Path, variant: str | None) -> None:
+    """Looks through the heads of the files of weights that would be loaded.
+
+    Raises:
+        ValueError: a file that is cut off, a git-lfs pointer, or that lacks tensors of the text encoder.
+    """
+    for part in CLASSES:
+        files, shapes = weight_files(folder / part), {}
+        for file in files.get(variant or "", files.get("", [])):
+            shapes |= read_shapes(file)
+        if part == "text_encoder" and shapes:  # the others' are compared by diffusers; transformers makes them up
+            _check_text_encoder(folder / part, shapes)
+
+
+def _check_text_encoder(folder: Path, shapes: dict[str, list[int]]) -> None:
+    _read(folder / "config.json", TextConfig)
+    try:
+        config = CLIPTextConfig.from_dict(msgspec.json.decode((folder / "config.json").read_bytes()))
+        with torch.device("meta"):
+            expected = CLIPTextModel(config).state_dict()
+    except LOADING_ERRORS as error:
+        raise ValueError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
+    found = {name.removeprefix("text_model."): shape for name, shape in shapes.items()}
+    for name, tensor in expected.items():
+        if found.get(name.removeprefix("text_model.")) != list(tensor.shape):
+            has = found.get(name.removeprefix("text_model."), "no")
+            raise ValueError(f"{folder}: its weights have {has} {name}, its config.json {list(tensor.shape)}")
+
+
+def weight_files(folder: Path) -> dict[str, list[Path]]:
+    """The files of a component's weights by variant, "" for those without one; safetensors where there are any."""
+    found: dict[str, list[Path]] = {}
+    for stem, ending in zip(STEMS[folder.name], (".safetensors", ".bin"), strict=True):
+        fresh: dict[str, list[Path]] = {}
+        for file in sorted(folder.glob(f"{stem}*{ending}")):
+            middle = re.sub(r"-\d+-of-\d+", "", file.name.removeprefix(stem).removesuffix(ending))
+            if not middle or middle.startswith("."):
+                fresh.setdefault(middle.removeprefix("."), []).append(file)
+        found = fresh | found
+    return found
+
+
+def choose_variant(folder: Path) -> str | None:
+    """The variant, such as fp16, of a folder where a component's weights without one are missing; else None."""
+    for part in CLASSES:
+        files = weight_files(folder / part)
+        if files and "" not in files:
+            return "fp16" if "fp16" in files else next(iter(files))
+    return None
+
+
+def _read(path: Path, schema: type):
+    if path.exists() and path.read_bytes()[:3] == b"\xef\xbb\xbf":
+        raise ValueError(f"{path} begins with a byte-order mark, which diffusers cannot read: save it without one")
+    return read_json(path, schema)
+
+
+def read_unet_config(folder: Path) -> dict:
+    """The U-Net's config as it is, its fields checked. Raises ValueError naming file and field."""
+    check_folder(folder)
+    return msgspec.json.decode((folder / "unet/config.json").read_bytes())
