@@ -62,7 +62,7 @@ def run_case(targets: list[Target], seed: int, number: int, root: Path, *, begun
     _remove(here)
     here.mkdir(parents=True)
     with _streams(here.with_suffix(".making")):  # of good inputs too: they are not what is judged
-        for name in ("model", "coco", "run", "arms", "prompts"):
+        for name in sorted(set(re.findall(r"\{base\}/(\w+)", " ".join(command.words)))):
             given(root, name)
         for name in command.copies:
             shutil.copytree(given(root, name), here / name)

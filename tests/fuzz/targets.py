@@ -134,9 +134,9 @@ COMMANDS = {
         "run",
         changes=RUN_FILES,
     ),
-    "train_probe, dry run": _command("train_probe", f"{TRAINING} data.root={{base}}/coco --dry-run", "coco"),
+    "train_probe, dry run": _command("train_probe", f"--dry-run {TRAINING} data.root={{base}}/coco", "coco"),
     "train_tune, dry run": _command(
-        "train_tune", f"{TRAINING} data.root={{base}}/coco init_from={{here}}/run/run --dry-run", "run"
+        "train_tune", f"--dry-run {TRAINING} data.root={{base}}/coco init_from={{here}}/run/run", "run"
     ),
     "evaluate generate": _command(
         "evaluate",
@@ -193,7 +193,7 @@ COMMANDS = {
     "evaluate pareto": _command(
         "evaluate", "pareto {here}/figures/packed.json --output {here}/out/pareto.png", "figures"
     ),
-    "evaluate experiment": _command("evaluate", "experiment {here}/arms/experiment.yaml --dry-run", "arms"),
+    "evaluate experiment": _command("evaluate", "experiment --dry-run {here}/arms/experiment.yaml", "arms"),
     "evaluate experiment, packed": _command(
         "evaluate",
         "experiment {here}/arms/experiment.yaml packed={here}/figures/packed.json folder={here}/out --steps table",
