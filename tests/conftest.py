@@ -41,13 +41,10 @@ def shapes_dpt(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder of arrays that the reference produced; `.ci/run` fails where it is expected and missing."""
-    given = os.environ.get("DPT_GOLDEN")
-    folder = Path(given) if given else REPOSITORY.parent / "shared/golden"
+    """The folder of arrays that the reference produced: tests/golden, or what DPT_GOLDEN names."""
+    folder = Path(os.environ.get("DPT_GOLDEN") or REPOSITORY / "tests/golden")
     if not folder.is_dir():
-        if given:
-            pytest.fail(f"DPT_GOLDEN names {given}, which is no folder")
-        pytest.skip("no golden arrays: set DPT_GOLDEN")
+        pytest.fail(f"{folder}, of golden arrays, is no folder; DPT_GOLDEN names another than tests/golden")
     return folder
 
 

@@ -34,7 +34,7 @@ from dpt.files import read_text
 from dpt.results import RESULTS, record_section
 
 STEPS = ("train", "measure", "draw", "table")
-SOURCES = ("paper", "reference code", "our choice")
+SOURCES = ("paper", "reference code", "our choice", "not verified")
 SCRIPTS = Path(__file__).resolve().parents[2]
 PUBLISHED = SCRIPTS / "configs/tables/published.yaml"
 
@@ -104,7 +104,7 @@ class Experiment:
     by: list[str] = field(default_factory=lambda: ["correct"])
     """figures shown by category"""
     protocol: dict[str, str] = field(default_factory=dict)
-    """what the protocol consists of -> its source: paper, reference code or our choice"""
+    """what the protocol consists of -> its source: one of `SOURCES`"""
     published: str = ""
     """a table of configs/tables/published.yaml to show beside"""
 
