@@ -58,17 +58,19 @@ def read_lora(path: Path, models: dict[str, nn.Module], notice) -> tuple[dict[st
             return _read_lists(file, content, models, notice), {}
         state = check_state(file, content)
     _check_halves(file, state)
+    is_peft = any(key.startswith(PEFT_PREFIX) for key in state)
     state = {_prefixed(key.removeprefix(PEFT_PREFIX)): value for key, value in state.items()}
-    if (file.parent / PEFT_CONFIG).exists() and not settings:
+    if is_peft and (file.parent / PEFT_CONFIG).exists():
         settings = _peft_settings(file.parent / PEFT_CONFIG, state)
+    elif is_peft:
+        notice(f"{PEFT_CONFIG} is not beside {file}: its alpha is taken to be its rank")
     for part, values in settings.items():
         ranks = [value.shape[0] for key, value in state.items() if key.startswith(f"{part}.") and ".lora_A." in key]
         stated = max(values.r, *values.rank_pattern.values(), 0)
         if stated > max(ranks, default=stated):
             raise ValueError(f"lora {file}: its settings say rank {stated}; its tensors have {max(ranks)}")
-    names = [field.name for field in dataclasses.fields(LoraConfig)]
     return state, {
-        part: {name: value for name, value in msgspec.structs.asdict(values).items() if name in names[1:]}
+        part: {name: value for name, value in msgspec.structs.asdict(values).items() if name != "peft_type"}
         for part, values in settings.items()
     }
 

@@ -313,7 +313,8 @@ def architecture(model: str) -> tuple[FrozenDict, int, int]:
         try:
             unet = read_unet_config(folder)
             width = read_json(folder / "text_encoder/config.json", TextConfig).hidden_size
-            files = [file for part in ("text_encoder", "vae") for file in weight_files(folder / part).get("", [])]
+            variant = choose_variant(folder) or ""
+            files = [file for part in ("text_encoder", "vae") for file in weight_files(folder / part).get(variant, [])]
             parameters = sum(math.prod(shape) for file in files for shape in read_shapes(file).values())
             return _whole_config(unet), width, parameters
         except LOADING_ERRORS as error:
@@ -431,9 +432,8 @@ def _broken_part(folder: Path) -> str:
         except LOADING_ERRORS:
             return f"{part}/config.json: "
         for file in weight_files(folder / part).get("", []):
-            if any(
-                list(expected[name].shape) != shape for name, shape in read_shapes(file).items() if name in expected
-            ):
+            shapes = read_shapes(file)
+            if any(list(tensor.shape) != shapes.get(name, list(tensor.shape)) for name, tensor in expected.items()):
                 return f"{part}: "
     return ""
 

@@ -3,6 +3,7 @@
 import pickle
 import pickletools
 import struct
+import warnings
 import zipfile
 from io import BufferedReader
 from pathlib import Path
@@ -71,8 +72,10 @@ def read_pickle(path: Path) -> object:
     """
     try:
         is_zip = _check_pickle(path)
-        # files of the older format can be read, not mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sparse tensors, which `check_tensor` refuses
+            # files of the older format can be read, not mapped
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UNPICKLING_ERRORS as error:
         raise ValueError(_unreadable(path, error)) from error
 

@@ -12,6 +12,7 @@ import yaml
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+import dpt
 from dpt.checkpoint import DPTCheckpoint, describe, load_checkpoint, main, save_checkpoint
 from dpt.config import save_config
 from dpt.lora import load_lora, lora_key
@@ -324,6 +325,8 @@ def test_weights_are_asked_of_the_hub(golden, small, monkeypatch):
     assert load_checkpoint("leigangqu/DPT-T2I", **small).released
     assert (asked["name"], asked["local_files_only"]) == ("leigangqu/DPT-T2I", False)
     assert {"pytorch_model.bin", "adapter.safetensors"} <= {*asked["allow_patterns"]}
+    pipe = dpt.SelfCorrectionPipeline.from_pretrained(golden / "sd21", safety_checker=None)
+    assert pipe.load_dpt("leigangqu/DPT-T2I", **small)._scorer.blocks == ("up1",)
     monkeypatch.chdir(golden.parent)
     with pytest.raises(ValueError, match="is not there"):  # a path beside what is here
         load_checkpoint(f"{golden.name}/dpt-v2.1")

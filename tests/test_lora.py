@@ -158,6 +158,8 @@ def test_a_peft_folder(golden, tmp_path, sd, lora, load, part):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
     with pytest.raises(ValueError, match=r"adapter_config\.json: peft_type is 'LOHA'"):
         load(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    assert "alpha is taken to be its rank" in load(tmp_path)[0]
 
 
 def test_gors_s_lists_have_no_names(golden, tmp_path, sd, lora, load):
