@@ -61,11 +61,16 @@ def run_case(targets: list[Target], seed: int, number: int, root: Path, *, begun
     result = Result(number, target.command, target.name)
     _remove(here)
     here.mkdir(parents=True)
-    with _streams(here.with_suffix(".making")):  # of good inputs too: they are not what is judged
-        for name in sorted(set(re.findall(r"\{base\}/(\w+)", " ".join(command.words)))):
-            given(root, name)
-        for name in command.copies:
-            shutil.copytree(given(root, name), here / name)
+    try:
+        with _streams(here.with_suffix(".making")) as written:  # what makes good inputs is not what is judged
+            for name in sorted(set(re.findall(r"\{base\}/(\w+)", " ".join(command.words)))):
+                given(root, name)
+            for name in command.copies:
+                shutil.copytree(given(root, name), here / name)
+    except RuntimeError as error:
+        last = written[1].strip().splitlines()[-1:]
+        result.problems.append(f"{error}: {' '.join(last)}")
+        return result
     result.what, refused, more = target.spoil(here, rng)
     result.words = [word.format(base=root, here=here) for word in command.words] + more
     before, inputs = snapshot(here), stamps(root)

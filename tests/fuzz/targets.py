@@ -33,6 +33,7 @@ class Command:
         copies: inputs that lie in the case's folder.
         changes: patterns of files that it is there to change; a "+" before one: to add to.
         good: its exit codes on good input, another than 2 also on what it reports.
+        passes_over: it goes on from an older file where the newest is damaged, and says so.
         blocks: it serves or measures for long, so that only what must be refused is tried.
     """
 
@@ -42,6 +43,7 @@ class Command:
     changes: tuple[str, ...] = ()
     good: tuple[int, ...] = (0,)
     reports: bool = False
+    passes_over: bool = False
     blocks: bool = False
 
 
@@ -133,6 +135,7 @@ COMMANDS = {
         f"{TRAINING} data.root={{base}}/coco output_folder={{here}}/run resume=true optim.steps=3",
         "run",
         changes=RUN_FILES,
+        passes_over=True,
     ),
     "train_probe, dry run": _command("train_probe", f"--dry-run {TRAINING} data.root={{base}}/coco", "coco"),
     "train_tune, dry run": _command(
@@ -208,7 +211,7 @@ COMMANDS = {
     "evaluate rec": _command("evaluate", f"rec {{here}}/run/run {ITM} --output {{here}}/out --set {OF_COCO}", "run"),
     "evaluate probe-map": _command(
         "evaluate",
-        f"probe-map {CONFIG} {OF_COCO} {' '.join(MAP)} --controls --num_samples 2 --timesteps 500 "
+        f"probe-map {CONFIG} {OF_COCO} {' '.join(MAP)} --controls constant_text --num_samples 2 --timesteps 500 "
         "--output {here}/map",
         "map",
         changes=("map/*", "map.png"),
@@ -406,7 +409,8 @@ def _whole(path: str, any_text: bool = False) -> Callable:
 
 def _file(command: str, path: str, spoil: Callable, what: str = "as a whole") -> Target:
     def apply(folder: Path, rng: random.Random):
-        return *spoil(folder / path, rng, folder=folder), []
+        what, refused = spoil(folder / path, rng, folder=folder)
+        return what, None if COMMANDS[command].passes_over else refused, []
 
     return Target(f"{path} {what}", command, apply)
 
