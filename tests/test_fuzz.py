@@ -2,6 +2,7 @@
 
 import random
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -119,10 +120,16 @@ def test_the_user_s_files(tmp_path):
     assert changes(command, before, snapshot(tmp_path)) == []
     path.write_text("")
     (tmp_path / "picture.png").write_text("y")
+    (tmp_path / "aside.png").write_text("x")  # not what this command is there for
     assert sorted(changes(command, before, snapshot(tmp_path))) == [
         "changed: drawn/base/oracle.jsonl",
         "changed: picture.png",
     ]
+    path.write_text("a\n")
+    moving = replace(command, changes=("~picture.png",))
+    assert changes(moving, before, snapshot(tmp_path)) == []
+    (tmp_path / "aside.png").unlink()
+    assert changes(moving, before, snapshot(tmp_path)) == ["changed: picture.png"]
 
 
 @pytest.mark.parametrize(

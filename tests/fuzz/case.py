@@ -190,14 +190,13 @@ def stamps(root: Path) -> dict[str, tuple[int, int]]:
 
 def changes(command: Command, before: dict[str, str], after: dict[str, str]) -> list[str]:
     """Files of the user that are gone or differ, but for those that the command is there to change."""
-    free = [pattern for pattern in command.changes if not pattern.startswith("+")]
-    grows = [pattern[1:] for pattern in command.changes if pattern.startswith("+")]
     problems = []
     for name, content in before.items():
-        if any(fnmatch(name, pattern) for pattern in free) or after.get(name) == content:
+        if after.get(name) == content:
             continue
-        if name not in after:
-            problems.append(f"lost: {name}")
-        elif not any(fnmatch(name, p) for p in grows) or int(after[name].split()[0]) < int(content.split()[0]):
-            problems.append(f"changed: {name}")
+        how = {pattern[0]: pattern for pattern in command.changes if fnmatch(name, pattern.lstrip("+~"))}
+        larger = name in after and int(after[name].split()[0]) > int(content.split()[0])
+        aside = any(found == content for place, found in after.items() if place not in before)
+        if not how or ("+" in how and not larger) or ("~" in how and not aside):
+            problems.append(f"{'changed' if name in after else 'lost'}: {name}")
     return problems

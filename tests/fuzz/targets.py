@@ -31,7 +31,7 @@ class Command:
     Attributes:
         words: "{base}" stands for the folder of good inputs, "{here}" for the case's own.
         copies: inputs that lie in the case's folder.
-        changes: patterns of files that it is there to change; a "+" before one: to add to.
+        changes: patterns of files that it is there to change; a "+" before one: to add to, "~": to move aside.
         good: its exit codes on good input, another than 2 also on what it reports.
         passes_over: it goes on from an older file where the newest is damaged, and says so.
         blocks: it serves or measures for long, so that only what must be refused is tried.
@@ -162,7 +162,7 @@ COMMANDS = {
         "generate --arms {base}/arms/base.yaml --prompts {base}/prompts/prompts.txt --seeds 0 1 2 "
         "--outdir {here}/drawn",
         "drawn",
-        changes=("+drawn/base/metadata.jsonl",),
+        changes=("+drawn/base/metadata.jsonl", "~drawn/base/samples/0000[01]_00000[01]_0.png"),
     ),
     "evaluate align": _command(
         "evaluate", "align {here}/drawn/base --metrics oracle", "drawn", changes=("+drawn/base/oracle.jsonl",)
@@ -302,13 +302,13 @@ JSON_FILES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "evaluate generate, nss1k": (("prompts/part.json", ("*.captions:str", ":any")),),
     "evaluate generate, going on": (ALL_LINES[0], ("drawn/base/arm.json", ("model:any", "weights:any", ":any"))),
     "evaluate align": ALL_LINES,
-    "evaluate quality": GOING_ON,
+    "evaluate quality": (GOING_ON[0], GOING_ON[2]),
     "evaluate pack": (*GOING_ON, ("drawn/base/arm.json", (":any",))),
     "evaluate pack, going on": (("figures/packed.json", PACKED),),
     "evaluate table": GOING_ON,
     "evaluate table, packed": (("figures/packed.json", PACKED),),
     "evaluate report": (
-        *GOING_ON,
+        *ALL_LINES,
         ("figures/tables/table.json", ("arms:any", "arms.*:any", "by_category:any", ":any")),
         ("figures/probes/itm.json", ("*:any", "*.*:any", ":any")),
     ),
