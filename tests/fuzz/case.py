@@ -19,9 +19,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
+from tests.fuzz.commands import COMMANDS, Command, Target
 from tests.fuzz.damage import marker
 from tests.fuzz.inputs import given
-from tests.fuzz.targets import COMMANDS, Command, Target
 
 PROGRESS = re.compile(r"\d+%\||\d+it \[|\d+/\d+ \[\d|\d(it|step)/s|\ds/(it|step)\b")
 NOTE = re.compile(r"note: |warning: |checkpoint .* is damaged|.*Warning: |  \S")  # a warning's second line is its code
