@@ -2,6 +2,9 @@
 
 import random
 import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -9,8 +12,10 @@ from dpt.bounds import Bounds
 from tests.fuzz import __main__ as fuzz
 from tests.fuzz import damage
 from tests.fuzz.case import Result, changes, judge, run_case, snapshot
+from tests.fuzz.commands import COMMANDS, Command, Target
 from tests.fuzz.inputs import MAKERS
-from tests.fuzz.targets import COMMANDS, MODULES, Target, all_targets, of_files, out_of_range, refused_setting
+from tests.fuzz.readers import of_files
+from tests.fuzz.targets import MODULES, all_targets, out_of_range, refused_setting
 
 QUICK = ("txt2img", "evaluate experiment", "dpt.checkpoint inspect", "dpt.data check", "train_probe, dry run")
 CASES = 40
@@ -57,35 +62,27 @@ def test_cases_are_the_seed_s(root, targets):
     assert (first.what, first.words[:-1]) == (again.what, again.words[:-1])
 
 
-def test_what_is_wrong_is_seen(root, capfd):
+def test_what_is_wrong_is_seen(root, capfd, monkeypatch):
     """A stand-in for a command that does all that it must not."""
 
     def spoil(folder, rng):
         (folder / "mine.txt").write_text("mine")
         return "nothing", False, []
 
-    target = Target("nothing", "txt2img", spoil)
-    name = f"{__name__}.bad"
-    module = type(sys)(name)
-    module.main = misbehave
-    sys.modules[name] = module
-    COMMANDS["bad"] = COMMANDS["txt2img"].__class__(name, ("{here}",))
-    try:
-        found = run_case([Target("x", "bad", target.spoil)], 0, 0, root).problems
-    finally:
-        del COMMANDS["bad"], sys.modules[name]
+    def main(argv):
+        print("something", file=sys.stderr)
+        (Path(argv[0]) / "mine.txt").unlink()
+        damage.marker(Path(argv[0])).write_text("")
+        raise KeyError("prompt")
+
+    module = ModuleType("bad")
+    module.main = main
+    monkeypatch.setitem(sys.modules, "bad", module)
+    monkeypatch.setitem(COMMANDS, "bad", Command("bad", ("{here}",)))
+    found = run_case([Target("x", "bad", spoil)], 0, 0, root).problems
     assert found[0].startswith("traceback: KeyError: 'prompt' (test_fuzz.py:")
     assert found[1:] == ["lost: mine.txt", "pickled code was run"]
     assert capfd.readouterr().err == ""  # what it prints is kept apart
-
-
-def misbehave(argv):
-    from pathlib import Path
-
-    print("something", file=sys.stderr)
-    (Path(argv[0]) / "mine.txt").unlink()
-    damage.marker(Path(argv[0])).write_text("")
-    raise KeyError("prompt")
 
 
 @pytest.mark.parametrize(
@@ -119,10 +116,16 @@ def test_the_user_s_files(tmp_path):
     assert changes(command, before, snapshot(tmp_path)) == []
     path.write_text("")
     (tmp_path / "picture.png").write_text("y")
+    (tmp_path / "aside.png").write_text("x")  # not what this command is there for
     assert sorted(changes(command, before, snapshot(tmp_path))) == [
         "changed: drawn/base/oracle.jsonl",
         "changed: picture.png",
     ]
+    path.write_text("a\n")
+    moving = replace(command, changes=("~picture.png",))
+    assert changes(moving, before, snapshot(tmp_path)) == []
+    (tmp_path / "aside.png").unlink()
+    assert changes(moving, before, snapshot(tmp_path)) == ["changed: picture.png"]
 
 
 @pytest.mark.parametrize(

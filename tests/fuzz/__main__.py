@@ -56,7 +56,7 @@ class Child:
     def __init__(self, seed: int, root: Path):
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
         words = [sys.executable, "-m", "tests.fuzz", "--seed", str(seed), "--serve", str(root)]
-        self.log = (root / "child.txt").open("ab")
+        self.log = (root / "child.txt").open("ab+")
         self.process = subprocess.Popen(
             words,
             stdin=subprocess.PIPE,
@@ -81,7 +81,8 @@ class Child:
         if not line:
             code = self.process.wait()
             name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            raise EOFError(f"the process died: {name}")
+            self.log.seek(0)
+            raise EOFError(f"the process died: {name}; {self.log.read().decode().strip()[-200:]!r}")
         return json.loads(line)
 
     def resident(self) -> int:
@@ -98,8 +99,11 @@ class Child:
         self.process.stdin.flush()
         result = {"number": number, "command": "", "target": "", "what": "", "words": [], "exit_code": None}
         try:
-            result = self.read(600)["begun"]  # good inputs are made first
-            return self.read(SECONDS, self.resident() + MEMORY)["ended"]
+            told = self.read(600)  # good inputs are made first
+            if "begun" in told:
+                result = told["begun"]
+                told = self.read(SECONDS, self.resident() + MEMORY)
+            return told["ended"]
         except (TimeoutError, MemoryError, EOFError) as error:
             self.end()
             return result | {"problems": [str(error)]}

@@ -19,9 +19,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
+from tests.fuzz.commands import COMMANDS, Command, Target
 from tests.fuzz.damage import marker
 from tests.fuzz.inputs import given
-from tests.fuzz.targets import COMMANDS, Command, Target
 
 PROGRESS = re.compile(r"\d+%\||\d+it \[|\d+/\d+ \[\d|\d(it|step)/s|\ds/(it|step)\b")
 NOTE = re.compile(r"note: |warning: |checkpoint .* is damaged|.*Warning: |  \S")  # a warning's second line is its code
@@ -61,11 +61,16 @@ def run_case(targets: list[Target], seed: int, number: int, root: Path, *, begun
     result = Result(number, target.command, target.name)
     _remove(here)
     here.mkdir(parents=True)
-    with _streams(here.with_suffix(".making")):  # of good inputs too: they are not what is judged
-        for name in sorted(set(re.findall(r"\{base\}/(\w+)", " ".join(command.words)))):
-            given(root, name)
-        for name in command.copies:
-            shutil.copytree(given(root, name), here / name)
+    try:
+        with _streams(here.with_suffix(".making")) as written:  # what makes good inputs is not what is judged
+            for name in sorted(set(re.findall(r"\{base\}/(\w+)", " ".join(command.words)))):
+                given(root, name)
+            for name in command.copies:
+                shutil.copytree(given(root, name), here / name)
+    except RuntimeError as error:
+        last = written[1].strip().splitlines()[-1:]
+        result.problems.append(f"{error}: {' '.join(last)}")
+        return result
     result.what, refused, more = target.spoil(here, rng)
     result.words = [word.format(base=root, here=here) for word in command.words] + more
     before, inputs = snapshot(here), stamps(root)
@@ -185,14 +190,13 @@ def stamps(root: Path) -> dict[str, tuple[int, int]]:
 
 def changes(command: Command, before: dict[str, str], after: dict[str, str]) -> list[str]:
     """Files of the user that are gone or differ, but for those that the command is there to change."""
-    free = [pattern for pattern in command.changes if not pattern.startswith("+")]
-    grows = [pattern[1:] for pattern in command.changes if pattern.startswith("+")]
     problems = []
     for name, content in before.items():
-        if any(fnmatch(name, pattern) for pattern in free) or after.get(name) == content:
+        if after.get(name) == content:
             continue
-        if name not in after:
-            problems.append(f"lost: {name}")
-        elif not any(fnmatch(name, p) for p in grows) or int(after[name].split()[0]) < int(content.split()[0]):
-            problems.append(f"changed: {name}")
+        how = {pattern[0]: pattern for pattern in command.changes if fnmatch(name, pattern.lstrip("+~"))}
+        larger = name in after and int(after[name].split()[0]) > int(content.split()[0])
+        aside = any(found == content for place, found in after.items() if place not in before)
+        if not how or ("+" in how and not larger) or ("~" in how and not aside):
+            problems.append(f"{'changed' if name in after else 'lost'}: {name}")
     return problems

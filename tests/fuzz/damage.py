@@ -121,7 +121,7 @@ def of_json(field: str) -> Callable:
         name = rng.choice(list(VALUES))
         raw, refusing = VALUES[name]
         if raw is None and isinstance(holder, dict) and key != "":
-            del holder[key]
+            holder.pop(key, None)
         else:
             raw = raw or "null"
             holder[key] = MARK

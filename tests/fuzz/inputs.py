@@ -40,7 +40,7 @@ def succeeds(main: Callable, argv: list) -> None:
     """Runs a command that must do what it is asked for."""
     code = main([str(word) for word in argv])
     if code != 0:
-        raise RuntimeError(f"a good input cannot be made: exit code {code} of {argv}")
+        raise RuntimeError(f"a good input cannot be made: exit code {code} of {argv[0]}")
 
 
 def of_coco(root: Path) -> list[str]:
@@ -140,7 +140,7 @@ def make_map(root: Path) -> None:
     """A map of probes, begun: its state after one step."""
     given(root, "coco")
     words = ["probe-map", REPOSITORY / "configs/sd21/probe.yaml", *of_coco(root), *MAP]
-    more = ["--controls", "--num_samples", "2", "--timesteps", "500", "--output", root / "map"]
+    more = ["--controls", "constant_text", "--num_samples", "2", "--timesteps", "500", "--output", root / "map"]
     succeeds(evaluate.main, [*words, *more])
 
 
