@@ -10,55 +10,55 @@ python evaluate.py rec outputs/shapes-probe --config configs/shapes/probe.yaml -
 python evaluate.py probe-map configs/shapes/probe_map.yaml --output outputs/probe-map
 python evaluate.py pack outputs/evaluation/base --output outputs/evaluation/figures.json
 python evaluate.py pareto outputs/evaluation/base --output pareto.png
+python evaluate.py choose --prompts shapes:val --dpt ckpt/shapes-dpt --outdir outputs/choose
 python evaluate.py report outputs/evaluation/base --tables outputs/evaluation/tables/table.json --output report.html
 """
 
+import importlib
 import json
 import sys
 
-import torch
+from dpt.bounds import ArgumentParser, fail, is_out_of_memory
+from dpt.docstrings import docstring_of
+from dpt.evaluation.flags import FLAGS
 
-from dpt.bounds import ArgumentParser, fail
-from dpt.evaluation import align, experiment, figures, generate, itm, pareto, probe_map, quality, rec, report, table
-from dpt.memory import keep_freed_memory
+PRINTED = ("generate", "align", "quality", "choose", "pack", "report", "pareto")
+"""subcommands whose result is printed as JSON"""
 
-COMMANDS = {
-    "generate": generate,
-    "align": align,
-    "quality": quality,
-    "table": table,
-    "itm": itm,
-    "rec": rec,
-    "probe-map": probe_map,
-    "experiment": experiment,
-    "pack": figures,
-    "report": report,
-    "pareto": pareto,
-}
+
+def make_parser() -> ArgumentParser:
+    """The flags of all subcommands."""
+    parser = ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(required=True, dest="command")
+    for name, (module, add_flags) in FLAGS.items():
+        add_flags(commands.add_parser(name, description=docstring_of(f"dpt.evaluation.{module}")))
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(required=True, dest="command")
-    for name, module in COMMANDS.items():
-        module.add_arguments(commands.add_parser(name, description=module.__doc__))
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     args.words = sys.argv[1:] if argv is None else argv
+    module = importlib.import_module(f"dpt.evaluation.{FLAGS[args.command][0]}")
+    from dpt.memory import keep_freed_memory
+
+    if argv is None:  # a process of its own
+        keep_freed_memory()
     try:
-        result = COMMANDS[args.command].run(args)
-        if args.command in ("generate", "align", "quality", "pack", "report", "pareto"):
+        result = module.run(args)
+        if args.command in PRINTED:
             print(json.dumps(result, indent=1))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     except (ValueError, OSError, FloatingPointError) as error:
         return fail(error)
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         return fail("out of memory: lower --batch_size (of itm, rec and probe-map optim.batch_size)")
     return 0
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     sys.exit(main())

@@ -8,7 +8,6 @@ accelerate launch train_probe.py configs/shapes/probe.yaml run_name=my-probe res
 import sys
 
 from dpt.launch import run_stage
-from dpt.memory import keep_freed_memory
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,5 +16,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     sys.exit(main())

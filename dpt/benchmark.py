@@ -3,14 +3,15 @@
     python -m dpt.benchmark sampling [--json] [--model shapes|random-145m] [--batch_size N]
     python -m dpt.benchmark training [--json] [--model shapes|random-145m|random-sd21] [--batch_size N]
 
-`sampling` times a plain guided step and a self-corrected one, interleaved, and the share f of a U-Net pass that
-(U-Net up to the block + adapter) takes. A corrected step should cost at most 1.10 x (1 + f) plain ones.
+`sampling` times a plain guided step and ones corrected by each target, interleaved, and the share f of a U-Net pass
+that (U-Net up to the block + adapter) takes. A step corrected by a pass of its own should cost at most 1.10 x (1 + f)
+plain ones; the target `noise`, which has none, about 1 + f / 2.
 
 `training` times a probe step with its six passes as one batch and one after the other, interleaved, and measures the
 peak memory of a tune step with and without gradient checkpointing.
 """
 
-import copy
+import functools
 import json
 import shlex
 import statistics
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -25,13 +27,16 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from dpt.adapter import DiscriminativeAdapter, Scorer
 from dpt.bounds import ArgumentParser, fail, number
 from dpt.config import AdapterConfig
+from dpt.guidance.self_correction import SelfCorrection
 from dpt.lora import add_lora
 from dpt.memory import estimate_step, peak_mb, reset_peak
 from dpt.model import DPT
 from dpt.results import RESULTS, record_section
-from dpt.sampling import CorrectionSettings, guided_steps
+from dpt.sampling import ClassifierFreeGuidance
+from dpt.schedulers import make_scheduler, set_timesteps
+from dpt.settings import PAPER
 from dpt.stable_diffusion import ARCHITECTURES, load_stable_diffusion
-from dpt.unet_features import block_channels, set_cpu_attention, unet_features
+from dpt.unet_features import Conditioning, block_channels, set_cpu_attention, unet_features
 
 FEATURE = "up1"
 BATCH_SIZES = {"shapes": 8, "random-145m": 2, "random-sd21": 1}
@@ -83,41 +88,45 @@ def sampling_steps(name: str, batch_size: int) -> dict[str, Callable]:
     scorer = Scorer(DiscriminativeAdapter(config).eval().requires_grad_(False), (FEATURE,))
     latents = torch.randn(batch_size, 4, unet.config.sample_size, unet.config.sample_size)
     context = torch.randn(2, batch_size, num_tokens, unet.config.cross_attention_dim)
-    pooled = torch.randn(batch_size, config.text_dim)
-    return guided_step_kinds(unet, scheduler, scorer, latents, context[0], context[1], pooled)
+    texts = (Conditioning(part, torch.randn(batch_size, config.text_dim)) for part in context)
+    return guided_step_kinds(unet, scheduler, scorer, latents, *texts)
 
 
 def guided_step_kinds(
-    unet, scheduler, scorer: Scorer, latents, context, negative_context, pooled
+    unet, scheduler, scorer: Scorer, latents, conditioning: Conditioning, negative: Conditioning
 ) -> dict[str, Callable]:
-    """Functions that run a plain guided step, a corrected one, a U-Net pass of one half, and the scored part of it.
+    """Functions that run a plain guided step, corrected ones, a U-Net pass of one half, and the scored part of it.
 
     Args:
-        latents: (B, C, h, w); context, negative_context: (B, L, E); pooled: (B, P).
+        latents: (B, C, h, w).
     """
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(50)
-    timestep = scheduler.timesteps[10].to(latents.device)
-    denoise, correct = guided_steps(
-        unet, scheduler, context, negative_context, pooled, 7.5, scorer, CorrectionSettings()
-    )
+    scheduler = make_scheduler(scheduler, "ddim")
+    set_timesteps(scheduler, 50, latents.device)
+    timestep = scheduler.timesteps[10]
+    plain = ClassifierFreeGuidance(unet, scheduler, conditioning, negative, guidance_scale=7.5)
     inputs = latents.to(unet.dtype)
 
     @torch.no_grad()
-    def step(corrector=None):
-        corrected = corrector(latents, timestep, 0, 50) if corrector else latents
-        return scheduler.step(denoise(latents, corrected, timestep), timestep, latents)
+    def step(denoise=plain):
+        noise_pred, moved = denoise(latents, timestep, 10)
+        return scheduler.step(noise_pred, timestep, moved)
+
+    corrected = {
+        name: SelfCorrection(plain, scorer, replace(PAPER, correction_target=target))
+        for name, target in CORRECTED.items()
+    }
 
     @torch.no_grad()
     def whole():
-        return unet(inputs, timestep, context)
+        return unet_features(unet, (), inputs, timestep, conditioning, with_noise_pred=True)
 
     @torch.no_grad()
     def feature():
-        features, _ = unet_features(unet, scorer.blocks, inputs, timestep, context)
+        features, _ = unet_features(unet, scorer.blocks, inputs, timestep, conditioning)
         return scorer.adapter.itm_embeddings(scorer.adapter([f.float() for f in features], timestep))
 
-    return {"plain": step, "corrected": lambda: step(correct), "whole": whole, "feature": feature}
+    steps = {name: functools.partial(step, denoise) for name, denoise in corrected.items()}
+    return {"plain": step, **steps, "whole": whole, "feature": feature}
 
 
 def time_sampling(name: str, batch_size: int, repeats: int) -> dict:
@@ -140,14 +149,19 @@ def time_sampling(name: str, batch_size: int, repeats: int) -> dict:
         "corrected_step_s": median["corrected"],
         "feature_share": share,
         "ratio": ratio,
+        "ratio_latent": median["corrected_latent"] / median["plain"],
+        "ratio_noise": median["corrected_noise"] / median["plain"],
+        "bound_noise": 1 + share / 2,
         "allowed_ratio": 1.10 * (1 + share),
         "plain_peak_mb": _peak_mb("sampling", name, batch_size, "plain"),
         "corrected_peak_mb": _peak_mb("sampling", name, batch_size, "corrected"),
     }
 
 
+CORRECTED = {"corrected": "conditional", "corrected_latent": "latent", "corrected_noise": "noise"}
+"""kind of step -> correction_target"""
 TRAINING_KINDS = ("batched", "sequential", "sequential_full", "tune", "tune_checkpointed")
-KINDS = {"sampling": ("plain", "corrected", "whole", "feature"), "training": TRAINING_KINDS}
+KINDS = {"sampling": ("plain", *CORRECTED, "whole", "feature"), "training": TRAINING_KINDS}
 
 
 class SequentialDPT(DPT):
@@ -165,7 +179,7 @@ class SequentialDPT(DPT):
                     self.blocks,
                     batch["noisy_latents"][:, image],
                     batch["timesteps"],
-                    context,
+                    Conditioning(context),
                     with_noise_pred=not self.stop_early,
                 )
             parts.append(features)
@@ -286,7 +300,9 @@ def sentence_of(what: str, result: dict, threads: int) -> str:
     if what == "sampling":
         return head + (
             f"plain {result['plain_step_s']:.3f} s, corrected {result['corrected_step_s']:.3f} s = "
-            f"{result['ratio']:.2f} x (f = {result['feature_share']:.2f}, allowed {result['allowed_ratio']:.2f} x); "
+            f"{result['ratio']:.2f} x (f = {result['feature_share']:.2f}, allowed {result['allowed_ratio']:.2f} x), "
+            f"by target latent {result['ratio_latent']:.2f} x, noise {result['ratio_noise']:.2f} x "
+            f"(bound {result['bound_noise']:.2f} x); "
             f"peak {result['plain_peak_mb']:.0f} and {result['corrected_peak_mb']:.0f} MB"
         )
     one_by_one = f"{result['sequential_step_s']:.2f} s ({result['speedup']:.2f} x)"

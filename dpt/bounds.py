@@ -124,6 +124,12 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} ({self.prog} --help lists every flag)\n")
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, on a CPU or an accelerator."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
+    return known or any(text in str(error) for text in ("can't allocate memory", "out of memory"))
+
+
 def fail(error: object) -> int:
     """Prints one line of an error for a person, and returns the exit code of bad input, 2."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -22,17 +22,17 @@ from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_do
 from safetensors.torch import save_file
 
 from dpt.adapter import DiscriminativeAdapter, Scorer
+from dpt.base_models import MODELS, known_name
 from dpt.bounds import ArgumentParser, fail, number
 from dpt.config import AdapterConfig, DPTConfig, load_config, save_config
-from dpt.hub import fetch, is_hub_id
+from dpt.hub import fetch_weights, is_hub_id
 from dpt.lora import load_lora, lora_key, lora_metadata, remove_lora
-from dpt.stable_diffusion import CKPT_FOLDER, MODELS, StableDiffusion, known_name
+from dpt.stable_diffusion import StableDiffusion
 from dpt.unet_features import block_channels, parse_feature
 from dpt.weights import read_tensors
 
 ADAPTER_FILE, CONFIG_FILE, LORA_FILE = "adapter.safetensors", "config.yaml", "pytorch_lora_weights.safetensors"
 RELEASED_FILES = ("pytorch_model.bin", "model.safetensors")
-DPT_WEIGHTS = {"shapes": CKPT_FOLDER / "shapes-dpt", "sd21-base": CKPT_FOLDER / "dpt-v2.1"}
 """Adapter and LoRA that belong to a base model, used where they are there."""
 
 ADAPTER_KEYS = (
@@ -220,8 +220,7 @@ def load_checkpoint(path: str | Path, *, local_files_only: bool = False, **relea
     """
     path = Path(path)
     if is_hub_id(path):
-        wanted = [CONFIG_FILE, ADAPTER_FILE, f"lora/{LORA_FILE}", *RELEASED_FILES]
-        path = fetch(path, wanted, local_files_only=local_files_only)
+        path = fetch_weights(path, local_files_only=local_files_only)
     if (path / "checkpoints").is_dir():
         steps = checkpoints(path)
         if not steps:

@@ -9,6 +9,7 @@ import yaml
 
 from dpt.bounds import bounded, check_bounds, one_of
 from dpt.files import in_words, read_text, write_text
+from dpt.settings import Sampling
 from dpt.typed_yaml import read_document, read_override
 
 T = TypeVar("T")
@@ -227,6 +228,8 @@ class DPTConfig:
     lora_alpha: float = bounded(0.0, at_least=0, at_most=1e6)
     metrics: dict[str, float] = field(default_factory=dict)
     """figures for the model card"""
+    sampling: Sampling | None = None
+    """how they draw best; without it by the paper's correction"""
 
     def __post_init__(self):
         if isinstance(self.adapter, dict):  # huggingface_hub made this of config.json, which nothing is read from
@@ -420,9 +423,10 @@ class SampleSettings:
     num_images: int = bounded(2, at_least=1, at_most=64)
     """a prompt, plain and with self-correction each"""
     seed: int = bounded(0, at_least=0, at_most=2**63 - 65)
-    num_inference_steps: int = bounded(20, at_least=1, at_most=1000)
-    guidance_scale: float = bounded(7.5, at_least=0, below=1000)
-    correction_factor: float = bounded(0.5)
+    num_inference_steps: int | None = bounded(None, at_least=1, at_most=500)
+    guidance_scale: float | None = bounded(None, at_least=0, below=1000)
+    correction_factor: float | None = bounded(None, at_least=0, at_most=1e6)
+    """by default what is recommended for the base model"""
 
 
 @dataclass

@@ -13,9 +13,9 @@ from pathlib import Path
 from dpt.bounds import ArgumentParser, fail, number
 from dpt.files import check_text
 from dpt.hub import is_hub_id
+from dpt.settings import CORRECTION_TARGETS
 
 LOOPBACK = "127.0.0.1"
-TARGETS = ("conditional", "latent")  # `dpt.sampling.CORRECTION_TARGETS`, without its slow imports
 KNOWN_ARMS = [(0, None, "plain"), (0, None, "corrected")]  # gradio's plot draws only those that its first value has
 
 
@@ -29,13 +29,10 @@ def make_page(model: str, opening: Future):
             studio = opening.result()
         except CancelledError:
             return [gradio.skip()] * 4 + ["the model could not be loaded"]
-        from dpt.stable_diffusion import sampling_defaults  # only now: two threads at one import can fail
-
-        defaults = sampling_defaults(studio.sd.name)
         return [
             gradio.Textbox(interactive=True),
-            gradio.Slider(value=defaults.correction_norm or 0.01, interactive=True),
-            gradio.Dropdown(value=defaults.correction_target, interactive=True),
+            gradio.Slider(value=studio.sampling.correction_norm or 0.01, interactive=True),
+            gradio.Dropdown(value=studio.sampling.correction_target, interactive=True),
             gradio.Button(interactive=True),
             "ready",
         ]
@@ -66,7 +63,7 @@ def make_page(model: str, opening: Future):
                 interactive=False,
             )
             target = gradio.Dropdown(
-                TARGETS, value="latent", label="what goes on from the correction", interactive=False
+                CORRECTION_TARGETS, value="latent", label="what goes on from the correction", interactive=False
             )
         button = gradio.Button("draw", variant="primary", elem_id="draw", interactive=False)
         with gradio.Row():

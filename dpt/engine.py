@@ -19,12 +19,23 @@ from tqdm import tqdm
 
 from dpt.adapter import Scorer
 from dpt.assembly import DTYPES, encode_options, make_model, trained_weights
+from dpt.base_models import recommended
 from dpt.checkpoint import checkpoints, load_checkpoint
-from dpt.config import OptimSettings, TrainConfig, check_resumption, check_stage, flatten, load_config, save_config
+from dpt.config import (
+    DPTConfig,
+    OptimSettings,
+    TrainConfig,
+    check_resumption,
+    check_stage,
+    flatten,
+    load_config,
+    save_config,
+)
 from dpt.controls import control_batch, control_inputs, control_unet
 from dpt.data.collate import Batch, encode_batch
 from dpt.data.loader import micro_batches
 from dpt.data.sources import training_samples, validation_samples
+from dpt.drawing import Artist, without_correction
 from dpt.images import make_grid
 from dpt.memory import peak_mb
 from dpt.rec_text import load_rec_text_encoder
@@ -37,7 +48,6 @@ from dpt.runs import (
     set_damaged_aside,
     versions,
 )
-from dpt.sampling import CorrectionSettings, draw
 from dpt.stable_diffusion import load_stable_diffusion
 from dpt.validation import PAPER_TIMESTEP, measure, summarize
 
@@ -414,22 +424,19 @@ class Trainer:
 
     def _draw_grid(self, settings, rows) -> None:
         self.model.eval()
-        scorer = Scorer(self.model.adapter, self.model.blocks, self.model.itm_layer)
+        artist = Artist(self.sd, Scorer(self.model.adapter, self.model.blocks, self.model.itm_layer))
+        corrected = recommended(self.config.model.name, DPTConfig()).changed(
+            guidance_scale=settings.guidance_scale,
+            num_inference_steps=settings.num_inference_steps,
+            correction_factor=settings.correction_factor,
+        )
+        seeds = [settings.seed + k for k in range(settings.num_images)]
         for prompt in settings.prompts:
-            images = []
-            for factor in (0.0, settings.correction_factor):
-                with self.accelerator.autocast():
-                    images += list(
-                        draw(
-                            self.sd,
-                            [prompt] * settings.num_images,
-                            [settings.seed + k for k in range(settings.num_images)],
-                            guidance_scale=settings.guidance_scale,
-                            num_inference_steps=settings.num_inference_steps,
-                            scorer=scorer,
-                            correction=CorrectionSettings(factor=factor),
-                        )
-                    )
+            with self.accelerator.autocast():
+                drawn = [
+                    artist.draw([prompt] * len(seeds), seeds, s) for s in (without_correction(corrected), corrected)
+                ]
+            images = [drawing.image for half in drawn for drawing in half]
             rows.append((f"{prompt} ({settings.num_images} plain, {settings.num_images} corrected)", images))
         path = self._grid_path()
         path.parent.mkdir(exist_ok=True)

@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
 
 def is_hub_id(name: str | Path) -> bool:
     """Whether a name reads like an id of the hub, such as leigangqu/DPT-T2I, and is no path of this machine."""
@@ -14,12 +12,23 @@ def is_hub_id(name: str | Path) -> bool:
     )
 
 
+WEIGHTS = ["config.yaml", "adapter.safetensors", "lora/*.safetensors", "pytorch_model.bin", "model.safetensors"]
+"""the files of an adapter and its LoRA: ours, or the released ones"""
+
+
+def fetch_weights(name: str | Path, *, local_files_only: bool = False) -> Path:
+    """The folder of an adapter and its LoRA from the hub. Raises ValueError where they are not to be had."""
+    return fetch(name, WEIGHTS, local_files_only=local_files_only)
+
+
 def fetch(name: str | Path, patterns: list[str], *, local_files_only: bool = False) -> Path:
     """The folder of a repository's files that fit the patterns, downloaded where they are not in the cache.
 
     Raises:
         ValueError: neither on the hub nor, with `local_files_only`, in the cache.
     """
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(str(name), allow_patterns=patterns, local_files_only=local_files_only))
     except (OSError, ValueError) as error:  # the hub's own errors are one or the other

@@ -13,17 +13,20 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Required, TypedDict
+from typing import Annotated, Any, Required, TypedDict
 
 import matplotlib
+import msgspec
 import numpy as np
 import torch
 from matplotlib.ft2font import FT2Font
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from dpt.boxes import cxcywh_to_xyxy
 from dpt.files import is_cut_short, read_json_lines
 
+SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+UNSCALED = ("I", "F")
 METADATA_FILE = "metadata.jsonl"
 FORMATS = ("PNG", "JPEG", "WEBP")  # of pictures that are read
 UNREADABLE = (
@@ -33,19 +36,29 @@ UNREADABLE = (
 """what Pillow raises at damaged pictures, and at more pixels than memory should be taken for"""
 
 
+Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
 class Picture(TypedDict, total=False):
     """A record of a metadata file, as far as it is read; paths are relative to the file's folder."""
 
     file: Required[str]
     prompt: Required[str]
-    seed: Required[int]
+    seed: Required[Seed]
     settings: dict[str, Any]
-    """of `txt2img.py`; what follows is of `evaluate.py generate`"""
+    """of `txt2img.py`, as are the next four"""
+    dpt_source: str | None
+    lora: str | None
+    versions: dict[str, str]
+    cost: dict[str, float]
     number: int
-    noise_seed: int
+    noise_seed: Seed
     category: str
     categories: list[str]
     scores: list[float]
+    kept_seed: Seed
+    corrected_from: float
+    candidates: list[dict[str, Any]]
     seconds: float
     peak_mb: float
     whole_passes: float
@@ -179,6 +192,20 @@ def text_chunks(path: Path) -> dict[str, str]:
         return {}
 
 
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Any mode turned into RGB of 8 bits, EXIF rotation applied.
+
+    Raises:
+        ValueError: numbers of unknown range.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode in SIXTEEN_BITS:  # Pillow would cut, not scale them
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
+    if image.mode in UNSCALED:
+        raise ValueError(f"its pixels are of mode {image.mode}, whose range is unknown: save it with 8 bits a channel")
+    return image.convert("RGB")
+
+
 def read_image(path: Path) -> np.ndarray:
     """A picture (H, W, 3) uint8.
 
@@ -190,9 +217,7 @@ def read_image(path: Path) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
-                if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to white
-                    image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
-                return np.array(image.convert("RGB"))
+                return np.array(upright_rgb(image))
     except UNREADABLE as error:
         raise ValueError(f"{path} cannot be read as an image ({error}); remove it and generate again") from error
 

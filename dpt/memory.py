@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from dpt.adapter import DiscriminativeAdapter
 from dpt.config import AdapterConfig
 from dpt.lora import add_lora
-from dpt.unet_features import unet_features
+from dpt.unet_features import Conditioning, unet_features
 
 
 def reset_peak(device: torch.device | str = "cpu") -> None:
@@ -158,7 +158,9 @@ def estimate_step(
         def features(count, **options):
             latents = torch.empty(count, unet.config.in_channels, size, size, dtype=dtype)
             context = torch.empty(count, text_length, width, dtype=dtype)
-            return unet_features(unet, blocks, latents, torch.empty(count, dtype=torch.long), context, **options)
+            return unet_features(
+                unet, blocks, latents, torch.empty(count, dtype=torch.long), Conditioning(context), **options
+            )
 
         with peak:
             maps, losses = [], []

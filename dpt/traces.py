@@ -7,20 +7,16 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
+from dpt.drawing import Drawing
 from dpt.images import legible, numbered
 
 
-def image_traces(batch: list[dict], arm_traces: dict[str, list[dict]]) -> list[dict]:
-    """A batch's traces, image by image: prompt, seed, and for each arm the values of every step."""
-    fields = ("score", "length", "relative_length")
-    return [
-        {"prompt": job["prompt"], "seed": job["seed"]}
-        | {
-            arm: {"timestep": [r["timestep"] for r in steps]} | {f: [r[f][b] for r in steps] for f in fields}
-            for arm, steps in arm_traces.items()
-        }
-        for b, job in enumerate(batch)
-    ]
+def trace_of(job: dict, drawings: dict[str, Drawing]) -> dict:
+    """A picture's trace: prompt, seed, and for each arm the values of every step."""
+    fields = ("timestep", "score", "length", "relative_length")
+    return {"prompt": job["prompt"], "seed": job["seed"]} | {
+        arm: {name: [record[name] for record in drawing.trace] for name in fields} for arm, drawing in drawings.items()
+    }
 
 
 def write_traces(outdir: Path, traces: list[dict]) -> None:
@@ -31,7 +27,7 @@ def write_traces(outdir: Path, traces: list[dict]) -> None:
             break
     figure, axes = plt.subplots(1, min(len(traces), 6), figsize=(3.2 * min(len(traces), 6), 2.8), layout="constrained")
     for axis, image in zip(np.atleast_1d(axes), traces, strict=False):
-        for arm in ("corrected", "uncorrected"):
+        for arm in (name for name in ("corrected", "uncorrected") if name in image):
             axis.plot(image[arm]["score"], label=arm)
         axis.set(xlabel="step", ylabel="matching score")
         axis.set_title(f"{legible(image['prompt'])[:32]} ({image['seed']})", fontsize=8, parse_math=False)

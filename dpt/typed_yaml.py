@@ -119,7 +119,7 @@ class _Document(yaml.SafeLoader):
         kinds = _kinds(part)
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, kinds, key)
-        lists = [kind for kind in kinds if get_origin(kind) is list]
+        lists = [kind for kind in kinds if get_origin(kind) in (list, tuple)]
         if isinstance(node, yaml.SequenceNode) and lists:
             return [self.read(item, get_args(lists[0])[0], f"{key}[{k}]") for k, item in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode) and any(is_dataclass(k) or get_origin(k) is dict for k in kinds):

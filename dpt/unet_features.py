@@ -7,6 +7,8 @@ Shapes: B batch, C latent channels, (h, w) latent size, L text tokens, E context
 """
 
 import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -14,6 +16,41 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
 LATENTS = "latents"
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What prompts become for the denoiser and the adapter; the first dimension of every tensor runs over images."""
+
+    encoder_hidden_states: torch.Tensor
+    """(B, L, E)"""
+    pooled_prompt_embeds: torch.Tensor | None = None
+    """(B, P), what ITM compares with"""
+    further: dict[str, torch.Tensor] = field(default_factory=dict)
+    """a model's further inputs by name, such as SDXL's `time_ids`"""
+
+    def __len__(self) -> int:
+        return len(self.encoder_hidden_states)
+
+    def _map(self, change) -> "Conditioning":
+        pooled = None if self.pooled_prompt_embeds is None else change(self.pooled_prompt_embeds)
+        further = {name: change(value) for name, value in self.further.items()}
+        return Conditioning(change(self.encoder_hidden_states), pooled, further)
+
+    def __getitem__(self, indices) -> "Conditioning":
+        """That of some images, by a list, a tensor or a slice of their indices."""
+        return self._map(lambda value: value[indices])
+
+    @staticmethod
+    def join(parts: Iterable["Conditioning"]) -> "Conditioning":
+        """That of the images of several batches."""
+        parts = list(parts)
+        pooled = [part.pooled_prompt_embeds for part in parts]
+        return Conditioning(
+            torch.cat([part.encoder_hidden_states for part in parts]),
+            None if any(value is None for value in pooled) else torch.cat(pooled),
+            {name: torch.cat([part.further[name] for part in parts]) for name in parts[0].further},
+        )
 
 
 def parse_feature(feature: str, config) -> tuple[str, ...]:
@@ -60,9 +97,10 @@ def unet_features(
     blocks: tuple[str, ...],
     noisy_latents: torch.Tensor,
     timesteps: torch.Tensor,
-    encoder_hidden_states: torch.Tensor,
+    conditioning: Conditioning,
     *,
     with_noise_pred: bool = False,
+    gradients_up_to_features: bool = False,
     **unet_inputs,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """The blocks' outputs, one (B, C_block, h_block, w_block) each, and the noise prediction where it is asked for.
@@ -73,8 +111,10 @@ def unet_features(
     Args:
         noisy_latents: (B, C, h, w).
         timesteps: (B,) or a scalar.
-        encoder_hidden_states: (B, L, E).
-        unet_inputs: further inputs of the U-Net.
+        conditioning: of B prompts.
+        gradients_up_to_features: where gradients are on, switch them off behind the last of the blocks, so that the
+            rest of a whole pass keeps no activations.
+        unet_inputs: further inputs of the U-Net that are not an image's own.
     """
     if blocks == (LATENTS,) and not with_noise_pred:
         return [noisy_latents], None
@@ -83,16 +123,26 @@ def unet_features(
     def keep(block):
         def hook(module, args, output):
             captured[block] = output[0] if isinstance(output, tuple) else output
+            if gradients_up_to_features and all(name in captured for name in blocks):
+                torch.set_grad_enabled(False)
 
         return hook
 
     handles = [_module(unet, block).register_forward_hook(keep(block)) for block in blocks if block != LATENTS]
     factor = 2 ** (len(unet.config.down_block_types) - 1)
     whole = with_noise_pred or any(side % factor for side in noisy_latents.shape[-2:])
+    gradients = torch.is_grad_enabled()
     try:
         network = unet if whole else _truncated(unet, blocks)
-        noise_pred = network(noisy_latents, timesteps, encoder_hidden_states, return_dict=False, **unet_inputs)[0]
+        noise_pred = network(
+            noisy_latents,
+            timesteps,
+            conditioning.encoder_hidden_states,
+            **{"added_cond_kwargs": conditioning.further or None} | unet_inputs,
+            return_dict=False,
+        )[0]
     finally:
+        torch.set_grad_enabled(gradients)
         for handle in handles:
             handle.remove()
     return [captured[block] for block in blocks], noise_pred if with_noise_pred else None

@@ -19,28 +19,26 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from tqdm import tqdm
 
 from dpt.adapter import Scorer, itm_score
+from dpt.base_models import recommended
 from dpt.benchmark import guided_step_kinds
 from dpt.bounds import ArgumentParser, fail, number
 from dpt.checkpoint import DPTCheckpoint, load_checkpoint
 from dpt.data.coco import load_captions, load_pixels
 from dpt.data.refcoco import load_expressions
+from dpt.drawing import Artist, without_correction
 from dpt.files import check_text
 from dpt.images import make_grid, to_pixels
 from dpt.lora import lora_state
+from dpt.matching_score import score_gradient
 from dpt.memory import peak_mb, reset_peak
 from dpt.metrics import bootstrap_interval, rec_hits
-from dpt.sampling import (
-    CorrectionSettings,
-    draw,
-    guided_steps,
-    initial_noise,
-    sample,
-    score_gradient,
-)
+from dpt.sampling import ClassifierFreeGuidance, initial_noise, sample
+from dpt.schedulers import make_scheduler, set_timesteps
+from dpt.settings import Sampling
 from dpt.shapes.scenes import render
 from dpt.shapes.world import ShapesWorld
 from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion, usable_device
-from dpt.unet_features import unet_features
+from dpt.unet_features import Conditioning, unet_features
 
 TIMESTEP = 500
 PROMPTS = {
@@ -84,7 +82,7 @@ class Verification:
     def read(self, noisy_latents, timestep, texts: list[str]) -> tuple[torch.Tensor, dict]:
         """Matching scores (B,) and REC outputs of noisy latents conditioned on texts."""
         context, pooled = self.sd.encode_prompts(texts)
-        features, _ = unet_features(self.sd.unet, self.scorer.blocks, noisy_latents, timestep, context)
+        features, _ = unet_features(self.sd.unet, self.scorer.blocks, noisy_latents, timestep, Conditioning(context))
         hs = self.scorer.adapter(features, timestep)
         score = itm_score(self.scorer.adapter.itm_embeddings(hs, self.scorer.itm_layer), pooled)
         return score, self.scorer.adapter.rec_outputs(hs)
@@ -106,12 +104,10 @@ class Verification:
         """With factor 0, latents equal the stock pipeline's."""
         sd, steps = self.sd, 5
         noise = initial_noise([0, 1], sd.latent_shape()).to(self.device)
-        context, pooled = sd.encode_prompts(self.prompts)
-        negative, _ = sd.encode_prompts([""] * 2)
-        denoise, correct = guided_steps(
-            sd.unet, sd.scheduler, context, negative, pooled, 7.5, self.scorer, CorrectionSettings(factor=0.0)
-        )
-        ours = sample(denoise, sd.scheduler, noise, num_inference_steps=steps, correct=correct)
+        scheduler = make_scheduler(sd.scheduler, "ddim")
+        set_timesteps(scheduler, steps, self.device)
+        texts = (Conditioning(*sd.encode_prompts(words)) for words in (self.prompts, [""] * 2))
+        ours = sample(ClassifierFreeGuidance(sd.unet, scheduler, *texts, guidance_scale=7.5), scheduler, noise)
         pipe = StableDiffusionPipeline(
             sd.vae, sd.text_encoder, sd.tokenizer, sd.unet, DDIMScheduler.from_config(sd.scheduler.config), None, None,
             requires_safety_checker=False,
@@ -124,15 +120,14 @@ class Verification:
     def half_precision(self):
         """Half-precision pictures are like float32's, and the score's gradient points the same way."""
         half, scorer = self.load(self.half)
-        settings = {"guidance_scale": 7.5, "num_inference_steps": 10}
-        pictures = [draw(sd, self.prompts, [0, 1], **settings).astype(int) for sd in (self.sd, half)]
+        sampling = Sampling(num_inference_steps=10)
+        drawn = [Artist(sd).draw(self.prompts, [0, 1], sampling) for sd in (self.sd, half)]
+        pictures = [np.stack([drawing.image for drawing in row]).astype(int) for row in drawn]
         z = initial_noise([0, 1], self.sd.latent_shape()).to(self.device)
         timestep, gradients = torch.tensor(TIMESTEP, device=self.device), []
         for sd, s in ((self.sd, self.scorer), (half, scorer)):
-            context, pooled = sd.encode_prompts(self.prompts)
-            gradients.append(
-                score_gradient(sd.unet, s, z, timestep, encoder_hidden_states=context, pooled_prompt_embeds=pooled)[1]
-            )
+            conditioning = Conditioning(*sd.encode_prompts(self.prompts))
+            gradients.append(score_gradient(sd.unet, s, z, timestep, conditioning)[1])
         cosine = torch.cosine_similarity(*(g.flatten(1) for g in gradients)).min().item()
         difference = float(np.abs(pictures[0] - pictures[1]).mean())
         figures = {"dtype": str(self.half), "mean_pixel_difference": difference, "gradient_cosine": cosine}
@@ -146,13 +141,12 @@ class Verification:
         z = initial_noise(list(range(8)), self.sd.latent_shape()).to(self.device)
         # pure noise is what the U-Net expects at the last timestep
         timestep = torch.tensor(self.sd.scheduler.config.num_train_timesteps - 1, device=self.device)
-        context, pooled = self.sd.encode_prompts((self.prompts * 4)[:8])
-        texts = {"encoder_hidden_states": context, "pooled_prompt_embeds": pooled}
-        before, gradient = score_gradient(self.sd.unet, self.scorer, z, timestep, **texts)
+        texts = Conditioning(*self.sd.encode_prompts((self.prompts * 4)[:8]))
+        before, gradient = score_gradient(self.sd.unet, self.scorer, z, timestep, texts)
         step = 0.001 * z.flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1)
         move = step[:, None, None, None] * gradient
         rises = [
-            (score_gradient(self.sd.unet, self.scorer, z + sign * move, timestep, **texts)[0] - before).tolist()
+            (score_gradient(self.sd.unet, self.scorer, z + sign * move, timestep, texts)[0] - before).tolist()
             for sign in (1, -1)
         ]
         return min(rises[0]) > 0 > statistics.mean(rises[1]), {"rise_along": rises[0], "rise_against": rises[1]}
@@ -228,9 +222,8 @@ class Verification:
         """
         sd = self.sd
         z = initial_noise([0, 1], sd.latent_shape()).to(self.device)
-        context, pooled = sd.encode_prompts(self.prompts)
-        negative, _ = sd.encode_prompts([""] * 2)
-        runs = guided_step_kinds(sd.unet, sd.scheduler, self.scorer, z, context, negative, pooled)
+        texts = (Conditioning(*sd.encode_prompts(words)) for words in (self.prompts, [""] * 2))
+        runs = guided_step_kinds(sd.unet, sd.scheduler, self.scorer, z, *texts)
         times, peaks, on_cuda = {name: [] for name in runs}, {}, self.device.type == "cuda"
         for _ in range(6):
             for name, run in runs.items():
@@ -251,20 +244,12 @@ class Verification:
 
     def pictures(self):
         """Draws the prompts with and without correction."""
-        rows = []
+        rows, artist = [], Artist(self.sd, self.scorer)
+        corrected = recommended(self.args.model, self.checkpoint.config).changed(num_inference_steps=self.args.steps)
         for prompt in self.prompts:
-            images = [
-                draw(
-                    self.sd,
-                    [prompt] * 2,
-                    [0, 1],
-                    num_inference_steps=self.args.steps,
-                    scorer=self.scorer,
-                    correction=CorrectionSettings(factor=factor),
-                )
-                for factor in (0.0, 0.5)
-            ]
-            rows.append((f"{prompt} (two without correction, two with)", [x for pair in images for x in pair]))
+            drawn = [artist.draw([prompt] * 2, [0, 1], s) for s in (without_correction(corrected), corrected)]
+            images = [drawing.image for pair in drawn for drawing in pair]
+            rows.append((f"{prompt} (two without correction, two with)", images))
         make_grid(rows).save(self.args.outdir / "pictures.png")
         return all(image.std() > 1 for _, images in rows for image in images), {}
 

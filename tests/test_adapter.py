@@ -11,7 +11,7 @@ from dpt.adapter import DiscriminativeAdapter, itm_score
 from dpt.checkpoint import adapter_key, infer_adapter_config
 from dpt.config import AdapterConfig
 from dpt.transformer import attend
-from dpt.unet_features import block_channels, parse_feature, unet_features
+from dpt.unet_features import Conditioning, block_channels, parse_feature, unet_features
 
 CASES = ["up1", "mid", "bottom1_up0", "all"]
 
@@ -49,7 +49,7 @@ def test_golden_adapter_outputs(golden, unet, case):
     arrays = {k: torch.from_numpy(v) for k, v in np.load(golden / f"adapter_{case}.npz").items()}
     adapter, blocks, options = load_golden_adapter(golden, case, unet.config)
     assert adapter.config.num_queries_rec == options["num_queries_rec"]
-    features, _ = unet_features(unet, blocks, arrays["latent"], arrays["t"], arrays["context"])
+    features, _ = unet_features(unet, blocks, arrays["latent"], arrays["t"], Conditioning(arrays["context"]))
     kept = {}
     adapter.input_proj.register_forward_hook(lambda m, a, out: kept.update(src=out))
     adapter.timestep_embedder.register_forward_hook(lambda m, a, out: kept.update(time=out))

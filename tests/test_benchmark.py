@@ -69,4 +69,7 @@ def test_numbers_out_of_range(capsys, flag, value):
 
 def test_kinds_that_are_not_there(capsys):
     assert main(["sampling", "--peak_of", "tune"]) == 2
-    assert "--peak_of is 'tune'; of sampling there are plain, corrected, whole, feature" in capsys.readouterr().err
+    assert (
+        "--peak_of is 'tune'; of sampling there are plain, corrected, corrected_latent, corrected_noise, whole, feature"
+        in capsys.readouterr().err
+    )

@@ -60,7 +60,7 @@ def test_golden_released_layout_is_read_to_the_last_tensor(golden, released, sma
 def test_golden_lora_outputs(golden):
     import numpy as np
 
-    from dpt.unet_features import parse_feature, unet_features
+    from dpt.unet_features import Conditioning, parse_feature, unet_features
 
     arrays = {k: torch.from_numpy(v) for k, v in np.load(golden / "lora_unet.npz").items()}
     unet = load_stable_diffusion(str(golden / "sd21")).unet
@@ -72,13 +72,13 @@ def test_golden_lora_outputs(golden):
         rank = next(v.shape[0] for k, v in state.items() if ".lora_A." in k)
         load_lora(unet, state, alpha=rank)
         blocks = parse_feature("all", unet.config)
-        features, noise_pred = unet_features(unet, blocks, *inputs, with_noise_pred=True)
+        features, noise_pred = unet_features(unet, blocks, *inputs[:2], Conditioning(inputs[2]), with_noise_pred=True)
         scale = arrays["noise_pred"].abs().max()
         assert torch.allclose(noise_pred, arrays["noise_pred"], rtol=1e-5, atol=1e-5 * scale)
         for block, feature in zip(blocks, features, strict=True):
             expected = arrays["feat_" + block.replace("down", "bottom")]
             assert torch.allclose(feature, expected, rtol=1e-5, atol=1e-5 * expected.abs().max()), block
-            (alone,), _ = unet_features(unet, (block,), *inputs)
+            (alone,), _ = unet_features(unet, (block,), *inputs[:2], Conditioning(inputs[2]))
             assert torch.equal(alone, feature)
 
 
@@ -321,7 +321,7 @@ def test_weights_are_asked_of_the_hub(golden, small, monkeypatch):
         asked.update(options, name=name)
         return str(golden / "accelerate_state")
 
-    monkeypatch.setattr("dpt.hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert load_checkpoint("leigangqu/DPT-T2I", **small).released
     assert (asked["name"], asked["local_files_only"]) == ("leigangqu/DPT-T2I", False)
     assert {"pytorch_model.bin", "adapter.safetensors"} <= {*asked["allow_patterns"]}

@@ -17,9 +17,13 @@ from peft import LoraConfig
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextModel
 
 import dpt
-from dpt.evaluation.rivals import subject_tokens
-from dpt.sampling import CorrectionSettings, SelfCorrection, initial_noise, score_gradient
-from dpt.stable_diffusion import CKPT_FOLDER
+from dpt.base_models import CKPT_FOLDER
+from dpt.guidance.attend_and_excite import subject_tokens
+from dpt.guidance.self_correction import SelfCorrection
+from dpt.matching_score import score_gradient
+from dpt.sampling import ClassifierFreeGuidance, initial_noise
+from dpt.settings import Sampling
+from dpt.unet_features import Conditioning
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +75,14 @@ def test_one_factor_moves_the_unet_s_input_alike_with_every_scheduler(pipe, sche
     timestep = scheduler.timesteps[4]
     scale = scheduler.scale_model_input(torch.ones(1), timestep)
     assert (scale < 0.9) == isinstance(scheduler, EulerDiscreteScheduler)
-    texts = {"encoder_hidden_states": context, "pooled_prompt_embeds": pooled}
-    _, gradient = score_gradient(pipe.unet, pipe._scorer, noisy_latents, timestep, **texts)
-    for settings in ({"factor": 5.0}, {"norm": 0.05}):
-        correct = SelfCorrection(pipe.unet, pipe._scorer, scheduler, context, pooled, CorrectionSettings(**settings))
-        move = (correct(noisy_latents / scale, timestep, 4, 10) - noisy_latents / scale) * scale
-        factor = settings.get("factor", 0.05 * noisy_latents.norm() / gradient.norm())
+    texts = Conditioning(context, pooled)
+    _, gradient = score_gradient(pipe.unet, pipe._scorer, noisy_latents, timestep, texts)
+    for settings in ({"correction_factor": 5.0}, {"correction_norm": 0.05}):
+        guidance = ClassifierFreeGuidance(pipe.unet, scheduler, texts, texts, guidance_scale=1)
+        correct = SelfCorrection(guidance, pipe._scorer, Sampling(**settings, correction_target="latent"))
+        _, moved = correct(noisy_latents / scale, timestep, 4)
+        move = (moved - noisy_latents / scale) * scale
+        factor = settings.get("correction_factor", 0.05 * noisy_latents.norm() / gradient.norm())
         expected = factor * gradient
         assert torch.allclose(move, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
@@ -152,8 +158,8 @@ def test_a_correction_keeps_no_activation_of_a_later_block(pipe):
         return sum(size for pointer, size in storages.items() if pointer not in weights)
 
     timestep = torch.tensor(500)
-    texts = {"encoder_hidden_states": context, "pooled_prompt_embeds": pooled}
-    corrected = saved_bytes(lambda: score_gradient(sd.unet, pipe._scorer, z, timestep, **texts))
+    texts = Conditioning(context, pooled)
+    corrected = saved_bytes(lambda: score_gradient(sd.unet, pipe._scorer, z, timestep, texts))
     leaf = z.clone().requires_grad_()
     whole = saved_bytes(lambda: sd.unet(leaf, timestep, context))
     assert corrected < 0.6 * whole
@@ -380,17 +386,12 @@ def test_a_correction_follows_the_embeddings_of_a_callback(pipe, monkeypatch):
     (context, pooled), (negative, _) = (sd.encode_prompts([text]) for text in ("a blue star", ""))
     contexts, texts = [], []
 
-    def recorded(*inputs, encoder_hidden_states, pooled_prompt_embeds, **options):
-        contexts.append(encoder_hidden_states)
-        texts.append(pooled_prompt_embeds)
-        return score_gradient(
-            *inputs,
-            encoder_hidden_states=encoder_hidden_states,
-            pooled_prompt_embeds=pooled_prompt_embeds,
-            **options,
-        )
+    def recorded(*inputs, **options):
+        contexts.append(inputs[-1].encoder_hidden_states)
+        texts.append(inputs[-1].pooled_prompt_embeds)
+        return score_gradient(*inputs, **options)
 
-    monkeypatch.setattr("dpt.sampling.score_gradient", recorded)
+    monkeypatch.setattr("dpt.guidance.self_correction.score_gradient", recorded)
     changed = {"prompt_embeds": torch.cat([negative, context]), "pooled_prompt_embeds": pooled}
     pipe("a red circle", **CALL | changing(lambda pipe, tensors: changed))
     before, pooled_before = sd.encode_prompts(["a red circle"])
@@ -405,10 +406,9 @@ def test_a_correction_follows_the_embeddings_of_a_callback(pipe, monkeypatch):
 def test_the_score_is_read_at_the_lora_scale_of_the_call(pipe):
     def score(scale):
         sd = pipe._as_stable_diffusion()
-        context, pooled = sd.encode_prompts(["a red circle"])
-        texts = {"encoder_hidden_states": context, "pooled_prompt_embeds": pooled}
+        texts = Conditioning(*sd.encode_prompts(["a red circle"]))
         noisy_latents, options = initial_noise([1], (4, 8, 8)), {"cross_attention_kwargs": scale and {"scale": scale}}
-        return score_gradient(pipe.unet, pipe._scorer, noisy_latents, torch.tensor(500), **texts, **options)[0]
+        return score_gradient(pipe.unet, pipe._scorer, noisy_latents, torch.tensor(500), texts, **options)[0]
 
     assert score(1.0) == score(None)
     assert score(0.3) != score(None)
@@ -537,3 +537,47 @@ def test_a_word_of_several_vectors():
     assert sd.truncated_part(read + "red star") == ""
     assert sd.truncated_part(read + "<cat> star") == "<cat>_2 star"
     assert {2, 3, 4} < {*subject_tokens(sd, "a <cat> and a dog")}
+
+
+def test_the_best_of_several_candidates(pipe):
+    """The candidate of the highest score goes on; its picture is what its own noise draws."""
+    shape, generator = (4, 4, 16, 16), torch.Generator().manual_seed(5)
+    noise = torch.randn(shape, generator=generator)
+    call = {"num_inference_steps": 4, "output_type": "latent", "correction_norm": 0.0}
+    chosen = pipe(
+        ["a red circle", "two green stars"],
+        generator=torch.Generator().manual_seed(5),
+        candidates=2,
+        choose_at=(0.5,),
+        **call,
+    ).images
+    assert chosen.shape == (2, 4, 16, 16)
+    rows = [2 * picture + kept for picture, kept in enumerate(pipe.kept)]
+    alone = pipe(["a red circle", "two green stars"], latents=noise[rows], **call).images
+    assert torch.allclose(chosen, alone, atol=1e-4 * alone.abs().max().item())
+    own = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    pipe(["a red circle", "two green stars"], generator=own, candidates=2, choose_at=(0.5,), **call)
+    assert len(pipe.kept) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"latents": torch.zeros(2, 4, 16, 16)}, "latents cannot be used with candidates"),
+        ({"callback_on_step_end": print}, "callback_on_step_end cannot be used with candidates"),
+        ({"eta": 0.5}, "eta cannot be used with candidates"),
+        ({"choose_at": (2.0,)}, "choose_at is"),
+        ({"candidates": 1, "choose_at": (0.5,)}, "candidates is 1"),
+    ],
+)
+def test_candidates_exclude_what_belongs_to_one_picture(pipe, given, message):
+    with pytest.raises(ValueError, match=message):
+        pipe("a red circle", **{"candidates": 2, "choose_at": (0.5,), "num_inference_steps": 2} | given)
+
+
+def test_the_adapter_follows_the_pipeline_to_its_device(pipe, monkeypatch):
+    """As after `pipe.to("cuda")`: the adapter that was loaded before is moved when a call needs it."""
+    moved = []
+    monkeypatch.setattr(pipe._scorer.adapter, "to", lambda device: moved.append(device))
+    pipe("a red circle", num_inference_steps=1, correction_norm=0.01, output_type="latent")
+    assert moved == [pipe._execution_device]

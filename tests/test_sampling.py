@@ -2,8 +2,13 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
-from dpt.sampling import classifier_free_guidance, draw, initial_noise, sample
-from dpt.stable_diffusion import CKPT_FOLDER, load_stable_diffusion
+from dpt.base_models import CKPT_FOLDER
+from dpt.drawing import Artist
+from dpt.sampling import ClassifierFreeGuidance, initial_noise, sample
+from dpt.schedulers import set_timesteps
+from dpt.settings import Sampling
+from dpt.stable_diffusion import load_stable_diffusion
+from dpt.unet_features import Conditioning
 
 PROMPTS = ["a red circle", "two blue stars above a green square"]
 
@@ -38,14 +43,10 @@ def test_latents_equal_the_stock_pipeline(sd, stock, guidance_scale, negative):
         num_inference_steps=8,
         output_type="latent",
     ).images
-    denoise = classifier_free_guidance(
-        sd.unet,
-        sd.scheduler,
-        encoder_hidden_states=context,
-        negative_encoder_hidden_states=negative_context,
-        guidance_scale=guidance_scale,
-    )
-    latents = sample(denoise, sd.scheduler, noise, num_inference_steps=8)
+    texts = Conditioning(context), Conditioning(negative_context)
+    denoise = ClassifierFreeGuidance(sd.unet, sd.scheduler, *texts, guidance_scale=guidance_scale)
+    set_timesteps(sd.scheduler, 8, "cpu")
+    latents = sample(denoise, sd.scheduler, noise)
     assert (latents - expected).abs().max() < 1e-4
 
 
@@ -60,11 +61,11 @@ def test_noise_belongs_to_the_seed():
 def test_the_loop_reports_every_step_and_keeps_no_graph(sd):
     steps = []
     weight = torch.ones(1, requires_grad=True)
+    set_timesteps(sd.scheduler, 5, "cpu")
     latents = sample(
-        lambda latents, conditional_latents, timestep: latents * weight,
+        lambda latents, timestep, step: (latents * weight, latents),
         sd.scheduler,
         initial_noise([1], (4, 16, 16)),
-        num_inference_steps=5,
         on_step=lambda step, latents: steps.append((step, tuple(latents.shape))),
     )
     assert steps == [(k, (1, 4, 16, 16)) for k in range(5)]
@@ -75,7 +76,7 @@ def test_the_loop_stops_when_told_and_goes_along_the_scheduler_s_timesteps(sd):
     seen, noise = [], initial_noise([1], (4, 16, 16))
     sd.scheduler.set_timesteps(5)
     latents = sample(
-        lambda latents, conditional_latents, timestep: latents,
+        lambda latents, timestep, step: (latents, latents),
         sd.scheduler,
         noise,
         step_options={"eta": 0.5, "generator": torch.Generator().manual_seed(0)},
@@ -85,18 +86,16 @@ def test_the_loop_stops_when_told_and_goes_along_the_scheduler_s_timesteps(sd):
     assert len(seen) == 2
     assert torch.equal(latents, seen[-1])
     scheduler = EulerDiscreteScheduler.from_config(sd.scheduler.config)
-    scheduler.set_timesteps(timesteps=[1500, 20])
     with pytest.raises(ValueError, match="2 timesteps begin at 1500, and the schedule has 1000"):
-        sample(lambda *inputs: inputs[0], scheduler, noise)
+        set_timesteps(scheduler, None, "cpu", timesteps=[1500, 20])
 
 
-@pytest.mark.parametrize("name", ["seeds", "negative_prompts", "correction_prompts"])
-def test_lists_that_do_not_fit_the_prompts_are_named(sd, name):
-    with pytest.raises(ValueError, match=f"{name} holds 1; 2 prompts need as many"):
-        draw(sd, PROMPTS, **{"seeds": [1, 2]} | {name: [1]}, num_inference_steps=2)
+def test_as_many_seeds_as_prompts_are_needed(sd):
+    with pytest.raises(ValueError, match="seeds holds 1; 2 prompts need as many"):
+        Artist(sd).draw(PROMPTS, [1], Sampling(num_inference_steps=2))
 
 
 def test_draw_gives_uint8_pictures(sd):
-    images = draw(sd, PROMPTS, [1, 2], num_inference_steps=2, height=64, width=128)
-    assert images.shape == (2, 64, 128, 3)
-    assert images.dtype == "uint8"
+    drawings = Artist(sd).draw(PROMPTS, [1, 2], Sampling(num_inference_steps=2, height=64, width=128))
+    assert [drawing.image.shape for drawing in drawings] == [(64, 128, 3)] * 2
+    assert all(drawing.image.dtype == "uint8" for drawing in drawings)

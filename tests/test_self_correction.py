@@ -1,12 +1,20 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from dpt.adapter import Scorer
+from dpt.drawing import counted_passes
+from dpt.guidance.self_correction import SelfCorrection
 from dpt.lora import load_lora, lora_key
-from dpt.sampling import CorrectionSettings, SelfCorrection, classifier_free_guidance, sample, score_gradient
+from dpt.matching_score import ScoreReader, matching_score, score_gradient
+from dpt.sampling import ClassifierFreeGuidance, sample
+from dpt.schedulers import make_scheduler, set_timesteps
+from dpt.settings import Sampling
 from dpt.stable_diffusion import load_stable_diffusion
+from dpt.unet_features import Conditioning
 from tests.test_adapter import load_golden_adapter
 
 CASES = {"cf05": 0.5, "cf0": 0.0, "cf05_lora": 0.5, "cf50": 50.0}
@@ -16,8 +24,8 @@ def load(golden, case):
     return {k: torch.from_numpy(v) for k, v in np.load(golden / f"sample_{case}.npz").items()}
 
 
-def setting(golden, case, **changes):
-    """The model, denoiser and corrector of a golden trajectory."""
+def setting(golden, case, *, parity=False, **changes):
+    """The model, plain denoiser and corrected one of a golden trajectory."""
     arrays = load(golden, case)
     sd = load_stable_diffusion(str(golden / "sd21"))
     if case.endswith("lora"):
@@ -26,39 +34,28 @@ def setting(golden, case, **changes):
         load_lora(sd.unet, state, alpha=next(v.shape[0] for k, v in state.items() if ".lora_A." in k))
     adapter, blocks, _ = load_golden_adapter(golden, "up1", sd.unet.config)
     negative, context = arrays["context"].chunk(2)
-    denoise = classifier_free_guidance(
-        sd.unet,
-        sd.scheduler,
-        encoder_hidden_states=context,
-        negative_encoder_hidden_states=negative,
-        guidance_scale=7.5,
-    )
-    settings = CorrectionSettings(**{"factor": CASES[case]} | changes)
-    scorer = Scorer(adapter.requires_grad_(False), blocks)
-    pooled = arrays["context_pooled"].chunk(2)[1]
-    correct = SelfCorrection(sd.unet, scorer, sd.scheduler, context, pooled, settings)
+    scheduler = make_scheduler(sd.scheduler, "ddim", parity=parity)
+    set_timesteps(scheduler, 10, "cpu")
+    conditioning = Conditioning(context, arrays["context_pooled"].chunk(2)[1])
+    denoise = ClassifierFreeGuidance(sd.unet, scheduler, conditioning, Conditioning(negative), guidance_scale=7.5)
+    sampling = Sampling(**{"correction_factor": CASES[case]} | {f"correction_{k}": v for k, v in changes.items()})
+    correct = SelfCorrection(denoise, Scorer(adapter.requires_grad_(False), blocks), sampling)
     return arrays, sd, denoise, correct
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_golden_trajectories_in_parity_mode(golden, case):
-    arrays, sd, denoise, correct = setting(golden, case)
-    trajectory, predictions = [arrays["init"]], []
+    arrays, sd, denoise, correct = setting(golden, case, parity=True)
+    scheduler, trajectory, predictions = denoise.scheduler, [arrays["init"]], []
 
     def observed(*inputs):
-        predictions.append(denoise(*inputs))
-        return predictions[-1]
+        result = correct(*inputs)
+        predictions.append(result[0])
+        return result
 
-    decoded = sample(
-        observed,
-        sd.scheduler,
-        arrays["init"],
-        num_inference_steps=10,
-        correct=correct,
-        parity=True,
-        on_step=lambda step, latents: trajectory.append(latents),
-    )
-    assert torch.equal(sd.scheduler.timesteps, arrays["timesteps"])
+    decoded = sample(observed, scheduler, arrays["init"], on_step=lambda step, latents: trajectory.append(latents))
+    trajectory[-1] = scheduler.discarded
+    assert torch.equal(scheduler.timesteps, arrays["timesteps"])
     for step, expected in enumerate(arrays["latents"]):
         assert torch.allclose(trajectory[step], expected, rtol=1e-4, atol=1e-3), step
     for step, expected in enumerate(arrays["noise_pred"]):
@@ -79,16 +76,12 @@ def test_golden_gradients_of_the_score(golden, case, monkeypatch):
     arrays, sd, _, correct = setting(golden, case)
     sd.unet.double()
     correct.scorer.adapter.double()
+    conditioning = correct.conditioning
+    conditioning = Conditioning(conditioning.encoder_hidden_states.double(), conditioning.pooled_prompt_embeds.double())
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     for step in range(10):
-        _, gradient = score_gradient(
-            sd.unet,
-            correct.scorer,
-            arrays["latents"][step],
-            arrays["timesteps"][step],
-            encoder_hidden_states=correct.encoder_hidden_states.double(),
-            pooled_prompt_embeds=correct.pooled_prompt_embeds.double(),
-        )
+        inputs = arrays["latents"][step], arrays["timesteps"][step], conditioning
+        _, gradient = score_gradient(sd.unet, correct.scorer, *inputs)
         assert gradient.dtype == torch.float64
         unconditional, expected = arrays["grad"][step].double().chunk(2)
         assert not unconditional.any()
@@ -97,25 +90,21 @@ def test_golden_gradients_of_the_score(golden, case, monkeypatch):
 
 @pytest.mark.parametrize("case", CASES)
 def test_golden_proper_last_step(golden, case):
-    arrays, sd, denoise, correct = setting(golden, case)
+    arrays, _, denoise, correct = setting(golden, case)
     expected = torch.from_numpy(np.load(golden / "sample_final_ddim.npz")[f"sample_{case}"])
-    latents = sample(denoise, sd.scheduler, arrays["init"], num_inference_steps=10, correct=correct)
+    latents = sample(correct, denoise.scheduler, arrays["init"])
     assert torch.allclose(latents, expected, rtol=1e-4, atol=1e-3)
     assert not torch.allclose(latents, arrays["decoded_latent"], rtol=1e-4, atol=1e-3)
 
 
 def run(golden, case="cf05", **changes):
-    arrays, sd, denoise, correct = setting(golden, case, **changes)
-    target = correct.settings.target
-    latents = sample(
-        denoise, sd.scheduler, arrays["init"], num_inference_steps=10, correct=correct, correction_target=target
-    )
-    return latents, correct.trace
+    arrays, _, denoise, correct = setting(golden, case, **changes)
+    return sample(correct, denoise.scheduler, arrays["init"]), correct.trace
 
 
 def test_factor_zero_is_no_correction_to_the_bit(golden):
-    arrays, sd, denoise, _ = setting(golden, "cf0")
-    plain = sample(denoise, sd.scheduler, arrays["init"], num_inference_steps=10)
+    arrays, _, denoise, _ = setting(golden, "cf0")
+    plain = sample(denoise, denoise.scheduler, arrays["init"])
     for changes in ({"factor": 0.0}, {"factor": 0.5, "norm": 0.0}, {"factor": 0.5, "stop": 0.0}):
         latents, trace = run(golden, **changes)
         assert torch.equal(latents, plain)
@@ -124,17 +113,11 @@ def test_factor_zero_is_no_correction_to_the_bit(golden):
 
 def test_the_latent_target_goes_on_from_the_corrected_latent(golden):
     arrays, sd, denoise, correct = setting(golden, "cf50", target="latent")
-    latents = sample(
-        denoise, sd.scheduler, arrays["init"], num_inference_steps=10, correct=correct, correction_target="latent"
-    )
-    texts = {
-        "encoder_hidden_states": correct.encoder_hidden_states,
-        "pooled_prompt_embeds": correct.pooled_prompt_embeds,
-    }
+    latents = sample(correct, denoise.scheduler, arrays["init"])
     z = arrays["init"]
-    for timestep in sd.scheduler.timesteps:  # the figure's algorithm, written out
-        z = z + 50 * score_gradient(sd.unet, correct.scorer, z, timestep, **texts)[1]
-        z = sd.scheduler.step(denoise(z, z, timestep), timestep, z).prev_sample
+    for step, timestep in enumerate(denoise.scheduler.timesteps):  # the figure's algorithm, written out
+        z = z + 50 * score_gradient(sd.unet, correct.scorer, z, timestep, correct.conditioning)[1]
+        z = denoise.scheduler.step(denoise(z, timestep, step)[0], timestep, z).prev_sample
     assert torch.allclose(latents, z, rtol=1e-4, atol=1e-3)
     conditional, _ = run(golden, "cf50")
     assert not torch.allclose(latents, conditional, rtol=1e-2, atol=1e-1)
@@ -154,14 +137,10 @@ def test_window_and_norm(golden):
 
 def test_the_score_rises_along_its_gradient(golden):
     arrays, sd, _, correct = setting(golden, "cf05")
-    texts = {
-        "encoder_hidden_states": correct.encoder_hidden_states,
-        "pooled_prompt_embeds": correct.pooled_prompt_embeds,
-    }
     z, t = arrays["latents"][3], arrays["timesteps"][3]
-    before, gradient = score_gradient(sd.unet, correct.scorer, z, t, **texts)
+    before, gradient = score_gradient(sd.unet, correct.scorer, z, t, correct.conditioning)
     unit = gradient / gradient.flatten(1).norm(dim=1)[:, None, None, None]
-    after, _ = score_gradient(sd.unet, correct.scorer, z + 0.05 * unit, t, **texts)
+    after, _ = score_gradient(sd.unet, correct.scorer, z + 0.05 * unit, t, correct.conditioning)
     assert (after > before).all()
     assert not any(p.grad is not None for p in [*sd.unet.parameters(), *correct.scorer.adapter.parameters()])
 
@@ -170,14 +149,7 @@ def test_each_image_has_its_own_gradient(golden):
     arrays, sd, _, correct = setting(golden, "cf05")
     z, t = arrays["latents"][3], arrays["timesteps"][3]
     gradients = [
-        score_gradient(
-            sd.unet,
-            correct.scorer,
-            z[rows],
-            t,
-            encoder_hidden_states=correct.encoder_hidden_states[rows],
-            pooled_prompt_embeds=correct.pooled_prompt_embeds[rows],
-        )[1]
+        score_gradient(sd.unet, correct.scorer, z[rows], t, correct.conditioning[rows])[1]
         for rows in (slice(0, 2), slice(0, 1), slice(1, 2))
     ]
     expected = torch.cat(gradients[1:])
@@ -189,16 +161,15 @@ def half_cosines(golden, dtype, input_scale=1.0):
     arrays, sd, _, correct = setting(golden, "cf05")
     correct.scorer.adapter.input_proj.weight.mul_(input_scale)
     half = load_stable_diffusion(str(golden / "sd21"), dtype=dtype)
-    rows = []
+    rows, own = [], correct.conditioning
     for step in range(10):
+        inputs = arrays["latents"][step], arrays["timesteps"][step]
         gradients = [
             score_gradient(
                 unet,
                 correct.scorer,
-                arrays["latents"][step],
-                arrays["timesteps"][step],
-                encoder_hidden_states=correct.encoder_hidden_states.to(unet.dtype),
-                pooled_prompt_embeds=correct.pooled_prompt_embeds,
+                *inputs,
+                Conditioning(own.encoder_hidden_states.to(unet.dtype), own.pooled_prompt_embeds),
             )[1].flatten(1)
             for unet in (sd.unet, half.unet)
         ]
@@ -217,18 +188,17 @@ def test_float16_gradients_do_not_underflow(golden, monkeypatch):
     """Features that matter a ten-thousandth as much: without scaling their gradient is lost in float16."""
     scaled = half_cosines(golden, torch.float16, 1e-4).median()
     assert scaled >= 0.99
-    monkeypatch.setattr("dpt.sampling.HALF_GRADIENT_SCALE", 1.0)
+    monkeypatch.setattr("dpt.matching_score.HALF_GRADIENT_SCALE", 1.0)
     assert half_cosines(golden, torch.float16, 1e-4).median() < scaled - 0.01
 
 
 def test_non_finite_scores_stop_or_are_skipped(golden):
-    arrays, sd, denoise, correct = setting(golden, "cf05")
-    correct.pooled_prompt_embeds = correct.pooled_prompt_embeds.clone()
-    correct.pooled_prompt_embeds[1] = float("nan")
+    arrays, _, denoise, correct = setting(golden, "cf05")
+    correct.conditioning.pooled_prompt_embeds[1] = float("nan")
     with pytest.raises(FloatingPointError, match=r"at step 0 \(timestep 901\).*--on_nan skip"):
-        sample(denoise, sd.scheduler, arrays["init"], num_inference_steps=10, correct=correct)
-    correct.settings = CorrectionSettings(on_nan="skip")
-    latents = sample(denoise, sd.scheduler, arrays["init"], num_inference_steps=10, correct=correct)
+        sample(correct, denoise.scheduler, arrays["init"])
+    correct.sampling = replace(correct.sampling, on_nan="skip")
+    latents = sample(correct, denoise.scheduler, arrays["init"])
     assert latents.isfinite().all()
     assert torch.allclose(latents[0], run(golden)[0][0], rtol=1e-4, atol=1e-4)
 
@@ -236,6 +206,35 @@ def test_non_finite_scores_stop_or_are_skipped(golden):
 @pytest.mark.parametrize(
     "changes", [{"start": 0.6, "stop": 0.5}, {"norm": -1.0}, {"factor": float("nan")}, {"on_nan": "ignore"}]
 )
-def test_impossible_settings(golden, changes):
+def test_impossible_settings(changes):
     with pytest.raises(ValueError, match=r"correction|on_nan"):
-        setting(golden, "cf05", **changes)
+        Sampling(**{name if name == "on_nan" else f"correction_{name}": value for name, value in changes.items()})
+
+
+def test_the_noise_target_moves_the_predicted_clean_latent_as_the_latent_target_does(golden):
+    """By the same step; the prediction itself would change too where the latent moves."""
+    arrays, sd, denoise, correct = setting(golden, "cf05", target="noise", norm=0.02)
+    z, timestep = arrays["init"], denoise.scheduler.timesteps[0]
+    _, gradient = score_gradient(sd.unet, correct.scorer, z, timestep, correct.conditioning)
+    step = 0.02 * (z.flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1))[:, None, None, None] * gradient
+    plain, (moved, latents) = denoise(z, timestep, 0)[0], correct(z, timestep, 0)
+    assert torch.equal(latents, z)
+    expected = denoise.scheduler.step(plain, timestep, z + step).pred_original_sample
+    found = denoise.scheduler.step(moved, timestep, z).pred_original_sample
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-3)
+    assert correct.trace[0]["relative_length"] == pytest.approx([0.02, 0.02], rel=1e-4)
+    assert not any(p.grad is not None for p in [*sd.unet.parameters(), *correct.scorer.adapter.parameters()])
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+def test_the_score_read_off_the_pass_is_the_matching_score(golden, guidance_scale):
+    arrays, sd, denoise, correct = setting(golden, "cf0")
+    denoise.guidance_scale, trace = guidance_scale, []
+    reader = ScoreReader(denoise, denoise, correct.scorer, trace, range(10))
+    seen = [arrays["init"]]
+    with counted_passes(sd.unet) as passes:
+        sample(reader, denoise.scheduler, arrays["init"], on_step=lambda step, latents: seen.append(latents))
+    assert passes == {"whole_passes": 20 if guidance_scale == 1 else 40, "truncated_passes": 0}
+    for record, latents, timestep in zip(trace, seen, denoise.scheduler.timesteps, strict=False):
+        expected = matching_score(sd.unet, correct.scorer, latents, timestep, correct.conditioning)
+        assert record["score"] == pytest.approx(expected.tolist(), abs=1e-6)

@@ -10,10 +10,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from dpt.sampling import classifier_free_guidance, initial_noise, sample
+from dpt.base_models import CKPT_FOLDER, MIRRORS
+from dpt.sampling import ClassifierFreeGuidance, initial_noise, sample
+from dpt.schedulers import set_timesteps
 from dpt.stable_diffusion import (
-    CKPT_FOLDER,
-    MIRRORS,
     StableDiffusion,
     advice_against_nan,
     architecture,
@@ -21,6 +21,7 @@ from dpt.stable_diffusion import (
     usable_device,
     weights_fingerprint,
 )
+from dpt.unet_features import Conditioning
 
 SHAPES_FOLDER = CKPT_FOLDER / "shapes"
 
@@ -460,14 +461,10 @@ def test_the_sd21_base_architecture_samples_a_step_in_bfloat16(record_property):
     sd = StableDiffusion("sd21-base", "", None, text_encoder, vae, unet, DDIMScheduler(steps_offset=1))
     assert sd.latent_shape() == (4, 64, 64)
     context = text_encoder(torch.randint(0, 49407, (1, 77))).last_hidden_state
-    denoise = classifier_free_guidance(
-        unet,
-        sd.scheduler,
-        encoder_hidden_states=context,
-        negative_encoder_hidden_states=context.flip(1),
-        guidance_scale=7.5,
-    )
-    latents = sample(denoise, sd.scheduler, initial_noise([0], sd.latent_shape()), num_inference_steps=1)
+    texts = Conditioning(context), Conditioning(context.flip(1))
+    denoise = ClassifierFreeGuidance(unet, sd.scheduler, *texts, guidance_scale=7.5)
+    set_timesteps(sd.scheduler, 1, "cpu")
+    latents = sample(denoise, sd.scheduler, initial_noise([0], sd.latent_shape()))
     assert latents.shape == (1, 4, 64, 64)
     assert latents.isfinite().all()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 import txt2img
+from dpt.base_models import CKPT_FOLDER
 from dpt.images import legible, make_grid, read_metadata
 from dpt.shapes.oracle import judge
-from dpt.stable_diffusion import CKPT_FOLDER
 
 SHAPES = ["--model", "shapes", "--ddim_steps", "3", "--n_samples", "1"]
 
@@ -46,7 +46,7 @@ def test_draws_with_metadata_and_grid(tmp_path, capsys):
     assert (image.text["prompt"], image.text["seed"]) == ("a red circle", "43")
     settings = json.loads(image.text["settings"])
     assert settings["model"] == "shapes"
-    assert settings["steps"] == 3
+    assert settings["num_inference_steps"] == 3
     assert len(settings["weights"]) == 16
     assert json.loads(image.text["versions"])["dpt"]
     assert (tmp_path / "grid-0000.png").exists()
@@ -112,13 +112,13 @@ def test_two_runs_share_a_folder(tmp_path):
 
     def save(n):
         path = save_new(Image.new("RGB", (4, 4), (n, 0, 0)), numbered(tmp_path, "{:05d}.png"), {"n": str(n)})
-        append_metadata(tmp_path, {"file": path.name, "n": n})
+        append_metadata(tmp_path, {"file": path.name, "prompt": "a red circle", "seed": n})
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(save, range(64)))
     records = read_metadata(tmp_path)
-    assert sorted(r["n"] for r in records) == list(range(64))
-    assert all(Image.open(tmp_path / r["file"]).text["n"] == str(r["n"]) for r in records)
+    assert sorted(r["seed"] for r in records) == list(range(64))
+    assert all(Image.open(tmp_path / r["file"]).text["n"] == str(r["seed"]) for r in records)
 
 
 def test_compbench_names(tmp_path):
@@ -225,7 +225,7 @@ def test_a_million_pictures_take_no_memory_before_they_are_drawn(tmp_path, monke
     def stop(*args, **kwargs):
         raise ValueError("drawn")
 
-    monkeypatch.setattr("txt2img.draw", stop)
+    monkeypatch.setattr("dpt.drawing.Artist.draw", stop)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert draw(tmp_path, "--prompt", "a red circle", "--n_iter", "1000000", "--n_samples", "10") == 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
@@ -328,7 +328,7 @@ def test_a_damaged_metadata_file_is_gone_on_with(tmp_path, capsys):
 
 
 def test_pictures_that_are_not_finite_are_not_saved(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dpt.sampling.sample", lambda *args, **kwargs: args[2] * float("nan"))
+    monkeypatch.setattr("dpt.drawing.sample", lambda *args, **kwargs: args[2] * float("nan"))
     assert draw(tmp_path, "--prompt", "a red circle") == 2
     assert "the latents are not finite" in capsys.readouterr().err
     assert not read_metadata(tmp_path)

@@ -8,10 +8,11 @@ from PIL import Image
 
 import txt2img
 from dpt.adapter import DiscriminativeAdapter
+from dpt.base_models import CKPT_FOLDER
 from dpt.checkpoint import adapter_key
 from dpt.config import AdapterConfig
 from dpt.images import read_metadata
-from dpt.stable_diffusion import CKPT_FOLDER, load_stable_diffusion
+from dpt.stable_diffusion import load_stable_diffusion
 from dpt.unet_features import block_channels
 
 BASE = ["--model", "shapes", "--ddim_steps", "4", "--n_samples", "1", "--skip_grid", "--prompt", "a red circle"]
@@ -108,15 +109,16 @@ def test_every_flag_changes_the_picture_and_is_recorded(tmp_path, weights):
         for b in names[:k]:
             assert (pictures[a] != pictures[b]).any(), (a, b)
     (record,) = read_metadata(tmp_path / "target")
-    correction = record["settings"]["correction"]
-    assert (correction["norm"], correction["target"]) == (0.1, "conditional")
+    settings = record["settings"]
+    assert (settings["correction_norm"], settings["correction_target"]) == (0.1, "conditional")
     assert len(record["settings"]["dpt"]) == 16
     assert record["dpt_source"] == weights[1]
     chunks = Image.open(tmp_path / "target" / record["file"]).text
     assert (chunks["dpt_source"], chunks["model"]) == (weights[1], "shapes")
     assert chunks["weights"] == record["settings"]["weights"]
     (record,) = read_metadata(tmp_path / "lora")
-    assert record["settings"]["correction"] is None
+    assert record["settings"]["correction_factor"] == 0
+    assert record["settings"]["correction_norm"] is None
 
 
 def test_trace_shows_both_arms(tmp_path, weights):
@@ -148,8 +150,8 @@ def test_trace_shows_both_arms(tmp_path, weights):
         (["--correction_factor", "-1"], "--correction_factor: '-1'; it must be a number at least 0"),
         (["--correction_start", "-0.1"], "--correction_start: '-0.1'; it must be a number at least 0 and at most 1"),
         (["--dpt", "nobody/none-such", "--local-files-only"], "nobody/none-such is neither a path here nor"),
-        (["--parity", "--correction_norm", "0.1"], "--parity is the reference's sampling"),
-        (["--parity", "--correction_target", "latent"], "--parity is the reference's sampling"),
+        (["--parity", "--correction_norm", "0.1"], "parity is the reference's sampling"),
+        (["--parity", "--correction_target", "latent"], "parity is the reference's sampling"),
         (["--correction_factor", "nan"], "--correction_factor: 'nan'; it must be a number"),
     ],
 )
@@ -184,13 +186,13 @@ def test_weights_from_the_hub(tmp_path, capsys, shapes_dpt, monkeypatch):
     hub = ["--dpt", "somebody/shapes-dpt"]
     assert draw(tmp_path, *hub, "--dry-run") == 0  # nothing is fetched
     assert "DPT weights somebody/shapes-dpt" in capsys.readouterr().out
-    monkeypatch.setattr("dpt.hub.snapshot_download", lambda name, **options: str(shapes_dpt))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(shapes_dpt))
     assert draw(tmp_path, *hub, "--ddim_steps", "1") == 0
     assert read_metadata(tmp_path)[0]["dpt_source"] == str(shapes_dpt)
 
 
 def test_a_non_finite_score_stops_or_is_skipped(tmp_path, capsys, weights, monkeypatch):
-    monkeypatch.setattr("dpt.sampling.itm_score", lambda *a: a[0].sum((1, 2)) * float("nan"))
+    monkeypatch.setattr("dpt.matching_score.itm_score", lambda *a: a[0].sum((1, 2)) * float("nan"))
     assert draw(tmp_path, *weights) == 2
     assert "not finite at step 0" in capsys.readouterr().err
     assert draw(tmp_path, *weights, "--on_nan", "skip") == 0

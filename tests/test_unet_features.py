@@ -4,7 +4,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpt.unet_features import block_channels, parse_feature, unet_features
+from dpt.unet_features import Conditioning, block_channels, parse_feature, unet_features
 
 
 def close(actual, expected, rtol=1e-5):
@@ -20,7 +20,7 @@ def unet(golden):
 @pytest.mark.parametrize("file", ["unet_features", "unet_features_odd"])
 def test_golden_features_of_all_blocks(golden, unet, file):
     arrays = {k: torch.from_numpy(v) for k, v in np.load(golden / f"{file}.npz").items()}
-    inputs = (arrays["latent"], arrays["t"], arrays["context"])
+    inputs = (arrays["latent"], arrays["t"], Conditioning(arrays["context"]))
     blocks = parse_feature("all", unet.config)
     together, noise_pred = unet_features(unet, blocks, *inputs, with_noise_pred=True)
     assert close(noise_pred, arrays["noise_pred"])
@@ -38,7 +38,7 @@ def test_concatenation_stops_after_the_last_block(golden, unet):
     arrays = {k: torch.from_numpy(v) for k, v in np.load(golden / "unet_features.npz").items()}
     ran = []
     handle = unet.up_blocks[1].register_forward_hook(lambda *_: ran.append(1))
-    inputs = (arrays["latent"], arrays["t"], arrays["context"])
+    inputs = (arrays["latent"], arrays["t"], Conditioning(arrays["context"]))
     down, up = unet_features(unet, parse_feature("down1+up0", unet.config), *inputs)[0]
     handle.remove()
     assert not ran
@@ -58,7 +58,8 @@ def test_features_that_the_unet_lacks(unet, feature, message):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_equals_a_hook(unet, dtype, golden):
     half = UNet2DConditionModel.from_pretrained(golden / "sd21/unet", torch_dtype=dtype).eval()
-    inputs = (torch.randn(2, 4, 16, 16, dtype=dtype), torch.tensor([5, 500]), torch.randn(2, 77, 32, dtype=dtype))
+    context = Conditioning(torch.randn(2, 77, 32, dtype=dtype))
+    inputs = (torch.randn(2, 4, 16, 16, dtype=dtype), torch.tensor([5, 500]), context)
     (early,), _ = unet_features(half, ("up1",), *inputs)
     (whole,), _ = unet_features(half, ("up1",), *inputs, with_noise_pred=True)
     assert torch.equal(early, whole)
@@ -70,7 +71,8 @@ def test_gradients_through_checkpointing_are_the_same(golden):
         unet = UNet2DConditionModel.from_pretrained(golden / "sd21/unet").train()
         if checkpointing:
             unet.enable_gradient_checkpointing()
-        inputs = (torch.linspace(-1, 1, 2048).view(2, 4, 16, 16), torch.tensor([5, 500]), torch.ones(2, 77, 32))
+        latents, context = torch.linspace(-1, 1, 2048).view(2, 4, 16, 16), Conditioning(torch.ones(2, 77, 32))
+        inputs = (latents, torch.tensor([5, 500]), context)
         (feature,), _ = unet_features(unet, ("up1",), *inputs)
         feature.square().mean().backward()
         gradients.append({n: p.grad for n, p in unet.named_parameters()})
@@ -86,7 +88,7 @@ def test_up1_costs_55_percent_of_a_full_pass_of_sd21():
         unet = UNet2DConditionModel(
             sample_size=64, attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True
         )
-        inputs = (torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 1024))
+        inputs = (torch.empty(1, 4, 64, 64), torch.empty(1), Conditioning(torch.empty(1, 77, 1024)))
         counts = []
         for with_noise_pred in (False, True):
             with FlopCounterMode(display=False) as counter:

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dpt.base_models import CKPT_FOLDER
 from dpt.shapes.scenes import IMAGE_SIZE, render
 from dpt.shapes.world import ShapesWorld
-from dpt.stable_diffusion import CKPT_FOLDER
 from dpt.verify import CHECKS, main
 
 SMALL = ["--num_pairs", "8", "--steps", "2", "--device", "cpu"]

@@ -11,22 +11,15 @@ import re
 import sys
 from pathlib import Path
 
-import torch
-
 from dpt.bounds import ArgumentParser, device, fail, number
 from dpt.config import DataSettings
-from dpt.data.check import SHOWN, check_tree, find, leakage, write_leak_free
-from dpt.data.coco import load_captions
-from dpt.data.itm import write_items, write_tsv
-from dpt.data.latents import cache_folder
-from dpt.data.mining import mine
-from dpt.data.open_clip_embedder import load_embedders
-from dpt.data.sources import needed_files
-from dpt.stable_diffusion import DTYPES, load_stable_diffusion
 
 
 def run_check(args: argparse.Namespace) -> int:
     """Prints a table; exit code 1 where there are errors. Leakage is told, and is none."""
+    from dpt.data.check import SHOWN, check_tree, find, leakage, write_leak_free
+    from dpt.data.sources import needed_files
+
     root = Path(args.root)
     lists = check_tree(root, decode=args.decode)
     for findings in lists:
@@ -55,6 +48,9 @@ def run_check(args: argparse.Namespace) -> int:
 
 def run_cache_latents(args: argparse.Namespace) -> int:
     """Encodes a folder of images; go on after a kill with the same command."""
+    from dpt.data.latents import cache_folder
+    from dpt.stable_diffusion import DTYPES, load_stable_diffusion
+
     sd = load_stable_diffusion(
         args.model, local_files_only=args.local_files_only, dtype=DTYPES[args.dtype], device=_device(args)
     )
@@ -68,6 +64,11 @@ def run_cache_latents(args: argparse.Namespace) -> int:
 
 def run_mine_negatives(args: argparse.Namespace) -> int:
     """Writes hard negatives as a folder of items, or as a table where --output ends in .tsv."""
+    from dpt.data.coco import load_captions
+    from dpt.data.itm import write_items, write_tsv
+    from dpt.data.mining import mine
+    from dpt.data.open_clip_embedder import load_embedders
+
     output = Path(args.output)
     captions = load_captions(Path(args.captions), Path(args.images))
     embed_texts, embed_images = load_embedders(args.clip, args.pretrained, device=_device(args))
@@ -97,6 +98,8 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def _device(args: argparse.Namespace) -> str:
+    import torch
+
     return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -118,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         "--size", type=number(int, at_least=8, at_most=4096), help="height and width in pixels; default: the model's"
     )
     cache.add_argument("--shard", type=shard, default=(0, 1), metavar="K/N", help="one of several processes' share")
-    cache.add_argument("--dtype", choices=DTYPES, default="float32")
+    cache.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     cache.set_defaults(run=run_cache_latents)
 
     mining = commands.add_parser("mine-negatives", help="find similar captions and images")

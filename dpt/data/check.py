@@ -8,11 +8,12 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from dpt.data.coco import UNSCALED, base_name, read_captions, read_json, stable_id, upright_rgb
+from dpt.data.coco import base_name, read_captions, read_json, stable_id
 from dpt.data.itm import INDEX_FILE, ItmNegatives
 from dpt.data.latents import IMAGE_SUFFIXES, MANIFEST, read_manifest, verify_folder
 from dpt.data.refcoco import Expression, ExpressionBox, load_expressions, read_expressions
 from dpt.files import write_text
+from dpt.images import UNSCALED, upright_rgb
 
 ORIENTATION = 0x0112  # EXIF's tag
 SHOWN = 3  # examples of each problem

@@ -14,9 +14,10 @@ import msgspec
 import numpy as np
 import torch
 from msgspec import Meta, Struct
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dpt.files import in_words, read_bytes, read_text
+from dpt.images import upright_rgb
 
 Id = int | str
 """an image's, an expression's; text too, such as "img-64" """
@@ -24,8 +25,6 @@ Name = Annotated[str, Meta(min_length=1)]
 Side = Annotated[float, Meta(gt=0, le=1_000_000)]
 """pixels"""
 
-SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
-UNSCALED = ("I", "F")
 """Pillow's modes whose numbers have no known range"""
 
 
@@ -178,20 +177,6 @@ def load_captions(annotations: Path, images: Path) -> list[CaptionedImage]:
 def first_of(problems: list[str]) -> str:
     """The first, and how many more there are."""
     return problems[0] + (f", and {len(problems) - 1} more" if len(problems) > 1 else "")
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Any mode turned into RGB of 8 bits, EXIF rotation applied.
-
-    Raises:
-        ValueError: numbers of unknown range.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode in SIXTEEN_BITS:  # Pillow would cut, not scale them
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
-    if image.mode in UNSCALED:
-        raise ValueError(f"its pixels are of mode {image.mode}, whose range is unknown: save it with 8 bits a channel")
-    return image.convert("RGB")
 
 
 def load_pixels(path: Path, size: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """open_clip models as functions from captions and image files to vectors."""
 
+import logging
 import pickle
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def load_embedders(name: str, pretrained: str | None, *, device: torch.device | 
     """
     if name.endswith(".json") and not Path(name).is_file():
         raise ValueError(f"--clip is {name}, which is no file")
+    logging.disable(logging.ERROR)  # OpenCLIP logs what the error says again
     try:
         if name.endswith(".json"):
             open_clip.add_model_config(name)
@@ -41,6 +43,8 @@ def load_embedders(name: str, pretrained: str | None, *, device: torch.device | 
             f"CLIP {name!r} with weights {pretrained!r} cannot be loaded ({reason}): download the weights and name the "
             "file with --pretrained"
         ) from error
+    finally:
+        logging.disable(logging.NOTSET)
     model.eval()
 
     @torch.no_grad()

@@ -20,9 +20,7 @@ from typing import Any, Required, TypedDict
 import numpy as np
 from tqdm import tqdm
 
-from dpt.bounds import number
 from dpt.evaluation.scorers import METRICS, Scorer
-from dpt.evaluation.scorers import add_arguments as add_scorers
 from dpt.files import read_json_lines
 from dpt.images import METADATA_FILE, append_line, read_image, read_metadata, read_records
 from dpt.shapes.quality import Label
@@ -41,14 +39,6 @@ class Score(TypedDict, total=False):
     label: Label
     reason: str
     objects: list[Box]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommand's flags."""
-    parser.add_argument("folders", nargs="+", type=Path, help="folders of arms")
-    parser.add_argument("--metrics", nargs="+", choices=tuple(METRICS), required=True)
-    parser.add_argument("--batch_size", type=number(int, at_least=1), default=64, help="pictures at once (default: 64)")
-    add_scorers(parser)
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -113,7 +103,10 @@ def score_lines(path: Path) -> list[dict]:
 
 def read_scores(folder: Path, hashes: dict[str, str]) -> dict[str, dict[str, dict]]:
     """Metric -> file -> its newest score, of the files as `file_hashes` finds them now."""
-    paths = [path for path in sorted(folder.glob("*.jsonl")) if path.stem.partition(".")[0] in METRICS]
+    paths = [path for path in sorted(folder.glob("*.jsonl")) if path.name != METADATA_FILE]
+    for path in (others := [path for path in paths if path.stem.partition(".")[0] not in METRICS]):
+        print(f"note: {path} is of no metric of `align`, and is passed over", file=sys.stderr)
+    paths = [path for path in paths if path not in others]
     return {
         path.stem: {line["file"]: line for line in score_lines(path) if hashes.get(line["file"]) == line["sha256"]}
         for path in paths

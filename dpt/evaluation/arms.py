@@ -5,21 +5,21 @@ seed, and then stand for one set of weights for each of `train_seeds`, and "{fol
 """
 
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from dpt.bounds import bounded, check_bounds, one_of
+from dpt.bounds import bounded, one_of
 from dpt.config import differences, load_config
 from dpt.files import read_json
-from dpt.sampling import CORRECTION_DIRECTIONS, CORRECTION_TARGETS, CorrectionSettings
+from dpt.settings import Sampling
 
 SETTINGS_FILE = "arm.json"
 Settings = dict[str, str | bool | int | float | None]
 """an arm's `settings`, and the fingerprint of its `weights`"""
 
 
-@dataclass
-class Arm:
+@dataclass(frozen=True)
+class Arm(Sampling):
     """Weights and sampling; the defaults are the paper's sampling without self-correction."""
 
     name: str = ""
@@ -35,70 +35,43 @@ class Arm:
     """instead: a LoRA in diffusers' format, such as another method's"""
     train_seeds: list[int] = bounded([0], at_least=0)
     """of the weights, where `dpt` or `lora` holds {seed}"""
-    guidance_scale: float = bounded(7.5, at_least=0, below=1000)
-    num_inference_steps: int = bounded(50, at_least=1, at_most=500)
-    correction_factor: float = 0.0
-    correction_norm: float | None = None
-    correction_target: str = one_of("conditional", *CORRECTION_TARGETS)
-    correction_start: float = 0.0
-    correction_stop: float = 1.0
-    correction_direction: str = one_of("gradient", *CORRECTION_DIRECTIONS)
+    correction_direction: str = one_of("gradient", "gradient", "random")
     """as a control: random, a step of the gradient's length anywhere"""
     correct_for_another: bool = False
     """as a control: follow another prompt's score"""
     untrained_adapter: bool = False
     """as a control: an adapter of random weights"""
     best_of: int = bounded(1, at_least=1, at_most=1000)
-    """draw so many pictures from different noise and keep the one of highest matching score"""
-    attend_and_excite: bool = False
-    """instead of self-correction; see `dpt.evaluation.rivals`"""
-    attention_resolution: int | None = bounded(None, at_least=1)
-    """side of the attention maps that it reads; by default a quarter of the latent's"""
-    attention_step: float | None = bounded(None, above=0)
-    """how far it moves the latent; by default 20, its authors' for Stable Diffusion"""
-    parity: bool = False
-    """end the sampling as the reference does"""
+    """draw so many pictures and keep the one whose matching score, noised anew, is highest; see also `candidates`"""
     dtype: str = one_of("float32", "float32", "float16", "bfloat16")
 
     def __post_init__(self):
-        check_bounds(self)
+        super().__post_init__()
         if not self.train_seeds or len(set(self.train_seeds)) < len(self.train_seeds):
             raise ValueError(f"train_seeds is {self.train_seeds}; it must hold different seeds, at least one")
         if self.dpt and self.lora:
             raise ValueError("dpt and lora exclude each other: an arm has one set of weights")
         if self.name and not re.fullmatch(r"\w[\w.+-]*(/\d+)?", self.name):
             raise ValueError(f"name is {self.name!r}; it names a folder: letters, digits and . _ + - alone")
-        corrects = self.correction.active  # checks its settings too
-        if self.attend_and_excite and corrects:
-            raise ValueError("attend_and_excite and self-correction exclude each other")
-        if not self.dpt and (self.best_of > 1 or corrects):
+        if not self.dpt and (self.best_of > 1 or self.needs_adapter):
             raise ValueError("dpt is missing: correcting oneself and choosing by score need an adapter")
-        plain = CorrectionSettings(factor=self.correction_factor)
-        if self.parity and (self.attend_and_excite or self.correction != plain):
-            raise ValueError("parity is set; the reference's sampling has no other correction than correction_factor's")
+        if self.best_of > 1 and self.candidates > 1:
+            raise ValueError("best_of and candidates exclude each other: set one of them")
+        if self.correct_for_another and (self.correction_target == "noise" or self.correct_candidates):
+            raise ValueError("correct_for_another goes with neither correction_target noise nor correct_candidates")
         controls = {
             "correction_direction": self.correction_direction != "gradient",
             "correct_for_another": self.correct_for_another,
             "untrained_adapter": self.untrained_adapter,
         }
         for name, is_set in controls.items():
-            if is_set and not corrects:
+            if is_set and not self.corrects:
                 raise ValueError(f"{name} is set; it is a control of self-correction, which is off")
-        for name in ("attention_resolution", "attention_step"):
-            if getattr(self, name) is not None and not self.attend_and_excite:
-                raise ValueError(f"{name} is set; it is for attend_and_excite, which is off")
 
     @property
-    def correction(self) -> CorrectionSettings:
-        """Its self-correction."""
-        return CorrectionSettings(
-            factor=self.correction_factor,
-            norm=self.correction_norm,
-            target=self.correction_target,
-            start=self.correction_start,
-            stop=self.correction_stop,
-            direction=self.correction_direction,
-        )
+    def sampling(self) -> Sampling:
+        """How it draws."""
+        return Sampling(**{entry.name: getattr(self, entry.name) for entry in fields(Sampling)})
 
     def each_seed(self, folder: str = "") -> list["Arm"]:
         """One arm for each set of weights, its name followed by the training seed where there are several.
@@ -121,7 +94,10 @@ class Arm:
 
     def settings(self) -> dict:
         """What a picture depends on, but for weights: all fields that are no labels."""
-        return {k: v for k, v in asdict(self).items() if k not in ("name", "about", "against", "train_seeds")}
+        labels = ("name", "about", "against", "train_seeds")
+        sampling = [entry.name for entry in fields(Sampling)]
+        own = [entry.name for entry in fields(self) if entry.name not in (*labels, *sampling)]
+        return {name: getattr(self, name) for name in own + sampling} | {"choose_at": str(list(self.choose_at))}
 
 
 def read_settings(folder: Path) -> Settings:
@@ -131,7 +107,7 @@ def read_settings(folder: Path) -> Settings:
 
 def differing_settings(before: dict, now: dict) -> list[str]:
     """What differs between two arms' `settings` (and further keys), in words; a key added since has its default."""
-    return differences({entry.name: entry.default for entry in fields(Arm) if before} | before, now)
+    return differences((Arm().settings() if before else {}) | before, now)
 
 
 def load_arm(path: Path, overrides: list[str] = ()) -> Arm:

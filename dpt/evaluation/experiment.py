@@ -22,18 +22,18 @@ from pathlib import Path
 
 import yaml
 
-from dpt.bounds import ArgumentParser, bounded, check_bounds, number
+from dpt.bounds import ArgumentParser, bounded, check_bounds
 from dpt.checkpoint import checkpoints
 from dpt.config import TrainConfig, check_finished, load_config
 from dpt.engine import STAGES
 from dpt.evaluation import align, generate, itm, quality, rec, scorers, table
 from dpt.evaluation.arms import Arm, check_names, differing_settings, load_arm
 from dpt.evaluation.figures import read_arm, read_packed
+from dpt.evaluation.flags import FLAGS, STEPS, add_align
 from dpt.evaluation.prompts import load_prompt_set
 from dpt.files import read_text
-from dpt.results import RESULTS, record_section
+from dpt.results import record_section
 
-STEPS = ("train", "measure", "draw", "table")
 SOURCES = ("paper", "reference code", "our choice", "not verified")
 SCRIPTS = Path(__file__).resolve().parents[2]
 PUBLISHED = SCRIPTS / "configs/tables/published.yaml"
@@ -121,25 +121,6 @@ class Experiment:
                 raise ValueError(f"protocol: {name} is of {source!r}; sources are {', '.join(SOURCES)}")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommand's flags."""
-    parser.add_argument("config", type=Path, help="a YAML file: what differs from the defaults of `Experiment`")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="before any --flag")
-    parser.add_argument("--batch_size", type=number(int, at_least=1), default=32, help="pictures at once (default: 32)")
-    parser.add_argument(
-        "--jobs",
-        type=number(int, at_least=1, at_most=1000),
-        default=1,
-        help="trainings side by side, the cores shared out (default: 1): on a CPU faster than in turn",
-    )
-    parser.add_argument("--only", nargs="+", help="names of runs and arms")
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
-    parser.add_argument(
-        "--record", nargs="?", const=RESULTS, type=Path, metavar="FILE", help="put the tables into docs/results.md too"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the commands that it stands for, and stop")
-
-
 def run(args: argparse.Namespace) -> dict:
     """Does what is left to do of the chosen steps; returns the table's rows, if it is made.
 
@@ -153,7 +134,7 @@ def run(args: argparse.Namespace) -> dict:
         return {}
     notes = protocol_table(experiment.protocol) + published_table(experiment.published)
     scoring = ArgumentParser()
-    align.add_arguments(scoring)
+    add_align(scoring)
     wanted = [one for arm in arms.values() for one in arm.each_seed(experiment.folder)]
     prompts = experiment.prompts.replace("{data}", experiment.data)
     packed = packed_arms(experiment, wanted, prompts)
@@ -305,7 +286,7 @@ def measure(experiment: Experiment, output: Path) -> None:
     """`itm` and `rec` of the checkpoints."""
     for task, module in (("itm", itm), ("rec", rec)):
         parser = ArgumentParser()
-        module.add_arguments(parser)
+        FLAGS[task][1](parser)
         module.run(parser.parse_args(_measure_words(experiment, output, task)))
 
 

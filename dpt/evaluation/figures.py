@@ -48,12 +48,6 @@ class Quality(msgspec.Struct, omit_defaults=True):
     diversity: float | None = None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommand's flags."""
-    parser.add_argument("folders", nargs="+", type=Path, help="folders of arms, drawn and aligned")
-    parser.add_argument("--output", type=Path, required=True, help="a JSON file, new or of `pack`, to be added to")
-
-
 def run(args: argparse.Namespace) -> dict:
     """Packs the folders; returns the names of all arms in the file, and how many pictures each has.
 

@@ -24,12 +24,13 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from dpt.adapter import DiscriminativeAdapter
-from dpt.bounds import number
 from dpt.checkpoint import load_checkpoint
+from dpt.choosing import candidate_seeds
+from dpt.drawing import Artist, Drawing, counted_passes
+from dpt.evaluation import controls
 from dpt.evaluation.arms import SETTINGS_FILE, Arm, Settings, check_names, differing_settings, load_arm, read_settings
+from dpt.evaluation.flags import SEEDS_APART
 from dpt.evaluation.prompts import Prompt, load_prompt_set
-from dpt.evaluation.rivals import SCALE_FACTOR, AttendAndExcite, subject_tokens
 from dpt.files import write_text
 from dpt.images import (
     METADATA_FILE,
@@ -42,38 +43,15 @@ from dpt.images import (
     to_pixels,
 )
 from dpt.lora import load_external_lora
+from dpt.matching_score import matching_score
 from dpt.memory import peak_mb, reset_peak
-from dpt.sampling import draw, initial_noise, matching_score
+from dpt.sampling import initial_noise
 from dpt.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
+from dpt.unet_features import Conditioning
 
-SEEDS_APART = 1000  # seed s of the k-th prompt stands for the noise of seed k * SEEDS_APART + s
-CANDIDATES_APART = 10**9  # best-of-n draws candidate k from the noise of that seed + k * CANDIDATES_APART
 CHOICE_TIMESTEP = 200  # at which best-of-n reads the score of finished pictures
 OWN_NAME = re.compile(r"\d{5,}_\d{6,}_\d+\.png|.+_\d{6,}\.png|\.[0-9a-f]{32}\.tmp", re.DOTALL)
 ASIDE = "unrecorded"  # begins the names of folders for pictures that a kill left without their record
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommand's flags."""
-    parser.add_argument("--arms", nargs="+", type=Path, required=True, metavar="YAML")
-    parser.add_argument("--prompts", required=True, help="a prompt set; see `dpt.evaluation.prompts`")
-    parser.add_argument(
-        "--per_category", type=number(int, at_least=1), help="only the first so many prompts a category"
-    )
-    parser.add_argument(
-        "--seeds",
-        type=number(int, at_least=0, below=SEEDS_APART),
-        nargs="+",
-        default=[0, 1, 2, 3],
-        help="of the noise (default: 0 1 2 3)",
-    )
-    parser.add_argument("--batch_size", type=number(int, at_least=1), default=32, help="pictures at once (default: 32)")
-    parser.add_argument("--outdir", type=Path, required=True)
-    parser.add_argument("--compbench", action="store_true", help="name files as T2I-CompBench does")
-    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes every arm")
-    parser.add_argument(
-        "--folder", default="outputs/experiment", help="what {folder} stands for in the arms' dpt and lora"
-    )
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -130,7 +108,7 @@ def process_state() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-class Artist:
+class ArmArtist:
     """An arm's model, ready to draw.
 
     Args:
@@ -138,7 +116,7 @@ class Artist:
     """
 
     def __init__(self, arm: Arm, prompts: list[Prompt], device: torch.device | str):
-        self.arm, self.scorer = arm, None
+        self.arm, self.scorer, self.method = arm, None, None
         self.sd = load_stable_diffusion(arm.model, dtype=DTYPES[arm.dtype], device=device)
         parts = [self.sd.text_encoder, self.sd.vae]
         if arm.dpt:
@@ -150,64 +128,36 @@ class Artist:
             load_external_lora(self.sd, Path(arm.lora))
         self.fingerprint = weights_fingerprint(*parts, self.sd.unet)
         if arm.untrained_adapter:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                adapter = DiscriminativeAdapter(self.scorer.adapter.config).to(device).eval().requires_grad_(False)
-            self.scorer = replace(self.scorer, adapter=adapter)
-        texts = [prompt.text for prompt in prompts]
-        self.another = dict(zip(texts, texts[len(texts) // 2 :] + texts[: len(texts) // 2], strict=True))
-        self.passes = {"whole": 0, "truncated": 0}
-        self.sd.unet.conv_in.register_forward_hook(lambda _, inputs, output: self._count("truncated", len(output)))
-        self.sd.unet.conv_out.register_forward_hook(lambda _, inputs, output: self._count("whole", len(output)))
+            self.scorer = controls.untrained(self.scorer)
+        if arm.correction_direction == "random":
+            self.method = controls.random_direction(self.scorer)
+        if arm.correct_for_another:
+            self.method = controls.another_prompt(self.sd, self.scorer, [prompt.text for prompt in prompts])
+        self.artist = Artist(self.sd, self.scorer)
 
-    def _count(self, kind: str, samples: int) -> None:
-        self.passes[kind] += samples
-        if kind == "whole":
-            self.passes["truncated"] -= samples  # conv_in has counted it too
-
-    def draw(self, prompts: list[str], seeds: list[int]) -> tuple[np.ndarray, list[dict]]:
-        """(B, H, W, 3) uint8, a picture a prompt and seed, and of each, where it corrects itself, the score by step."""
-        drawn = [self._draw_once(prompts, [s + k * CANDIDATES_APART for s in seeds]) for k in range(self.arm.best_of)]
+    def draw(self, prompts: list[str], seeds: list[int], batch_size: int) -> list[Drawing]:
+        """A picture for each prompt and seed; of `best_of`, the one that matches best when it is noised anew."""
+        sampling, options = self.arm.sampling, {"batch_size": batch_size, "method": self.method}
+        own = [candidate_seeds(seed, self.arm.best_of) for seed in seeds]
+        drawn = [self.artist.draw(prompts, list(row), sampling, **options) for row in zip(*own, strict=True)]
         if len(drawn) == 1:
             return drawn[0]
-        best = torch.stack([self._score(images, prompts) for images, _ in drawn]).argmax(0).tolist()  # (B,)
-        images = np.stack([drawn[k][0][b] for b, k in enumerate(best)])
-        return images, [drawn[k][1][b] for b, k in enumerate(best)]
-
-    def _draw_once(self, prompts, seeds):
-        arm, trace = self.arm, []
-        images = draw(
-            self.sd,
-            prompts,
-            seeds,
-            guidance_scale=arm.guidance_scale,
-            num_inference_steps=arm.num_inference_steps,
-            scorer=self.scorer,
-            correction=arm.correction,
-            correction_prompts=[self.another[prompt] for prompt in prompts] if arm.correct_for_another else None,
-            parity=arm.parity,
-            trace=trace,
-            observe=False,
-            corrector=self._attend_and_excite if arm.attend_and_excite else None,
-        )
-        scores = [[round(step["score"][b], 4) for step in trace] for b in range(len(prompts))]
-        return images, [{"scores": row} if row else {} for row in scores]
-
-    def _attend_and_excite(self, prompts: list[str], context: torch.Tensor) -> AttendAndExcite:
-        resolution = self.arm.attention_resolution or self.sd.latent_shape()[-1] // 4
-        tokens = [subject_tokens(self.sd, prompt) for prompt in prompts]
-        return AttendAndExcite(self.sd.unet, context, tokens, resolution, self.arm.attention_step or SCALE_FACTOR)
+        began = time.perf_counter()
+        with counted_passes(self.sd.unet) as passes:
+            scores = [self._score([drawing.image for drawing in row], prompts) for row in drawn]
+        best = torch.stack(scores).argmax(0).tolist()  # (B,)
+        passes["seconds"] = time.perf_counter() - began
+        cost = {name: sum(row[0].cost[name] for row in drawn) + passes[name] / len(prompts) for name in passes}
+        return [replace(drawn[k][b], cost=cost) for b, k in enumerate(best)]
 
     @torch.no_grad()
-    def _score(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
+    def _score(self, images: list[np.ndarray], prompts: list[str]) -> torch.Tensor:
         """The matching score of finished pictures, (B,), all noised alike to `CHOICE_TIMESTEP`."""
         sd, timestep = self.sd, torch.tensor(CHOICE_TIMESTEP, device=self.sd.device)
-        latents = sd.encode_images(to_pixels(list(images)))
+        latents = sd.encode_images(to_pixels(images))
         noise = initial_noise([0] * len(latents), tuple(latents.shape[1:])).to(latents.device)
         noisy = sd.scheduler.add_noise(latents, noise, timestep[None])
-        context, pooled = sd.encode_prompts(prompts)
-        texts = {"encoder_hidden_states": context, "pooled_prompt_embeds": pooled}
-        return matching_score(sd.unet, self.scorer, noisy, timestep, **texts).cpu()
+        return matching_score(sd.unet, self.scorer, noisy, timestep, Conditioning(*sd.encode_prompts(prompts))).cpu()
 
 
 def generate(
@@ -219,9 +169,9 @@ def generate(
         ValueError: the folder is not this arm's, or holds pictures of other settings, weights, noise or names.
     """
     state = process_state()
-    gc.collect()  # the arm before, whose hooks refer to it in a circle
+    gc.collect()  # the arm before
     reset_peak(state.device)
-    artist = Artist(arm, prompts, state.device)
+    artist = ArmArtist(arm, prompts, state.device)
     _claim(folder, arm.settings() | {"weights": artist.fingerprint}, state)
     if state.is_main_process:
         _set_unrecorded_aside(folder)
@@ -232,27 +182,32 @@ def generate(
     state.wait_for_everyone()  # all have read what is there before any adds to it
     own = missing[state.process_index :: state.num_processes]
     for start in tqdm(range(0, len(own), batch_size), desc=arm.name, mininterval=2):
-        batch, began = own[start : start + batch_size], time.perf_counter()
-        artist.passes = dict.fromkeys(artist.passes, 0)
-        noise_seeds = [_noise_seed(prompt, seed) for prompt, seed in batch]
-        images, traces = artist.draw([prompt.text for prompt, _ in batch], noise_seeds)
-        cost = {"seconds": (time.perf_counter() - began) / len(batch), "peak_mb": peak_mb(state.device)}
-        cost |= {f"{kind}_passes": count / len(batch) for kind, count in artist.passes.items()}
-        for k, ((prompt, seed), image) in enumerate(zip(batch, images, strict=True)):
+        batch = own[start : start + batch_size]
+        noise_seeds = [noise_seed(prompt, seed) for prompt, seed in batch]
+        drawings = artist.draw([prompt.text for prompt, _ in batch], noise_seeds, batch_size)
+        for k, ((prompt, seed), drawing) in enumerate(zip(batch, drawings, strict=True)):
             record = {"prompt": prompt.text, "category": prompt.categories[0], "seed": seed}
             record |= {"categories": list(prompt.categories)} if len(prompt.categories) > 1 else {}
             candidates = numbered(folder / "samples", f"{prompt.number:05d}_{seed:06d}_{{}}.png")
             if compbench:
                 candidates = iter([folder / files[prompt.text, seed]])
                 (folder / files[prompt.text, seed]).parent.mkdir(parents=True, exist_ok=True)
-            path = save_new(Image.fromarray(image), candidates, record | {"seed": str(seed)})
+            path = save_new(Image.fromarray(drawing.image), candidates, record | {"seed": str(seed)})
             record |= {"file": str(path.relative_to(folder)), "number": prompt.number, "noise_seed": noise_seeds[k]}
-            append_metadata(folder, record | cost | traces[k])
+            append_metadata(folder, record | drawing.cost | {"peak_mb": peak_mb(state.device)} | said_of(drawing))
     state.wait_for_everyone()
     return {"pictures": len(prompts) * len(seeds), "new": len(missing)}
 
 
-def _noise_seed(prompt: Prompt, seed: int) -> int:
+def said_of(drawing: Drawing) -> dict:
+    """What a record says of a drawing: the scores of corrected steps, and what was chosen from."""
+    scores = [round(record["score"], 4) for record in drawing.trace if record["length"]]
+    chosen = {"kept_seed": drawing.seed, "candidates": drawing.candidates} if drawing.candidates else {}
+    return ({"scores": scores} if scores else {}) | chosen
+
+
+def noise_seed(prompt: Prompt, seed: int) -> int:
+    """The seed of a prompt's noise: `seed` of the prompt's own."""
     return prompt.number * SEEDS_APART + seed
 
 
@@ -288,7 +243,7 @@ def _missing(
             if file and (folder / file).exists():
                 raise ValueError(f"{folder / file} is no picture of this arm, but has the name of one: move it")
             continue
-        if record["noise_seed"] != _noise_seed(prompt, seed):
+        if record["noise_seed"] != noise_seed(prompt, seed):
             raise ValueError(
                 f"{folder} holds {prompt.text!r} drawn from noise {record['noise_seed']}, of another prompt set; "
                 "choose another"

@@ -25,15 +25,6 @@ from dpt.validation import PAPER_TIMESTEP, Samples, wins
 ZERO_SHOT = "denoising error"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommand's flags."""
-    probes.add_arguments(parser)
-    parser.add_argument(
-        "--negatives", nargs="+", choices=("mined", "edited"), default=[], help="shapes: each a set of its own"
-    )
-    parser.add_argument("--zero_shot", action="store_true", help="also by denoising error, without an adapter")
-
-
 def run(args: argparse.Namespace) -> dict:
     """Measures and writes; returns the summary of `probes.summary`."""
     variants = {name: [f"data.negatives={name}"] for name in args.negatives} or {"": []}

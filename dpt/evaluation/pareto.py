@@ -31,13 +31,6 @@ class Point(msgspec.Struct, forbid_unknown_fields=True):
     correct: Interval
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommand's flags."""
-    parser.add_argument("folders", nargs="+", type=Path, help="folders of arms, or files of `pack`")
-    parser.add_argument("--ceiling", help="the arm of several noise seeds from which the oracle chooses")
-    parser.add_argument("--output", type=Path, required=True, help="a PNG")
-
-
 def run(args: argparse.Namespace) -> dict:
     """Draws the figure; returns its numbers: name -> passes and (mean, low, high).
 

@@ -24,33 +24,30 @@ from torch import nn
 
 from dpt.adapter import DiscriminativeAdapter
 from dpt.assembly import adapter_config, encode_options, rec_options
-from dpt.bounds import number
 from dpt.config import AdapterConfig, TrainConfig, load_config, save_config
 from dpt.controls import control_batch, control_inputs, control_unet
 from dpt.data.collate import as_latents, collate, encode_batch
 from dpt.data.loader import micro_batches
 from dpt.data.sources import training_samples, validation_samples
 from dpt.evaluation import table
+from dpt.evaluation.flags import SAME_FEATURES
 from dpt.evaluation.generate import process_state
-from dpt.evaluation.probes import NUM_SAMPLES, cell, check_timesteps, load_base
+from dpt.evaluation.probes import cell, check_timesteps, load_base
 from dpt.files import read_json, write_text
 from dpt.metrics import Interval, bootstrap_interval
 from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
-from dpt.results import RESULTS, check_replaceable, figure_beside, record_section
+from dpt.results import check_replaceable, figure_beside, record_section
 from dpt.shapes.training import train_stage
 from dpt.stable_diffusion import StableDiffusion
 from dpt.unet_features import parse_feature
 from dpt.validation import PAPER_TIMESTEP, itm_records, rec_records
 
-SAME_FEATURES = ("constant_text", "shuffled_labels")  # controls that read what the probe reads
-CONTROLS = ("constant_text", "empty_prompt")
 CONTROL_NAMES = {
     "none": "the probe",
     "constant_text": "a constant vector for the pooled text",
     "empty_prompt": "the empty prompt for the U-Net",
 }
-TIMESTEPS = (50, 200, 350, 500, 650, 800, 950)
 PANELS = {
     "itm": "ITM accuracy, %",
     "selectivity": "ITM selectivity, points",
@@ -64,29 +61,6 @@ class Cell(TypedDict):
     itm: Interval
     rec: Interval
     selectivity: NotRequired[float]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommand's flags."""
-    parser.add_argument("config", type=Path, help="a training config")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument(
-        "--controls",
-        nargs="*",
-        default=CONTROLS,
-        choices=("random_unet", "empty_prompt", *SAME_FEATURES),
-        help="(default: constant_text empty_prompt)",
-    )
-    parser.add_argument(
-        "--timesteps", type=number(int, at_least=0), nargs="+", default=TIMESTEPS, help="that are measured"
-    )
-    parser.add_argument(
-        "--num_samples", type=NUM_SAMPLES, default=500, help="val samples that are measured (default: 500)"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="a folder")
-    parser.add_argument(
-        "--record", nargs="?", const=RESULTS, type=Path, metavar="FILE", help="put the map into docs/results.md too"
-    )
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -162,7 +136,7 @@ def check_settings(config: TrainConfig) -> None:
 
 def _claim(args: argparse.Namespace, config: TrainConfig) -> None:
     path = args.output / "config.yaml"
-    config = replace(config, run_name=" ".join(args.controls))
+    config = replace(config, run_name=" ".join(args.controls) or "none")
     if path.exists() and load_config(TrainConfig, path) != config:
         raise ValueError(f"{args.output} was begun with other settings; choose another --output")
     args.output.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from dpt.assembly import DTYPES
-from dpt.bounds import number
 from dpt.checkpoint import DPTCheckpoint, load_checkpoint
 from dpt.config import TrainConfig, load_config
 from dpt.controls import control_unet
@@ -32,8 +31,6 @@ from dpt.results import check_replaceable
 from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion, weights_fingerprint
 from dpt.validation import FIGURES, PAPER_TIMESTEP, measure
 
-EARLY_TIMESTEPS = (50, 100, 200, 300)
-NUM_SAMPLES = number(int, at_least=1, at_most=1_000_000)
 Figures = TypedDict(
     "Figures", {"t500": Interval, "mean": Interval, "t500 against": str, "mean against": str}, total=False
 )
@@ -66,25 +63,6 @@ class Kept(msgspec.Struct, Generic[Record]):
 
     identity: dict[str, str | int | list[int]]
     records: dict[str, list[Record]]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of both subcommands."""
-    parser.add_argument("checkpoints", nargs="+", type=Path, help="runs, weights' folders or released files")
-    parser.add_argument("--config", type=Path, required=True, help="a training config: model, data, precision")
-    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes the config")
-    parser.add_argument("--split", choices=("val", "test"), default="val", help="shapes: of the scenes (default: val)")
-    parser.add_argument(
-        "--num_samples", type=NUM_SAMPLES, default=500, help="of each set, evenly spread (default: 500)"
-    )
-    parser.add_argument(
-        "--timesteps",
-        type=number(int, at_least=0),
-        nargs="+",
-        default=[*EARLY_TIMESTEPS],
-        help="noise levels of the mean, beside the paper's 500 (default: 50 100 200 300)",
-    )
-    parser.add_argument("--output", type=Path, required=True, help="a folder")
 
 
 @dataclass

@@ -10,7 +10,6 @@ pictures and as many fresh renders of the same prompts, in the latent space of t
 import argparse
 import json
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,11 +26,6 @@ from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion
 
 POOL = 2  # latent cells, each way, whose mean is one coordinate: 256 of them, far fewer than there are pictures
 RENDER_SEED = 7_000_000
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommand's flags."""
-    parser.add_argument("folders", nargs="+", type=Path, help="folders of arms")
 
 
 def run(args: argparse.Namespace) -> dict:

@@ -23,11 +23,6 @@ from dpt.validation import FIGURES, PAPER_TIMESTEP, Samples
 NUM_SHOWN = 6
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommand's flags."""
-    probes.add_arguments(parser)
-
-
 def run(args: argparse.Namespace) -> dict:
     """Measures, draws and writes; returns the summary of `probes.summary`."""
     measured = probes.measure_all(args, "rec", {"": []})

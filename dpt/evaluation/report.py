@@ -18,7 +18,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from dpt.bounds import number
 from dpt.evaluation.align import file_hashes, pictures, read_scores
 from dpt.evaluation.arms import folder_name
 from dpt.evaluation.probes import Summary, laid_out
@@ -34,22 +33,6 @@ PLACEHOLDER = "__DATA__"
 DATA_ELEMENT = 'id="data"'
 LARGEST, QUALITY = 256, 80  # side in pixels, WebP's
 MOST_BYTES = 25_000_000
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommand's flags."""
-    parser.add_argument("folders", nargs="+", type=Path, help="folders of arms, or of an arm's training seeds")
-    parser.add_argument("--tables", nargs="*", type=Path, default=[], help="table.json files of `table`")
-    parser.add_argument("--figures", nargs="*", type=Path, default=[], help="PNG files: heat maps, curves")
-    parser.add_argument(
-        "--seeds", type=number(int, at_least=0), nargs="+", default=[0], help="of the noise (default: 0)"
-    )
-    parser.add_argument(
-        "--per_category", type=number(int, at_least=1), help="only the first so many prompts a category"
-    )
-    parser.add_argument("--probes", nargs="*", type=Path, default=[], help="itm.json and rec.json files")
-    parser.add_argument("--title", default="dpt report")
-    parser.add_argument("--output", type=Path, required=True, help="the page")
 
 
 def run(args: argparse.Namespace) -> dict:

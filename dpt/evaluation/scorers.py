@@ -19,11 +19,12 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoProcessor, BlipForImageTextRetrieval
 
+from dpt.base_models import CKPT_FOLDER
+from dpt.evaluation.flags import OPEN_CLIP_FOLDER, OPEN_CLIP_MODEL
 from dpt.evaluation.generate import process_state
 from dpt.shapes import captions, scenes
 from dpt.shapes import oracle as oracle_module
 from dpt.shapes.clip import embed_images, embed_texts, load_clip
-from dpt.stable_diffusion import CKPT_FOLDER
 
 Metric = Callable[[list[np.ndarray], list[str]], list[dict]]
 
@@ -42,19 +43,8 @@ BROKEN = (
     *(pickle.UnpicklingError, SafetensorError),
 )
 """what the libraries' readers of weights raise at files that are damaged or something else"""
-OPEN_CLIP_FOLDER, BLIP_FOLDER = CKPT_FOLDER / "open_clip", CKPT_FOLDER / "blip-itm-base-coco"
-OPEN_CLIP_MODEL = "ViT-H-14"
 OPEN_CLIP_SOURCE = "huggingface.co/laion/CLIP-ViT-H-14-laion2B-s32B-b79K, its open_clip_model.safetensors"
 BLIP_SOURCE = "huggingface.co/Salesforce/blip-itm-base-coco (or a larger one), its whole folder"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which networks score."""
-    parser.add_argument("--clip_model", default=OPEN_CLIP_MODEL, help=f"of OpenCLIP (default: {OPEN_CLIP_MODEL})")
-    parser.add_argument(
-        "--clip_weights", type=Path, help="its weights' file (default: ckpt/open_clip/<model>.safetensors)"
-    )
-    parser.add_argument("--blip", type=Path, default=BLIP_FOLDER, help="a BLIP-ITM folder of transformers")
 
 
 def fingerprint(*paths: Path) -> str:
@@ -114,7 +104,7 @@ def clip(args: argparse.Namespace) -> Scorer:
         raise ValueError(f"--metrics clip needs weights of {name}: put {source}, into {path}")
     try:
         model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=str(path), device=device)
-    except BROKEN as error:
+    except (*BROKEN, AssertionError) as error:  # OpenCLIP asserts that shapes of another model's weights are its own
         raise ValueError(f"{path} does not hold weights of {name}: {' '.join(str(error).split())[:200]}") from error
     tokenizer, model = open_clip.get_tokenizer(name), model.eval()
 

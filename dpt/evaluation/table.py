@@ -38,17 +38,6 @@ class CategoryRow(TypedDict):
     p_holm: NotRequired[float]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommand's flags."""
-    parser.add_argument(
-        "folders", nargs="+", type=Path, help="folders of arms, or of an arm's training seeds, or files of `pack`"
-    )
-    parser.add_argument("--against", help="name of the arm that others are compared with")
-    parser.add_argument("--categories", nargs="+", help="only these (default: all but unseen)")
-    parser.add_argument("--by", nargs="*", default=[], metavar="FIGURE", help="figures to show by category")
-    parser.add_argument("--output", type=Path, required=True, help="a folder")
-
-
 def run(args: argparse.Namespace) -> dict:
     """Writes the tables; see `make_tables`."""
     arms = collect(args.folders)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel
 
+from dpt.base_models import recommended
 from dpt.bounds import ArgumentParser, bounded, check_bounds, fail
 from dpt.config import flatten, load_config, save_config
 from dpt.curves import plot_curves
@@ -282,7 +283,7 @@ def run_unet(config: PretrainConfig, folder: Path) -> None:
         verdicts = judge_prompts(
             averaged,
             {c: load_prompts("val", c)[: settings.prompts_per_category] for c in PROMPT_CATEGORIES},
-            guidance_scale=settings.guidance_scale,
+            sampling=recommended("shapes").changed(guidance_scale=settings.guidance_scale),
             folder=folder / f"samples/step_{step:07d}",
         )
         labels = [record["label"] for record in verdicts]

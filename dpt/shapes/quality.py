@@ -18,18 +18,20 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from dpt.base_models import CKPT_FOLDER, recommended
 from dpt.bounds import ArgumentParser, fail, number
 from dpt.curves import plot_curves, read_metrics
+from dpt.drawing import Artist
 from dpt.files import read_json_lines
 from dpt.images import make_grid, read_image, to_images, to_pixels
 from dpt.metrics import bootstrap_interval
 from dpt.results import RESULTS, figure_beside, record_section
-from dpt.sampling import draw
+from dpt.settings import Sampling
 from dpt.shapes.clip import load_clip, pooled_cosines, retrieval
 from dpt.shapes.oracle import judge
 from dpt.shapes.scenes import IMAGE_SIZE, render
 from dpt.shapes.world import PROMPT_CATEGORIES, ShapesWorld, load_prompts
-from dpt.stable_diffusion import CKPT_FOLDER, StableDiffusion, load_stable_diffusion
+from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion
 
 SEEDS_APART = 1000
 WORD_PAIRS = (
@@ -80,8 +82,7 @@ def judge_prompts(
     prompts: dict[str, tuple[str, ...]],
     *,
     seeds: tuple[int, ...] = (0,),
-    guidance_scale: float = 5.0,
-    num_inference_steps: int = 20,
+    sampling: Sampling | None = None,
     batch_size: int = 35,
     folder: Path | None = None,
 ) -> list[dict]:
@@ -91,6 +92,7 @@ def judge_prompts(
 
     Args:
         prompts: category -> prompts.
+        sampling: how; by default as is recommended for the model.
         seeds: seed s of the k-th prompt stands for the noise of seed `SEEDS_APART` * k + s.
         folder: where the pictures and `verdicts.jsonl` are kept, if anywhere.
 
@@ -104,14 +106,9 @@ def judge_prompts(
         folder.mkdir(parents=True, exist_ok=True)
     for start in tqdm(range(0, len(jobs), batch_size), desc="drawing", leave=False):
         batch = jobs[start : start + batch_size]
-        images = draw(
-            sd,
-            [text for _, text, _ in batch],
-            [seed for _, _, seed in batch],
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-        )
-        for (category, text, seed), image in zip(batch, images, strict=True):
+        texts, noise_seeds = [text for _, text, _ in batch], [seed for _, _, seed in batch]
+        drawings = Artist(sd).draw(texts, noise_seeds, sampling or recommended("shapes"))
+        for (category, text, seed), image in zip(batch, [drawing.image for drawing in drawings], strict=True):
             verdict = judge(image, text)
             record = {"category": category, "prompt": text, "seed": seed}
             records.append(record | {"label": verdict.label, "reason": verdict.reason})
@@ -252,13 +249,14 @@ def base_section(args: argparse.Namespace) -> str:
     """The base model on the val prompts, at the guidance scale that is best on a part of them."""
     sd, began = load_stable_diffusion("shapes"), time.perf_counter()
     few = {c: load_prompts("val", c)[: args.prompts_for_guidance] for c in PROMPT_CATEGORIES}
-    tried = {g: shares(judge_prompts(sd, few, guidance_scale=g, seeds=(100,))) for g in args.guidance}
+    samplings = {g: recommended("shapes").changed(guidance_scale=g) for g in args.guidance}
+    tried = {g: shares(judge_prompts(sd, few, sampling=s, seeds=(100,))) for g, s in samplings.items()}
     best = max(tried, key=lambda g: tried[g]["correct"][0])
     lines = [f"Guidance on the first {args.prompts_for_guidance} val prompts a category, one picture each:", ""]
     lines += ["| guidance scale | correct % | misaligned % | malformed % |", "|---|---|---|---|"]
     lines += [f"| {g:g} | " + " | ".join(map(_percent, tried[g].values())) + " |" for g in tried]
     prompts = {c: load_prompts("val", c) for c in PROMPT_CATEGORIES}
-    records = judge_prompts(sd, prompts, seeds=tuple(range(args.seeds)), guidance_scale=best)
+    records = judge_prompts(sd, prompts, seeds=tuple(range(args.seeds)), sampling=samplings[best])
     lines += [
         "",
         f"All val prompts, guidance {best:g}, 20 DDIM steps, {args.seeds} picture(s) each, all of other noise:",
@@ -317,10 +315,10 @@ def main(argv: list[str] | None = None) -> int:
     sections = {"oracle": oracle_section, "clip": clip_section, "base": base_section, "curve": curve_section}
     try:
         text = sections[args.section](args)
+        print(text)
+        record_section(args.output, args.section, f"python -m dpt.shapes.quality {shlex.join(argv)}", text)
     except (ValueError, OSError) as error:
         return fail(error)
-    print(text)
-    record_section(args.output, args.section, f"python -m dpt.shapes.quality {shlex.join(argv)}", text)
     return 0
 
 

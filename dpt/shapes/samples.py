@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dpt.base_models import CKPT_FOLDER
 from dpt.data.collate import Sample, sample_generator
 from dpt.data.mining import most_similar
 from dpt.shapes.captions import caption_text
@@ -15,7 +16,7 @@ from dpt.shapes.clip import embed_images, embed_texts, load_clip
 from dpt.shapes.scenes import render
 from dpt.shapes.vae import cache_latents, read_array
 from dpt.shapes.world import ShapesWorld
-from dpt.stable_diffusion import CKPT_FOLDER, StableDiffusion
+from dpt.stable_diffusion import StableDiffusion
 
 NEGATIVES = ("edited", "mined")
 NUM_TEXTS, NUM_IMAGES = 20, 4  # mined ones to draw from, as in the paper

@@ -470,7 +470,7 @@ def test_step_and_maps_of_attend_and_excite_change_the_picture(tmp_path):
         ),
         ({"a": {"attention_step": -5, "attend_and_excite": True}}, "attention_step is -5"),
         ({"a": {"attention_step": 5}}, "attention_step is set"),
-        ({"a": {"parity": True, "dpt": "x", "correction_norm": 0.1}}, "parity is set"),
+        ({"a": {"parity": True, "dpt": "x", "correction_norm": 0.1}}, "parity is the reference's sampling"),
         ({"a": {"train_seeds": []}}, "train_seeds is []"),
         ({"a": {"train_seeds": [1, 1]}}, "train_seeds is [1, 1]"),
         ({"a": {"train_seeds": [-1]}}, "train_seeds is -1"),

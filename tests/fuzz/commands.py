@@ -160,6 +160,19 @@ COMMANDS = {
         *("drawn", "clip"),
         good=(2,),
     ),
+    "evaluate choose": _command(
+        "evaluate",
+        "choose --prompts {here}/prompts/prompts.txt --model {base}/model --dpt {here}/dpt --candidates 2 --steps 2 "
+        "--scale 1 --where 0.5 1 --dtype float32 --outdir {here}/out",
+        *("prompts", "dpt"),
+    ),
+    "evaluate choose, going on": _command(
+        "evaluate",
+        "choose --prompts {base}/prompts/prompts.txt --model {base}/model --dpt {base}/dpt --candidates 2 --steps 2 "
+        "--scale 1 --where 0.5 1 --dtype float32 --outdir {here}/choices",
+        "choices",
+        changes=("+choices/candidates.jsonl", "choices/choose.*"),
+    ),
     "evaluate quality": _command(
         "evaluate", "quality {here}/drawn/base", "drawn", changes=("drawn/base/quality.json",)
     ),

@@ -118,6 +118,13 @@ def make_drawn(root: Path) -> None:
     succeeds(evaluate.main, ["quality", root / "drawn/base"])
 
 
+def make_choices(root: Path) -> None:
+    """Candidates that were drawn, judged and compared."""
+    words = ["choose", "--prompts", given(root, "prompts") / "prompts.txt", "--model", given(root, "model")]
+    words += ["--dpt", given(root, "dpt"), "--candidates", "2", "--steps", "2", "--scale", "1", "--where", "0.5", "1"]
+    succeeds(evaluate.main, [*words, "--dtype", "float32", "--outdir", root / "choices"])
+
+
 def make_figures(root: Path) -> None:
     """What is made of an arm's folder: packed figures, tables, a picture for reports; and figures of a probe."""
     drawn, folder = given(root, "drawn"), root / "figures"

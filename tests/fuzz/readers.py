@@ -67,6 +67,9 @@ JSON_FILES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "evaluate generate, nss1k": (("prompts/part.json", ("*.captions:str", ":any")),),
     "evaluate generate, going on": (ALL_LINES[0], ("drawn/base/arm.json", ("model:any", "weights:any", ":any"))),
     "evaluate align": ALL_LINES,
+    "evaluate choose, going on": (
+        ("choices/candidates.jsonl", ("prompt:any", "category:any", "seed:any", "value:any", "scores:any", ":any")),
+    ),
     "evaluate quality": (GOING_ON[0], GOING_ON[2]),
     "evaluate pack": (*GOING_ON, ("drawn/base/arm.json", (":any",))),
     "evaluate pack, going on": (("figures/packed.json", PACKED),),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dpt.settings import Sampling
 from dpt.shapes import label, quality
 from dpt.shapes.quality import judge_prompts, main, shares
 from dpt.shapes.scenes import IMAGE_SIZE
@@ -16,7 +17,7 @@ def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp("samples") / "step_0000001"
     sd = load_stable_diffusion("shapes")
     prompts = {"single": ("a red circle", "a blue star"), "numeracy": ("two green stars",)}
-    return folder, judge_prompts(sd, prompts, num_inference_steps=2, folder=folder)
+    return folder, judge_prompts(sd, prompts, sampling=Sampling(guidance_scale=5, num_inference_steps=2), folder=folder)
 
 
 def test_pictures_and_their_verdicts_are_kept(drawn):

@@ -3,16 +3,26 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionAttendAndExcitePipeline
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionAttendAndExcitePipeline
 
 from dpt.controls import control_unet
-from dpt.evaluation.rivals import AttendAndExcite, stored_attention, subject_tokens
-from dpt.sampling import CorrectionSettings, draw, guided_steps, initial_noise, sample
+from dpt.drawing import Artist
+from dpt.guidance.attend_and_excite import AttendAndExcite, stored_attention, subject_tokens
+from dpt.sampling import ClassifierFreeGuidance, initial_noise, sample
+from dpt.schedulers import set_timesteps
+from dpt.settings import Sampling
 from dpt.stable_diffusion import load_stable_diffusion
+from dpt.unet_features import Conditioning
 
 PROMPTS = ["a red circle and a blue square", "two green stars"]
 STEPS = 10
 STEP = 1.0
+SAMPLING = Sampling(attend_and_excite=True)
+
+
+def guidance(sd, scale, prompts=PROMPTS):
+    texts = (Conditioning(*sd.encode_prompts(words)) for words in (prompts, [""] * len(prompts)))
+    return ClassifierFreeGuidance(sd.unet, sd.scheduler, *texts, guidance_scale=scale)
 
 
 @pytest.fixture(scope="module")
@@ -76,36 +86,51 @@ def test_latents_are_those_of_diffusers_own_class(random_sd):
         ).images
         for k, prompt in enumerate(PROMPTS)
     ]
-    context, pooled = sd.encode_prompts(PROMPTS)
-    negative, _ = sd.encode_prompts(["", ""])
-    denoise, _ = guided_steps(
-        sd.unet, sd.scheduler, context, negative, pooled, 5.0, None, CorrectionSettings(factor=0.0)
-    )
+    denoise = guidance(sd, 5.0)
+    set_timesteps(sd.scheduler, STEPS, "cpu")
     tokens = [subject_tokens(sd, prompt) for prompt in PROMPTS]
-    shares = {step / STEPS: threshold for step, threshold in thresholds.items()}
-    correct = AttendAndExcite(sd.unet, context, tokens, 4, thresholds=shares)
-    latents = sample(
-        denoise, sd.scheduler, noise, num_inference_steps=STEPS, correct=correct, correction_target="latent"
-    )
-    plain = sample(denoise, sd.scheduler, noise, num_inference_steps=STEPS)
+    latents = sample(AttendAndExcite(denoise, tokens, SAMPLING), sd.scheduler, noise)
+    set_timesteps(sd.scheduler, STEPS, "cpu")
+    plain = sample(denoise, sd.scheduler, noise)
     assert (latents - plain).abs().max() > 0.02
     torch.testing.assert_close(latents, torch.cat(expected), atol=2e-3, rtol=1e-3)
 
 
 def test_what_is_neglected_is_attended_to(random_sd):
     sd = random_sd
-    noise, (context, _) = initial_noise([5, 6], sd.latent_shape()), sd.encode_prompts(PROMPTS)
+    noise, denoise = initial_noise([5, 6], sd.latent_shape()), guidance(sd, 1.0)
     tokens = [subject_tokens(sd, prompt) for prompt in PROMPTS]
-    rival = AttendAndExcite(sd.unet, context, tokens, 4, max_refinements=3)
+    rival = AttendAndExcite(denoise, tokens, SAMPLING)
     before, gradient = rival.loss_gradient(noise, 900)
     after, _ = rival.loss_gradient(noise - STEP * gradient, 900)
     expected = STEP * gradient.flatten(1).square().sum(1)
     torch.testing.assert_close(before - after, expected, atol=1e-6, rtol=0.1)
     assert (expected > 1e-5).all()
-    alone = AttendAndExcite(sd.unet, context[:1], tokens[:1], 4)
+    alone = AttendAndExcite(guidance(sd, 1.0, PROMPTS[:1]), tokens[:1], SAMPLING)
     torch.testing.assert_close(alone.loss_gradient(noise[:1], 900)[1], gradient[:1], atol=1e-5, rtol=1e-3)
-    without, _ = AttendAndExcite(sd.unet, context, [[], []], 4).loss_gradient(noise, 900)
+    without, _ = AttendAndExcite(denoise, [[], []], SAMPLING).loss_gradient(noise, 900)
     assert (without == 0).all()
-    images = draw(sd, PROMPTS, [0, 1], num_inference_steps=2, corrector=lambda prompts, states: rival)
-    assert (images != draw(sd, PROMPTS, [0, 1], num_inference_steps=2)).any()
-    assert images.dtype == np.uint8
+    plain, excited = (
+        np.stack([drawing.image for drawing in Artist(sd).draw(PROMPTS, [0, 1], sampling)])
+        for sampling in (Sampling(num_inference_steps=2), replace(SAMPLING, num_inference_steps=2))
+    )
+    assert (excited != plain).any()
+    assert excited.dtype == np.uint8
+
+
+def test_a_step_means_the_same_with_every_scheduler(random_sd):
+    """The move is made in the scale of the U-Net's input, which Euler's latents are not in."""
+    sd, moves = random_sd, []
+    noise = initial_noise([5, 6], sd.latent_shape())
+    for kind in (DDIMScheduler, EulerDiscreteScheduler):
+        scheduler = kind.from_config(sd.scheduler.config)
+        set_timesteps(scheduler, STEPS, "cpu")
+        texts = (Conditioning(*sd.encode_prompts(words)) for words in (PROMPTS, ["", ""]))
+        denoise = ClassifierFreeGuidance(sd.unet, scheduler, *texts, guidance_scale=5.0)
+        tokens = [subject_tokens(sd, prompt) for prompt in PROMPTS]
+        scale = scheduler.scale_model_input(torch.ones(1), scheduler.timesteps[1])
+        latents = noise / scale
+        moved = AttendAndExcite(denoise, tokens, SAMPLING).moved(latents, scheduler.timesteps[1], 1)
+        moves.append((moved - latents) * scale)
+    torch.testing.assert_close(moves[0], moves[1], atol=1e-3, rtol=0.05)
+    assert moves[0].abs().max() > 0.01

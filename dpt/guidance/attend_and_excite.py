@@ -1,71 +1,78 @@
-"""What one would otherwise use: Attend-and-Excite (Chefer et al. 2023), as a corrector of `dpt.sampling.sample`.
+"""Attend-and-Excite (Chefer et al. 2023): what one would otherwise use where subjects are neglected.
 
 Before a step the latent moves so that every subject token is attended to somewhere: down the gradient of
-1 - (the largest smoothed cross-attention of the most neglected token). Best-of-N, higher guidance and others' LoRA are
-settings of an arm.
+1 - (the largest smoothed cross-attention of the most neglected token).
 
 Shapes: B batch, C latent channels, (h, w) latent size, L text tokens, R positions of an attention map.
 """
 
 import contextlib
 import re
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
-from dpt.sampling import HALF_GRADIENT_SCALE
+from dpt.base_models import known_name
+from dpt.matching_score import gradient_of
+from dpt.sampling import ClassifierFreeGuidance
+from dpt.settings import Sampling
 from dpt.shapes.scenes import SHAPES
-from dpt.stable_diffusion import StableDiffusion, known_name
+from dpt.stable_diffusion import StableDiffusion
+from dpt.unet_features import unet_features
 
 FUNCTION_WORDS = """a an the of on in at to and or with by for from is are be it its this that there one two three four
     five some left right above below over under top bottom next near beside behind front photo picture image"""
 SCALE_FACTOR = 20.0
+ALTERED_SHARE = 0.5  # of the steps, from the first, in which the latent moves (the paper: 25 of 50)
+THRESHOLDS = {0.0: 0.05, 0.2: 0.5, 0.4: 0.8}  # share of the steps -> attention that every subject must reach there
+MAX_REFINEMENTS = 20
 SHARPNESS = 100  # what attention is multiplied by before its softmax over tokens
 SIGMA = 0.5
 
 
-@dataclass
 class AttendAndExcite:
-    """A `Corrector` whose result sampling goes on from (correction_target "latent").
+    """Attend-and-Excite as a `Denoiser` around classifier-free guidance.
 
     Args:
         token_indices: of each prompt's subjects, positions in `encoder_hidden_states`.
-        resolution: side of the attention maps that are read; the paper's is a quarter of the latent's.
+        sampling: `attention_resolution`, the side of the attention maps that are read, by default a quarter of the
+            latent's as in the paper; `attention_step`, the length of the first step as a multiple of the gradient,
+            later ones are shorter.
     """
 
-    unet: UNet2DConditionModel
-    encoder_hidden_states: torch.Tensor
-    token_indices: list[list[int]]
-    resolution: int
-    scale_factor: float = SCALE_FACTOR
-    """length of the first step, as a multiple of the gradient; later ones are shorter"""
-    altered_share: float = 0.5
-    """of the steps, from the first, in which the latent moves (the paper: 25 of 50)"""
-    thresholds: dict[float, float] = field(default_factory=lambda: {0.0: 0.05, 0.2: 0.5, 0.4: 0.8})
-    """share of the steps -> attention that every subject must reach there"""
-    max_refinements: int = 20
+    def __init__(self, guidance: ClassifierFreeGuidance, token_indices: list[list[int]], sampling: Sampling):
+        self.guidance, self.token_indices, self.sampling = guidance, token_indices, sampling
 
-    def __call__(self, latents: torch.Tensor, timestep, step: int, num_steps: int) -> torch.Tensor | None:
-        """Moved latents, (B, C, h, w), or None where nothing is due."""
-        refined = {round(share * num_steps): threshold for share, threshold in self.thresholds.items()}
-        alters = step < self.altered_share * num_steps
-        if not alters and step not in refined:
-            return None
-        size = self.scale_factor * (1 - 0.5 * step / max(1, num_steps - 1)) ** 0.5
+    def __call__(self, latents, timestep, step):
+        """The noise prediction and the moved latents."""
+        return self.guidance(self.moved(latents, timestep, step), timestep, step)
+
+    def moved(self, latents: torch.Tensor, timestep, step: int) -> torch.Tensor:
+        """The latents that sampling goes on from, (B, C, h, w); the same where nothing is due.
+
+        They move in the scale of the U-Net's input, so that a step means the same with every scheduler.
+        """
+        scheduler, before = self.guidance.scheduler, latents
+        scale = scheduler.scale_model_input(torch.ones_like(latents[:1, :1, :1, :1]), timestep)
+        num_steps, latents = len(scheduler.timesteps), scheduler.scale_model_input(latents, timestep)
+        refined = {round(share * num_steps): threshold for share, threshold in THRESHOLDS.items()}
+        step_size = SCALE_FACTOR if self.sampling.attention_step is None else self.sampling.attention_step
+        size = step_size * (1 - 0.5 * step / max(1, num_steps - 1)) ** 0.5
         if step in refined:
             latents = self._refine(latents, timestep, size, 1 - refined[step])
-        if alters:
+        if step < ALTERED_SHARE * num_steps:
             _, gradient = self.loss_gradient(latents, timestep)
             latents = latents - size * gradient
-        return latents
+        elif step not in refined:
+            return before
+        return latents / scale
 
     def _refine(self, latents, timestep, size, target):
         latents, everything = latents.clone(), torch.arange(len(latents), device=latents.device)
         loss, _ = self.loss_gradient(latents, timestep)
         rows = everything[loss > target]  # only what is still lacking is looked at, so none pays for another
-        for _ in range(self.max_refinements):
+        for _ in range(MAX_REFINEMENTS):
             if not len(rows):
                 break
             loss, gradient = self.loss_gradient(latents[rows], timestep, rows.tolist())
@@ -83,20 +90,21 @@ class AttendAndExcite:
             rows: which prompts the latents are of; by default all.
         """
         rows = list(range(len(latents))) if rows is None else rows
-        scale = HALF_GRADIENT_SCALE if self.unet.dtype == torch.float16 else 1.0
+        guidance, resolution = self.guidance, self.sampling.attention_resolution or latents.shape[-1] // 4
         latents = latents.detach().requires_grad_(True)
-        with stored_attention(self.unet, self.resolution) as maps:
-            self.unet(latents.to(self.unet.dtype), timestep, encoder_hidden_states=self.encoder_hidden_states[rows])
+        with stored_attention(guidance.unet, resolution) as maps:
+            noisy_latents, texts = latents.to(guidance.unet.dtype), guidance.conditioning[rows]
+            options = {"with_noise_pred": True} | guidance.unet_inputs
+            unet_features(guidance.unet, (), noisy_latents, timestep, texts, **options)
         attention = torch.cat(maps, dim=1).float().mean(1)  # (B, R, L), over layers and heads
         attention = (SHARPNESS * attention[:, :, 1:-1]).softmax(-1)
         losses = []
         for own, row in zip(attention, rows, strict=True):
             indices = [index - 1 for index in self.token_indices[row]]
-            chosen = own[:, indices].T.unflatten(1, (self.resolution, -1))  # (N, r, r)
+            chosen = own[:, indices].T.unflatten(1, (resolution, -1))  # (N, r, r)
             losses.append((1 - smooth(chosen).amax((1, 2))).clamp(min=0).max() if indices else own.sum() * 0)
         losses = torch.stack(losses)
-        (gradient,) = torch.autograd.grad(losses.sum() * scale, latents)
-        return losses.detach(), gradient / scale
+        return losses.detach(), gradient_of(losses, latents, guidance.unet.dtype)
 
 
 def smooth(maps: torch.Tensor) -> torch.Tensor:

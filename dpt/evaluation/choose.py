@@ -1,0 +1,318 @@
+"""`evaluate.py choose`: how early, and by what, can one tell which noise will draw its prompt right?
+
+    python evaluate.py choose --prompts shapes:val --dpt ckpt/shapes-dpt --outdir outputs/choose
+
+Draws every candidate of every prompt whole, once, and records after each step what could choose: the matching score
+of each adapter, the norm of guidance's difference (CFG-Rejection, arXiv 2505.23343) and, with --predicted, what a
+scorer says of the predicted clean picture at the steps of --where. A scorer then judges the finished pictures. From
+this one run come the area under the curve within prompts by step, and correctness against cost for a grid of (number
+of candidates, when), for each chooser, for a random choice and for the judge itself as ceiling. Writes
+candidates.jsonl, choose.json, choose.md and choose.png; what is in candidates.jsonl is not drawn again. Any adapter of
+noisy latents can be audited so.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from dpt.base_models import recommended
+from dpt.checkpoint import load_checkpoint
+from dpt.choosing import best, candidate_seeds, rounds, stop_of, with_numbers
+from dpt.drawing import Artist, Drawing
+from dpt.evaluation.generate import noise_seed, process_state
+from dpt.evaluation.prompts import Prompt, load_prompt_set
+from dpt.evaluation.scorers import METRICS
+from dpt.evaluation.table import APART
+from dpt.files import read_json_lines, write_text
+from dpt.images import append_line, to_images
+from dpt.matching_score import score_of_features
+from dpt.metrics import bootstrap_interval
+from dpt.results import figure_beside, record_section
+from dpt.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
+
+CFG, PREDICTED, RANDOM, CEILING = "cfg norm", "predicted picture", "random", "ceiling"
+
+
+class Candidate(msgspec.Struct):
+    """A line of candidates.jsonl."""
+
+    prompt: str
+    category: str
+    seed: int
+    value: float
+    """the judge's, of the finished picture"""
+    scores: dict[str, list[float | None]]
+    """chooser -> its score after each step; None where it was not asked"""
+    settings: str
+    """what must agree for candidates to be compared"""
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Draws what is missing, and writes tables and figure; returns the areas under the curve by chooser and step.
+
+    Raises:
+        ValueError: adapters, prompts or a folder that cannot be used; it is named.
+    """
+    prompts = load_prompt_set(args.prompts, per_category=args.per_category)
+    known = {category for prompt in prompts for category in prompt.categories}
+    if args.categories and (unknown := set(args.categories) - known):
+        raise ValueError(f"--categories names {min(unknown)}; {args.prompts} has {', '.join(sorted(known))}")
+    path, num_steps = args.outdir / "candidates.jsonl", args.steps or recommended(args.model).num_inference_steps
+    if not path.exists() and args.outdir.exists() and any(args.outdir.iterdir()):
+        raise ValueError(f"--outdir {args.outdir} holds other files than {path.name}; choose an empty folder")
+    draw_missing(args, prompts, read_candidates(path, num_steps) if path.exists() else [], path)
+    shown = args.categories or known - {APART}
+    texts = {prompt.text for prompt in prompts if prompt.categories[0] in shown}
+    found = [c for c in read_candidates(path, num_steps) if c.prompt in texts]
+    tables = analyse(found, args.candidates, num_steps, tuple(sorted(set(args.where))))
+    write_text(args.outdir / "choose.json", json.dumps(tables, indent=1) + "\n")
+    write_text(args.outdir / "choose.md", as_markdown(tables))
+    draw_figure(tables, args.outdir / "choose.png")
+    if args.record:
+        shutil.copy(args.outdir / "choose.png", figure_beside(args.record, "choose.png"))
+        text = as_markdown(tables) + "\n![Correctness against cost, and areas under the curve](choose.png)\n"
+        record_section(args.record, "choose", shlex.join(["python", "evaluate.py", *args.words]), text)
+    return {chooser: row["all"] for chooser, row in tables["auc"].items()}
+
+
+def read_candidates(path: Path, num_steps: int) -> list[Candidate]:
+    """The candidates of a file. Raises ValueError naming a line that has not the scores of all steps."""
+    candidates = read_json_lines(path, Candidate)
+    for n, one in enumerate(candidates, 1):
+        if one.scores.keys() != candidates[0].scores.keys() or any(len(x) != num_steps for x in one.scores.values()):
+            raise ValueError(f"{path}, record {n}: scores are not those of {num_steps} steps by the same choosers")
+    return candidates
+
+
+def draw_missing(args: argparse.Namespace, prompts: list[Prompt], there: list[Candidate], path: Path) -> None:
+    """Draws and judges the candidates that are not in the file yet."""
+    device = process_state().device
+    sd = load_stable_diffusion(args.model, dtype=DTYPES[args.dtype], device=device)
+    adapters = {name: load_checkpoint(name) for name in args.dpt}
+    for name, checkpoint in list(adapters.items())[1:]:
+        if checkpoint.lora:
+            raise ValueError(f"--dpt {name} holds a LoRA; only the first adapter's LoRA can draw: name it first")
+    scorers = {name: checkpoint.attach(sd) for name, checkpoint in reversed(adapters.items())}
+    judge = METRICS[args.scorer](args)
+    sampling = recommended(args.model).changed(guidance_scale=args.scale, num_inference_steps=args.steps)
+    weights = weights_fingerprint(sd.text_encoder, sd.vae, sd.unet, *(s.adapter for s in scorers.values()))
+    predicted = args.predicted and METRICS[args.predicted](args)
+    asked = {stop_of(share, sampling.num_inference_steps) - 1 for share in args.where} if predicted else set()
+    scoring = [[scorer.name, scorer.fingerprint] for scorer in (judge, predicted) if scorer]
+    drawing = [weights, sampling.guidance_scale, sampling.num_inference_steps, args.dtype]
+    settings = json.dumps([*drawing, *scoring, sorted(asked), args.dpt])
+    if others := {c.settings for c in there} - {settings}:
+        raise ValueError(f"{path} holds candidates of other settings, {others.pop()} (now {settings}); choose another")
+    known = {(c.prompt, c.seed) for c in there}
+    jobs = [(prompt, seed) for prompt in prompts for seed in candidate_seeds(noise_seed(prompt, 0), args.candidates)]
+    jobs = [(prompt, seed) for prompt, seed in jobs if (prompt.text, seed) not in known]
+    artist = Artist(sd, scorers[args.dpt[0]])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for start in tqdm(range(0, len(jobs), args.batch_size), desc="candidates", mininterval=2):
+        batch = jobs[start : start + args.batch_size]
+        texts = [prompt.text for prompt, _ in batch]
+        log: list[dict[str, list[float]]] = []
+
+        def observe(guidance, sampling, prompts, seeds, _, log=log):
+            picture = predicted and (lambda clean: predicted.metric(list(to_images(sd.decode_latents(clean))), prompts))
+            return Observer(guidance, scorers, log, picture, asked)
+
+        drawn: list[Drawing] = artist.draw(texts, [seed for _, seed in batch], sampling, method=observe)
+        values = [value_of(record) for record in judge.metric([d.image for d in drawn], texts)]
+        for b, (prompt, seed) in enumerate(batch):
+            scores = {name: [_rounded(step[name][b]) for step in log] for name in log[0]}
+            record = Candidate(prompt.text, prompt.categories[0], seed, values[b], scores, settings)
+            append_line(path, msgspec.to_builtins(record))
+
+
+def _rounded(score: float | None) -> float | None:
+    return None if score is None else round(score, 5)
+
+
+def predicted_clean(scheduler, noise_pred, timestep, latents) -> torch.Tensor:
+    """The clean latents that a DDIM prediction means, (B, C, h, w)."""
+    alpha_bar = scheduler.alphas_cumprod.to(latents.device)[timestep]
+    if scheduler.config.prediction_type == "v_prediction":
+        return alpha_bar.sqrt() * latents - (1 - alpha_bar).sqrt() * noise_pred
+    return (latents - (1 - alpha_bar).sqrt() * noise_pred) / alpha_bar.sqrt()
+
+
+def value_of(record: dict) -> float:
+    """What a scorer's record says in one number: the oracle's 1 for correct, a cosine, or a score."""
+    if "label" in record:
+        return float(record["label"] == "correct")
+    return record["cosine"] if "cosine" in record else record["score"]
+
+
+class Observer:
+    """A `Denoiser` that notes after each pass what each chooser says of the batch's images.
+
+    Args:
+        picture: maps predicted clean latents to a scorer's records; asked: at which steps.
+    """
+
+    def __init__(self, guidance, scorers: dict, log: list[dict], picture=None, asked: set[int] = frozenset()):
+        self.guidance, self.scorers, self.log, self.picture, self.asked = guidance, scorers, log, picture, asked
+        guidance.watched = tuple(dict.fromkeys(block for scorer in scorers.values() for block in scorer.blocks))
+
+    def __call__(self, latents, timestep, step):
+        result, guidance, said = self.guidance(latents, timestep, step), self.guidance, {}
+        features = dict(zip(guidance.watched, guidance.features, strict=True))
+        pooled = guidance.conditioning.pooled_prompt_embeds
+        for name, scorer in self.scorers.items():
+            own = [features[block] for block in scorer.blocks]
+            said[name] = score_of_features(scorer, own, timestep, pooled).tolist()
+        if guidance.halves is not None:
+            negative, positive = guidance.halves
+            said[CFG] = (positive - negative).flatten(1).norm(dim=1).tolist()
+        if self.picture is not None:
+            said[PREDICTED] = [None] * len(latents)
+            if step in self.asked:
+                clean = predicted_clean(guidance.scheduler, result[0], timestep, latents)
+                said[PREDICTED] = [value_of(record) for record in self.picture(clean)]
+        self.log.append(said)
+        return result
+
+
+def analyse(found: list[Candidate], count: int, num_steps: int, where: tuple[float, ...]) -> dict:
+    """The tables of `choose`: areas under the curve by step and category, correctness against cost for the grid.
+
+    Args:
+        found: candidates of prompts, `count` each.
+    """
+    prompts = list(dict.fromkeys(c.prompt for c in found))
+    rows = {prompt: [c for c in found if c.prompt == prompt][:count] for prompt in prompts}
+    if short := [prompt for prompt, row in rows.items() if len(row) < count]:
+        raise ValueError(f"{len(short)} prompts have fewer than {count} candidates, such as {short[0]!r}")
+    values = np.array([[c.value for c in row] for row in rows.values()])  # (P, N)
+    category = np.array([row[0].category for row in rows.values()])
+    choosers = {
+        name: np.array([[c.scores[name] for c in row] for row in rows.values()], float)  # (P, N, steps)
+        for name in found[0].scores
+    }
+    groups = {"all": category != "", **{name: category == name for name in dict.fromkeys(category.tolist())}}
+    auc = {
+        name: {
+            group: [area_with_interval(scores[chosen, :, step], values[chosen]) for step in range(num_steps)]
+            for group, chosen in groups.items()
+        }
+        for name, scores in choosers.items()
+    }
+    points = [(n, (share,)) for n in (2, 3, 4, 8) if n <= count for share in where]
+    early = [share for share in where if share < 1]
+    points += [(n, (early[0], early[-1])) for n in (4, 8) if n <= count and len(early) > 1]
+    grid = []
+    for n, shares in points:
+        if len({stop_of(share, num_steps) for share in shares}) < len(shares):
+            continue  # of so few steps both are one
+        schedule = rounds(num_steps, n, shares)
+        row = {"candidates": n, "choose_at": list(shares), "cost": cost(schedule, n, num_steps)}
+        for name, scores in choosers.items():
+            row[name] = share_correct(simulate(scores, values, n, schedule))
+        row[RANDOM] = share_correct(values[:, : count // n * n])
+        row[CEILING] = share_correct(values[:, : count // n * n].reshape(len(values), -1, n).max(2))
+        grid.append(row)
+    return {"prompts": len(prompts), "candidates": count, "steps": num_steps, "auc": auc, "grid": grid}
+
+
+def area_within_prompts(scores: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The area under the curve of each prompt that has candidates of different value.
+
+    It is the share of pairs of different value of which the better has the higher score; equal scores count half.
+
+    Args:
+        scores, values: (P, N).
+    """
+    better = values[:, :, None] > values[:, None]  # (P, N, N)
+    ahead = (scores[:, :, None] > scores[:, None]) + 0.5 * (scores[:, :, None] == scores[:, None])
+    pairs = better.sum((1, 2))
+    return ((ahead * better).sum((1, 2)) / np.maximum(pairs, 1))[pairs > 0]
+
+
+def area_with_interval(scores: np.ndarray, values: np.ndarray) -> list[float] | None:
+    """The mean of `area_within_prompts` and its 95 % interval over prompts; None without scores or pairs."""
+    if np.isnan(scores).any():
+        return None
+    areas = area_within_prompts(scores, values)
+    return [round(x, 4) for x in bootstrap_interval(areas)] if len(areas) else None
+
+
+def simulate(scores: np.ndarray, values: np.ndarray, n: int, schedule) -> np.ndarray:
+    """Values of what is kept when each whole group of n of a prompt's candidates is chosen from, (P, groups)."""
+    groups = values.shape[1] // n
+    kept = np.zeros((len(values), groups))
+    for p in range(len(values)):
+        for g in range(groups):
+            left = np.arange(g * n, (g + 1) * n)
+            for part in schedule:
+                if part.keep < len(left):
+                    left = left[best(scores[p, left, part.stop - 1], np.zeros(len(left)), part.keep)]
+            kept[p, g] = values[p, left[0]]
+    return kept
+
+
+def cost(schedule, candidates: int, num_steps: int) -> float:
+    """Passes of choosing, in those of one plain picture."""
+    steps = sum(number * (part.stop - part.first) for part, number in with_numbers(schedule, candidates))
+    return round(steps / num_steps, 3)
+
+
+def share_correct(values: np.ndarray) -> list[float]:
+    """The mean of (P, K) and its 95 % interval over prompts."""
+    prompts = np.repeat(np.arange(len(values)), values.shape[1])
+    return [round(x, 4) for x in bootstrap_interval(values.ravel(), prompts)]
+
+
+def as_markdown(tables: dict) -> str:
+    """The grid, and the areas under the curve at the steps where it chooses, as Markdown."""
+    choosers, num_steps = list(tables["auc"]), tables["steps"]
+    names = [*choosers, RANDOM, CEILING]
+    lines = [
+        f"{tables['prompts']} prompts x {tables['candidates']} candidates. Percent that the judge finds correct "
+        "(95 % intervals over prompts); cost in passes of one plain picture.",
+        "",
+        f"| candidates | choose_at | cost | {' | '.join(names)} |",
+        f"|{'---|' * (3 + len(names))}",
+    ]
+    for row in tables["grid"]:
+        cells = [f"{100 * m:.1f} ({100 * low:.1f} to {100 * high:.1f})" for m, low, high in (row[n] for n in names)]
+        shares = ", ".join(f"{share:g}" for share in row["choose_at"])
+        lines.append(f"| {row['candidates']} | {shares} | {row['cost']:.2f} | {' | '.join(cells)} |")
+    steps = sorted({stop_of(share, num_steps) for row in tables["grid"] for share in row["choose_at"]})
+    lines += ["", "Area under the curve within prompts, after so many steps:", ""]
+    lines += [f"| chooser | category | {' | '.join(map(str, steps))} |", f"|{'---|' * (2 + len(steps))}"]
+    for name in choosers:
+        for group, areas in tables["auc"][name].items():
+            cells = ["-" if areas[s - 1] is None else "{:.2f} ({:.2f} to {:.2f})".format(*areas[s - 1]) for s in steps]
+            lines.append(f"| {name} | {group} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_figure(tables: dict, path: Path) -> None:
+    """Correctness against cost, and the area under the curve against the step, by chooser."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for k, name in enumerate([*tables["auc"], RANDOM, CEILING]):
+        rows = sorted(tables["grid"], key=lambda row: row["cost"])
+        style = {"ls": "", "marker": "o^sDvP*X"[k % 8], "ms": 4}
+        left.plot([r["cost"] for r in rows], [100 * r[name][0] for r in rows], label=name, **style)
+    left.set(xlabel="cost (passes of a plain picture)", ylabel="correct (%)", xscale="log")
+    left.legend(fontsize=7)
+    for name, groups in tables["auc"].items():
+        areas = [area or [np.nan] * 3 for area in groups["all"]]
+        steps = np.arange(1, len(areas) + 1)
+        right.plot(steps, [area[0] for area in areas], label=name)
+        right.fill_between(steps, [area[1] for area in areas], [area[2] for area in areas], alpha=0.15)
+    right.axhline(0.5, color="grey", lw=0.8)
+    right.set(xlabel="after step", ylabel="area under the curve within prompts")
+    right.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

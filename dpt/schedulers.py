@@ -1,0 +1,101 @@
+"""Noise schedules by name, the reference's among them, and what is done to their state when images of a batch go."""
+
+import copy
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    SchedulerMixin,
+)
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+
+CLASSES = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpm++": DPMSolverMultistepScheduler}
+
+
+class ReferenceDDIMScheduler(DDIMScheduler):
+    """DDIM as the reference steps: by hand, and off the schedule after the last timestep, whose result it discards.
+
+    So the last step returns the latents that it was given.
+    """
+
+    discarded: torch.Tensor | None = None
+    """the result of the last step, off the schedule"""
+
+    def step(self, model_output, timestep, sample, **kwargs) -> DDIMSchedulerOutput:
+        """One step; the arguments are `DDIMScheduler.step`'s, of which `eta` must be 0."""
+        alphas_cumprod = self.alphas_cumprod.to(sample.device)
+        stride = self.config.num_train_timesteps // self.num_inference_steps
+        alpha, alpha_prev = alphas_cumprod[timestep], alphas_cumprod[timestep - stride]
+        pred_original = (sample - (1 - alpha).sqrt() * model_output) / alpha.sqrt()
+        prev_sample = alpha_prev.sqrt() * pred_original + (1 - alpha_prev).sqrt() * model_output
+        if timestep == self.timesteps[-1]:
+            self.discarded, prev_sample = prev_sample, sample
+        return DDIMSchedulerOutput(prev_sample=prev_sample)
+
+
+def make_scheduler(base: SchedulerMixin, name: str, *, parity: bool = False) -> SchedulerMixin:
+    """A scheduler of its own by name, with the noise levels of a model's.
+
+    Raises:
+        ValueError: `parity` with a model that does not predict epsilon.
+    """
+    if parity and base.config.prediction_type != "epsilon":
+        raise ValueError("parity is the reference's DDIM for models that predict epsilon; this one needs parity=False")
+    kind = ReferenceDDIMScheduler if parity else CLASSES[name]
+    return copy.deepcopy(base) if kind is type(base) else kind.from_config(base.config)
+
+
+def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int | None, device, **given) -> None:
+    """Sets the schedule's timesteps.
+
+    Args:
+        given: `timesteps` or `sigmas`, where the scheduler takes them.
+
+    Raises:
+        ValueError: more steps than the schedule has.
+    """
+    if given:
+        scheduler.set_timesteps(device=device, **given)
+    else:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+    if scheduler.timesteps.max() >= scheduler.config.num_train_timesteps:
+        raise ValueError(
+            f"the {len(scheduler.timesteps)} timesteps begin at {float(scheduler.timesteps.max()):g}, and the schedule "
+            f"has {scheduler.config.num_train_timesteps}: take fewer num_inference_steps; half of these is always safe"
+        )
+
+
+def select_images(scheduler: SchedulerMixin, latents: torch.Tensor, indices: torch.Tensor) -> None:
+    """Keeps some images of the batch (B, C, h, w) in the state of a scheduler that remembers earlier steps."""
+
+    def of_images(value) -> bool:
+        return isinstance(value, torch.Tensor) and value.shape == latents.shape
+
+    for name, value in vars(scheduler).items():
+        if of_images(value):
+            setattr(scheduler, name, value[indices])
+        elif isinstance(value, list) and any(map(of_images, value)):
+            setattr(scheduler, name, [x[indices] if of_images(x) else x for x in value])
+
+
+def join_images(parts: list[tuple[SchedulerMixin, torch.Tensor]]) -> SchedulerMixin:
+    """The first of several schedulers that stand at one step, with the state of all their images.
+
+    Args:
+        parts: schedulers and their latents (B_k, C, h, w).
+    """
+    joined, (_, latents) = parts[0][0], parts[0]
+
+    def of_images(value) -> bool:
+        return isinstance(value, torch.Tensor) and value.shape == latents.shape
+
+    for name, value in list(vars(joined).items()):
+        others = [getattr(scheduler, name) for scheduler, _ in parts]
+        if of_images(value):
+            setattr(joined, name, torch.cat(others))
+        elif isinstance(value, list) and any(map(of_images, value)):
+            columns = zip(*others, strict=True)
+            setattr(joined, name, [torch.cat(xs) if of_images(xs[0]) else xs[0] for xs in columns])
+    return joined

@@ -1,0 +1,43 @@
+"""Help and bad arguments are answered before anything heavy is imported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "diffusers", "transformers", "matplotlib", "open_clip", "scipy", "numpy")
+CASES = [
+    ("txt2img", ["--help"], 0),
+    ("txt2img", ["--n_samples", "0"], 2),
+    ("txt2img", ["--candidates", "2", "--choose_at", "7"], 2),
+    ("txt2img", ["--prompt", "a star", "--model", "shapes", "--correct_candidates"], 2),
+    ("train_probe", ["--help"], 0),
+    ("train_probe", ["configs/shapes/probe.yaml", "optim.lr=-1"], 2),
+    ("train_tune", ["configs/shapes/tune.yaml", "no.such=1"], 2),
+    ("evaluate", ["--help"], 0),
+    ("evaluate", ["generate", "--help"], 0),
+    ("evaluate", ["choose", "--candidates", "1"], 2),
+    ("dpt.data.__main__", ["--help"], 0),
+    ("dpt.data.__main__", ["cache-latents", "--size", "3"], 2),
+    ("dpt.demo", ["--port", "0"], 2),
+]
+
+
+@pytest.mark.parametrize(("module", "arguments", "expected"), CASES)
+def test_nothing_heavy_is_imported(module, arguments, expected):
+    code = (
+        f"import sys, {module} as script\n"
+        f"try: code = script.main({arguments!r})\n"
+        "except SystemExit as stop: code = stop.code or 0\n"
+        f"print(code, [name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == f"{expected} []"
+
+
+def test_the_package_alone_is_light():
+    code = f"import sys, dpt; print([name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
