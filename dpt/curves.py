@@ -3,12 +3,17 @@
 import json
 import os
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 from matplotlib.figure import Figure
 
 from dpt.files import read_json_lines, write_text
 
 _APART = ("step", "seconds", "grad_norm", "lr", "samples_per_second", "peak_memory_mb", "skipped_steps")
+
+
+Number = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | float
 
 
 def read_metrics(path: Path) -> list[dict[str, int | float]]:
@@ -17,7 +22,7 @@ def read_metrics(path: Path) -> list[dict[str, int | float]]:
     Raises:
         ValueError: a line that is none; file, line and field are named.
     """
-    records = read_json_lines(path, dict[str, int | float])
+    records = read_json_lines(path, dict[str, Number])
     for n, record in enumerate(records, 1):
         if "step" not in record:
             raise ValueError(f"{path}, record {n}: object is missing required field step")

@@ -101,7 +101,8 @@ def is_cut_short(line: bytes) -> bool:
     try:
         msgspec.json.decode(line)
     except (msgspec.DecodeError, UnicodeError) as error:
-        return line.lstrip().startswith(b"{") and ("truncated" in str(error) or "invalid number" in str(error))
+        begun = line.lstrip().startswith(b"{") and line.count(b"{") > line.count(b"}")
+        return begun and ("truncated" in str(error) or "invalid number" in str(error))
     except RecursionError:
         pass
     return False

@@ -120,12 +120,24 @@ def _read_step(step: Path) -> tuple[DPTCheckpoint, dict[str, torch.Tensor], dict
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, torch.Tensor]) -> None:
-    """Puts tensors that `save_step` wrote back into the optimiser."""
+    """Puts tensors that `save_step` wrote back into the optimiser.
+
+    Raises:
+        ValueError: moments of another shape than their parameter.
+    """
     state = optimizer.state_dict()
     by_name: dict[str, dict] = {}
     for key, value in tensors.items():
         name, field = key.rsplit("|", 1)
         by_name.setdefault(name, {})[field] = value
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for name, parameter in zip(names, parameters, strict=True):
+        for field, value in by_name.get(name, {}).items():
+            if field != "step" and value.shape != parameter.shape:
+                raise ValueError(
+                    f"the optimiser's {field} of {name} is {tuple(value.shape)}, the parameter is "
+                    f"{tuple(parameter.shape)}: remove that checkpoint, and the run goes on from the one before"
+                )
     state["state"] = {index: by_name[name] for index, name in enumerate(names) if name in by_name}
     optimizer.load_state_dict(state)
 

@@ -46,6 +46,9 @@ def test_a_record_ends_with_a_line_feed_alone(tmp_path):
     write_text(path, '{"file": "a\u2028b\x85c"}\r\n\n{"file": "d"}\n{"file": "cut sh')
     assert [record.file for record in read_json_lines(path, Record)] == ["a\u2028b\x85c", "d"]
     assert text_lines("a\u2028b\r\nc\n\nd") == ["a\u2028b", "c", "", "d"]
+    write_text(path, '{"file": "a"}\n{"file": "\\ud800"}')  # whole, but no text
+    with pytest.raises(ValueError, match=r"lines\.jsonl, line 2: "):
+        read_json_lines(path, Record)
     write_text(path, '{"file": "a"}\n{"file": "cut sh\n{"file": "b"}\n')
     with pytest.raises(ValueError, match=r"lines\.jsonl, line 2: "):
         read_json_lines(path, Record)
