@@ -25,7 +25,7 @@ from dpt.base_models import (
     recommended,
 )
 from dpt.bounds import ArgumentParser, fail, is_out_of_memory, number
-from dpt.choosing import rounds, with_numbers
+from dpt.choosing import CANDIDATES_APART, rounds, with_numbers
 from dpt.files import check_text, read_text, text_lines
 from dpt.flags import add_sampling_flags, given_sampling, refuse_reference_flags
 from dpt.hub import fetch_weights, is_hub_id
@@ -117,6 +117,8 @@ def choose_weights(args: argparse.Namespace) -> Path | None:
     weights, name = Path(args.dpt) if args.dpt not in (None, "none") else None, known_name(args.model)
     if args.lora and weights:
         raise ValueError("--dpt and --lora exclude each other: pass one of them")
+    if args.lora and not args.lora.exists():
+        raise ValueError(f"--lora {args.lora} is not there; pass a file or a folder of a LoRA")
     if args.dpt is None and not args.lora and name in DPT_WEIGHTS and DPT_WEIGHTS[name].exists():
         weights = DPT_WEIGHTS[name]
     if weights is not None and not weights.exists() and not is_hub_id(weights):
@@ -131,6 +133,9 @@ def choose_sampling(args: argparse.Namespace, weights: Path | None) -> Sampling:
     sampling = recommended(args.model, config_beside(weights) if weights else None).changed(**given_sampling(args))
     if weights is None and (sampling.needs_adapter or args.trace):
         raise ValueError("self-correction, --candidates and --trace need an adapter: pass --dpt PATH")
+    last = args.seed + args.n_samples * args.n_iter + CANDIDATES_APART * (sampling.candidates - 1)
+    if sampling.candidates > 1 and last >= SEED_LIMIT:
+        raise ValueError(f"--seed is {args.seed}; with {sampling.candidates} candidates seeds would go beyond 2**62")
     for name in ("model", "revision", "variant", "negative_prompt"):
         check_text(f"--{name}", getattr(args, name) or "")
     return sampling
@@ -201,11 +206,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--outdir {args.outdir} cannot be written: {error.strerror}") from error
     from dpt.gallery import Gallery, open_artist
 
+    gallery = Gallery(args.outdir, compbench=args.compbench)
+    there = gallery.keys()  # before anything is drawn: nothing is added to somebody else's file
     artist, common = open_artist(args, weights, sampling, device, dtype)
     announce(artist.sd, prompts, args, sampling)
-    gallery, jobs, count = Gallery(args.outdir, compbench=args.compbench), all_jobs(prompts, args, common), total
+    jobs, count = all_jobs(prompts, args, common), total
     if args.skip_existing:
-        there = gallery.keys()
         count = sum(gallery.key(job) not in there for job in jobs)
         jobs = (job for job in all_jobs(prompts, args, common) if gallery.key(job) not in there)
         print(f"{total - count} picture(s) are there already")
@@ -267,8 +273,9 @@ def draw_jobs(
     from dpt.drawing import without_correction
     from dpt.traces import trace_of, write_traces
 
-    both = args.trace and sampling.corrects
-    arms = {"corrected": sampling} | ({"uncorrected": without_correction(sampling)} if both else {})
+    arms = {"corrected" if sampling.corrects else "uncorrected": sampling}
+    if args.trace and sampling.corrects:
+        arms["uncorrected"] = without_correction(sampling)
     rows, traces = {}, []
     batches = iter(lambda: list(itertools.islice(jobs, args.batch_size)), [])
     schedule = rounds(sampling.num_inference_steps, sampling.candidates, sampling.choose_at)
@@ -285,7 +292,7 @@ def draw_jobs(
             drawn = {arm: artist.draw(texts, seeds, settings, **options) for arm, settings in arms.items()}
             if args.trace:
                 traces += [trace_of(job, {arm: drawn[arm][b] for arm in arms}) for b, job in enumerate(batch)]
-            for job, drawing in zip(batch, drawn["corrected"], strict=True):
+            for job, drawing in zip(batch, next(iter(drawn.values())), strict=True):
                 gallery.save(job, drawing)
                 row = rows.setdefault(job["row"], []) if job["row"] < GRID_ROWS else []
                 if len(row) < GRID_COLUMNS:

@@ -38,7 +38,7 @@ class Drawing:
     trace: list[dict] = field(default_factory=list)
     """a record a step at which the score was read: step, timestep, score, length, relative_length"""
     candidates: list[dict] = field(default_factory=list)
-    """where there was a choice, a record a candidate: seed, score (the last that was read), steps (drawn so far)"""
+    """where there was a choice, a record a candidate: seed, score (at its last choice), steps (drawn)"""
     corrected_from: float = 0.0
     """where there was a choice, the share of the steps behind which the correction began: `correction_start` of the
     same picture drawn from the kept seed alone"""
@@ -92,6 +92,8 @@ class Chosen:
     """of each candidate, a record a step at which its score was read"""
     steps: list[int]
     """that each candidate was drawn"""
+    scores: list[float | None]
+    """of each candidate, by which it was chosen or dropped at the last choice that it took part in"""
     at: int
     """the step behind which one candidate a picture was left"""
 
@@ -122,7 +124,7 @@ def draw_and_choose(
     """
     count = len(candidates.numbers)
     pictures = np.repeat(np.arange(count // sampling.candidates), sampling.candidates)
-    records, steps, chosen_at = [[] for _ in range(count)], [0] * count, 0
+    records, steps, decided, chosen_at = [[] for _ in range(count)], [0] * count, [None] * count, 0
     for part in rounds(len(candidates.scheduler.timesteps), sampling.candidates, sampling.choose_at):
         alone = len(candidates.numbers) == len(set(pictures))
         settings = sampling if alone or sampling.correct_candidates else without_correction(sampling)
@@ -147,8 +149,10 @@ def draw_and_choose(
                     f"the matching score after step {part.stop} is not finite: draw in float32 (--dtype float32), or "
                     "pass --on_nan skip"
                 )
+            for number, score in zip(candidates.numbers, scores.tolist(), strict=True):
+                decided[number] = score
             candidates, chosen_at = candidates.select(best(scores, pictures[candidates.numbers], part.keep)), part.stop
-    return Chosen(candidates, records, steps, chosen_at)
+    return Chosen(candidates, records, steps, decided, chosen_at)
 
 
 def _parts(candidates: Candidates, batch_size: int | None) -> int:
@@ -220,7 +224,7 @@ class Artist:
         for picture, (image, kept) in enumerate(zip(images, chosen.left.numbers, strict=True)):
             own = range(picture * sampling.candidates, (picture + 1) * sampling.candidates)
             candidates = [
-                {"seed": every[n], "score": chosen.records[n][-1]["score"], "steps": chosen.steps[n]}
+                {"seed": every[n], "score": chosen.scores[n], "steps": chosen.steps[n]}
                 for n in own
                 if sampling.candidates > 1
             ]

@@ -1,7 +1,8 @@
 """`Sampling`: everything that a picture depends on but its prompt, its seed and the weights.
 
-The fields are the keys of an arm, the arguments of `SelfCorrectionPipeline` and, as flags, those of txt2img.py. Each
-default and each bound stands here once. Weights and base models recommend values of their own: see `recommended`.
+The fields are the keys of an arm and, as flags, those of txt2img.py; `SelfCorrectionPipeline` takes those of correcting
+and choosing beside `StableDiffusionPipeline`'s own arguments. Each default and each bound stands here once. Weights and
+base models recommend values of their own: see `dpt.base_models.recommended`.
 """
 
 from dataclasses import dataclass, fields
@@ -144,10 +145,10 @@ class Sampling:
         the target that was chosen for it; with `parity` goes everything that the reference does not have.
         """
         given = {name: value for name, value in given.items() if value is not None}
-        new = dict(vars(self))
+        new = values(self)
         if given.get("parity"):
             kept = ("guidance_scale", "num_inference_steps", "height", "width")
-            new = vars(Sampling()) | {name: new[name] for name in kept}
+            new = values(Sampling()) | {name: new[name] for name in kept}
             new["correction_factor"] = PAPER.correction_factor if self.needs_adapter else 0.0
         elif "correction_factor" in given and "correction_norm" not in given:
             new |= {"correction_norm": None, "correction_target": Sampling.correction_target}
@@ -162,6 +163,11 @@ class Sampling:
         if "correct_candidates" not in given and (new["candidates"] == 1 or not length):
             new["correct_candidates"] = False
         return Sampling(**new)
+
+
+def values(sampling: Sampling) -> dict:
+    """The settings by name, those that stand at their default too."""
+    return {entry.name: getattr(sampling, entry.name) for entry in fields(Sampling)}
 
 
 DEFAULT_CHOOSE_AT = (0.25,)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -30,7 +31,11 @@ def write_traces(outdir: Path, traces: list[dict]) -> None:
         for arm in (name for name in ("corrected", "uncorrected") if name in image):
             axis.plot(image[arm]["score"], label=arm)
         axis.set(xlabel="step", ylabel="matching score")
-        axis.set_title(f"{legible(image['prompt'])[:32]} ({image['seed']})", fontsize=8, parse_math=False)
+        axis.set_title(
+            f"{textwrap.shorten(legible(image['prompt']), 40, placeholder=' ...')} ({image['seed']})",
+            fontsize=8,
+            parse_math=False,
+        )
         axis.legend(fontsize=7)
     figure.savefig(path.with_suffix(".png"), dpi=110)
     plt.close(figure)

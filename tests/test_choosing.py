@@ -13,7 +13,7 @@ from dpt.settings import PAPER, Sampling
 from dpt.stable_diffusion import load_stable_diffusion
 
 PROMPTS = ["a red circle and a blue square", "two green stars"]
-STEPS = Sampling(guidance_scale=5, num_inference_steps=6)
+STEPS = Sampling(guidance_scale=5, num_inference_steps=6, height=64, width=64)
 
 
 @pytest.fixture(scope="module")

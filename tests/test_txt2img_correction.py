@@ -215,3 +215,48 @@ def test_another_method_s_lora(tmp_path, shapes_dpt, capsys):
     assert [read_metadata(tmp_path / name)[0]["lora"] for name in ("base", "lora")] == [None, str(shapes_dpt / "lora")]
     assert txt2img.main([*common, "--lora", "x", "--dpt", str(shapes_dpt), "--outdir", str(tmp_path / "both")]) == 2
     assert "exclude each other" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "self-correction norm 0.012 (latent)"),
+        (["--parity"], "self-correction factor 0.5 (conditional)"),
+        (["--correction_factor", "3"], "self-correction factor 3 (conditional)"),
+        (["--correction_factor", "0"], "no self-correction"),
+        (["--candidates", "2"], "the best of 2 noises, chosen at 0.25 of the steps and self-correction norm 0.012"),
+        (["--attend_and_excite"], "Attend-and-Excite"),
+    ],
+)
+def test_the_committed_weights_recommend_a_sampling(tmp_path, capsys, flags, words):
+    weights = ["--dpt", str(CKPT_FOLDER / "shapes-dpt")]
+    assert draw(tmp_path, *weights, *flags, "--dry-run") == 0
+    assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--choose_at", "0.25"], "candidates is 1; choosing needs at least 2"),
+        (["--attention_step", "5"], "attention_step is set; it is for attend_and_excite"),
+        (
+            ["--correction_start", "0.9", "--correction_stop", "0.1"],
+            "correction_start and correction_stop are 0.9 and 0.1",
+        ),
+        (["--H", "100"], "H is 100; it must be a positive multiple of 8"),
+        (["--candidates", "2", "--seed", str(2**62 - 1)], "seeds would go beyond 2**62"),
+        (["--lora", "nowhere"], "--lora nowhere is not there"),
+    ],
+)
+def test_bad_input_beside_a_recommended_sampling(tmp_path, capsys, flags, message):
+    assert draw(tmp_path, *flags, "--dry-run") == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+
+
+def test_nothing_is_added_to_somebody_else_s_metadata(tmp_path, capsys):
+    (tmp_path / "metadata.jsonl").write_text("hello\n")
+    assert draw(tmp_path, "--dpt", "none", "--ddim_steps", "1") == 2
+    assert "metadata.jsonl, line 1" in capsys.readouterr().err
+    assert (tmp_path / "metadata.jsonl").read_text() == "hello\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 from dpt.bounds import bounded, one_of
 from dpt.config import differences, load_config
 from dpt.files import read_json
-from dpt.settings import Sampling
+from dpt.settings import Sampling, values
 
 SETTINGS_FILE = "arm.json"
 Settings = dict[str, str | bool | int | float | None]
@@ -71,7 +71,7 @@ class Arm(Sampling):
     @property
     def sampling(self) -> Sampling:
         """How it draws."""
-        return Sampling(**{entry.name: getattr(self, entry.name) for entry in fields(Sampling)})
+        return Sampling(**values(self))
 
     def each_seed(self, folder: str = "") -> list["Arm"]:
         """One arm for each set of weights, its name followed by the training seed where there are several.
