@@ -200,7 +200,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """
     image = ImageOps.exif_transpose(image)
     if image.mode in SIXTEEN_BITS:  # Pillow would cut, not scale them
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.mode in UNSCALED:
         raise ValueError(f"its pixels are of mode {image.mode}, whose range is unknown: save it with 8 bits a channel")
     return image.convert("RGB")

@@ -71,6 +71,8 @@ def run_mine_negatives(args: argparse.Namespace) -> int:
 
     output = Path(args.output)
     captions = load_captions(Path(args.captions), Path(args.images))
+    if not captions:
+        raise ValueError(f"--captions {args.captions} holds no caption of an image in {args.images}")
     embed_texts, embed_images = load_embedders(args.clip, args.pretrained, device=_device(args))
     items = mine(
         captions,

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from dpt.data.coco import open_image
 from dpt.data.mining import Embedder
+from dpt.files import read_json
 
 LOADING_ERRORS = (
     *(OSError, EOFError, MemoryError, pickle.UnpicklingError, SafetensorError),
@@ -33,6 +34,7 @@ def load_embedders(name: str, pretrained: str | None, *, device: torch.device | 
     logging.disable(logging.ERROR)  # OpenCLIP logs what the error says again
     try:
         if name.endswith(".json"):
+            read_json(name, dict[str, object])  # what OpenCLIP could not read would stay among its configs
             open_clip.add_model_config(name)
             name = Path(name).stem
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained, device=device)

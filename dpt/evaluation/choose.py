@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from tqdm import tqdm
 
 from dpt.base_models import recommended
@@ -38,7 +39,8 @@ from dpt.metrics import bootstrap_interval
 from dpt.results import figure_beside, record_section
 from dpt.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
 
-CFG, PREDICTED, RANDOM, CEILING = "cfg norm", "predicted picture", "random", "ceiling"
+CFG, LOWEST_CFG, PREDICTED = "cfg norm", "lowest cfg norm", "predicted picture"
+RANDOM, CEILING = "random", "ceiling"
 
 
 class Candidate(msgspec.Struct):
@@ -198,6 +200,8 @@ def analyse(found: list[Candidate], count: int, num_steps: int, where: tuple[flo
         name: np.array([[c.scores[name] for c in row] for row in rows.values()], float)  # (P, N, steps)
         for name in found[0].scores
     }
+    if CFG in choosers:
+        choosers[LOWEST_CFG] = -choosers[CFG]  # which of the two tells is not known beforehand
     groups = {"all": category != "", **{name: category == name for name in dict.fromkeys(category.tolist())}}
     auc = {
         name: {
@@ -215,8 +219,12 @@ def analyse(found: list[Candidate], count: int, num_steps: int, where: tuple[flo
             continue  # of so few steps both are one
         schedule = rounds(num_steps, n, shares)
         row = {"candidates": n, "choose_at": list(shares), "cost": cost(schedule, n, num_steps)}
+        row["gain"] = {}
         for name, scores in choosers.items():
-            row[name] = share_correct(simulate(scores, values, n, schedule))
+            kept = simulate(scores, values, n, schedule)
+            row[name] = share_correct(kept)
+            gain = kept.mean(1) - values[:, : count // n * n].mean(1)  # (P,), over a random choice
+            row["gain"][name] = [round(x, 4) for x in bootstrap_interval(gain)]
         row[RANDOM] = share_correct(values[:, : count // n * n])
         row[CEILING] = share_correct(values[:, : count // n * n].reshape(len(values), -1, n).max(2))
         grid.append(row)
@@ -277,13 +285,17 @@ def as_markdown(tables: dict) -> str:
     names = [*choosers, RANDOM, CEILING]
     lines = [
         f"{tables['prompts']} prompts x {tables['candidates']} candidates. Percent that the judge finds correct "
-        "(95 % intervals over prompts); cost in passes of one plain picture.",
+        "(95 % intervals over prompts), and of choosers the points above a random choice, paired by prompt; cost in "
+        "passes of one plain picture.",
         "",
         f"| candidates | choose_at | cost | {' | '.join(names)} |",
         f"|{'---|' * (3 + len(names))}",
     ]
     for row in tables["grid"]:
-        cells = [f"{100 * m:.1f} ({100 * low:.1f} to {100 * high:.1f})" for m, low, high in (row[n] for n in names)]
+        cells = [
+            f"{100 * row[name][0]:.1f}; {_points(row['gain'][name])}" if name in row["gain"] else _points(row[name])
+            for name in names
+        ]
         shares = ", ".join(f"{share:g}" for share in row["choose_at"])
         lines.append(f"| {row['candidates']} | {shares} | {row['cost']:.2f} | {' | '.join(cells)} |")
     steps = sorted({stop_of(share, num_steps) for row in tables["grid"] for share in row["choose_at"]})
@@ -296,6 +308,11 @@ def as_markdown(tables: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _points(values: list[float]) -> str:
+    """A share or difference and its interval, in points."""
+    return "{:.1f} ({:.1f} to {:.1f})".format(*(100 * value for value in values))
+
+
 def draw_figure(tables: dict, path: Path) -> None:
     """Correctness against cost, and the area under the curve against the step, by chooser."""
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -305,12 +322,14 @@ def draw_figure(tables: dict, path: Path) -> None:
         style = {"ls": "", "marker": "o^sDvP*X"[k % 8], "ms": 4}
         left.plot([r["cost"] for r in rows], [100 * r[name][0] for r in rows], label=name, **style)
     left.set(xlabel="cost (passes of a plain picture)", ylabel="correct (%)", xscale="log")
+    left.xaxis.set_major_formatter(ScalarFormatter())
+    left.xaxis.set_minor_formatter(ScalarFormatter())
     left.legend(fontsize=7)
     for name, groups in tables["auc"].items():
-        areas = [area or [np.nan] * 3 for area in groups["all"]]
-        steps = np.arange(1, len(areas) + 1)
-        right.plot(steps, [area[0] for area in areas], label=name)
+        steps, areas = zip(*[(k, area) for k, area in enumerate(groups["all"], 1) if area], strict=True)
+        right.plot(steps, [area[0] for area in areas], marker=".", label=name)
         right.fill_between(steps, [area[1] for area in areas], [area[2] for area in areas], alpha=0.15)
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.axhline(0.5, color="grey", lw=0.8)
     right.set(xlabel="after step", ylabel="area under the curve within prompts")
     right.legend(fontsize=7)
