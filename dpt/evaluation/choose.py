@@ -326,7 +326,10 @@ def draw_figure(tables: dict, path: Path) -> None:
     left.xaxis.set_minor_formatter(ScalarFormatter())
     left.legend(fontsize=7)
     for name, groups in tables["auc"].items():
-        steps, areas = zip(*[(k, area) for k, area in enumerate(groups["all"], 1) if area], strict=True)
+        known = [(k, area) for k, area in enumerate(groups["all"], 1) if area]
+        if not known:
+            continue
+        steps, areas = zip(*known, strict=True)
         right.plot(steps, [area[0] for area in areas], marker=".", label=name)
         right.fill_between(steps, [area[1] for area in areas], [area[2] for area in areas], alpha=0.15)
     right.xaxis.set_major_locator(MaxNLocator(integer=True))

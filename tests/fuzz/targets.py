@@ -181,7 +181,10 @@ def of_settings() -> Iterator[Target]:
 def _setting(key: str, kind: type | None, bounds: Bounds | None, before: tuple[str, ...]) -> Spoil:
     def spoil(folder: Path, rng: random.Random):
         text = rng.choice(VALUES)
-        return f"{key}={text}", refused_setting(key, kind, text, bounds), [*before, f"{key}={text}"]
+        refused = refused_setting(key, kind, text, bounds)
+        if text == "[[[" and kind is None:
+            refused = None  # a setting that is text is text as typed
+        return f"{key}={text}", refused, [*before, f"{key}={text}"]
 
     return spoil
 
