@@ -16,6 +16,7 @@ from pathlib import Path
 from dpt.base_models import (
     DEFAULT_MODEL,
     DPT_WEIGHTS,
+    DTYPE_NAMES,
     MODELS,
     SIDES,
     VAE_SCALE_FACTOR,
@@ -64,7 +65,7 @@ def make_parser() -> ArgumentParser:
     add("--compbench", action="store_true", help="name files as T2I-CompBench expects: <prompt>_<6 digits>.png")
     add("--skip_existing", action="store_true", help="skip what outdir holds already with the same settings")
     add("--trace", action="store_true", help="write score against step, with and without correction")
-    add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on CUDA, else float32")
+    add("--dtype", choices=DTYPE_NAMES, help="default: float16 on CUDA, else float32")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the first GPU, else the CPU)")
     gpu = number(int, at_least=0, at_most=1023)
     add("-g", "--gpuid", "--gpu", type=gpu, metavar="N", help="draw on GPU N; without CUDA the CPU is used")

@@ -36,6 +36,10 @@ VAE_SCALE_FACTOR = 8
 MAX_SIDE = 8192  # of a picture, in pixels: one of that size takes a hundred times the memory of 512
 
 
+DTYPE_NAMES = ("float32", "float16", "bfloat16")
+"""Precisions of weights that draw."""
+
+
 def check_size(name: str, value: int, factor: int = VAE_SCALE_FACTOR) -> int:
     """The value, if it is a size in pixels that an autoencoder of that factor takes; else ValueError."""
     if value <= 0 or value % factor or value > MAX_SIDE:

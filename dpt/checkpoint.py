@@ -33,7 +33,6 @@ from dpt.weights import read_tensors
 
 ADAPTER_FILE, CONFIG_FILE, LORA_FILE = "adapter.safetensors", "config.yaml", "pytorch_lora_weights.safetensors"
 RELEASED_FILES = ("pytorch_model.bin", "model.safetensors")
-"""Adapter and LoRA that belong to a base model, used where they are there."""
 
 ADAPTER_KEYS = (
     (r"query_embed\.", "query_embed."),

@@ -17,12 +17,7 @@ WEIGHTS = ["config.yaml", "adapter.safetensors", "lora/*.safetensors", "pytorch_
 
 
 def fetch_weights(name: str | Path, *, local_files_only: bool = False) -> Path:
-    """The folder of an adapter and its LoRA from the hub. Raises ValueError where they are not to be had."""
-    return fetch(name, WEIGHTS, local_files_only=local_files_only)
-
-
-def fetch(name: str | Path, patterns: list[str], *, local_files_only: bool = False) -> Path:
-    """The folder of a repository's files that fit the patterns, downloaded where they are not in the cache.
+    """The folder of an adapter and its LoRA, downloaded where they are not in the cache.
 
     Raises:
         ValueError: neither on the hub nor, with `local_files_only`, in the cache.
@@ -30,7 +25,7 @@ def fetch(name: str | Path, patterns: list[str], *, local_files_only: bool = Fal
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=patterns, local_files_only=local_files_only))
+        return Path(snapshot_download(str(name), allow_patterns=WEIGHTS, local_files_only=local_files_only))
     except (OSError, ValueError) as error:  # the hub's own errors are one or the other
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{name} is neither a path here nor to be had from the hub ({reason})") from error

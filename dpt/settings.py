@@ -115,17 +115,19 @@ class Sampling:
         if not points:
             return
         chosen_at = rounds(self.num_inference_steps, self.candidates, points)[len(points) - 1].stop
-        left = range(chosen_at, self.num_inference_steps)
-        if self.corrects and not self.correct_candidates and not any(map(self.is_corrected, left)):
+        left = [
+            self.is_corrected(step, self.num_inference_steps) for step in range(chosen_at, self.num_inference_steps)
+        ]
+        if self.corrects and not self.correct_candidates and not any(left):
             raise ValueError(
                 f"choose_at is {list(points)} and no step behind it is corrected (correction_start "
                 f"{self.correction_start:g}, correction_stop {self.correction_stop:g}): set correct_candidates, choose "
                 "earlier, or leave the correction out"
             )
 
-    def is_corrected(self, step: int) -> bool:
-        """Whether a step lies in the window of the correction."""
-        return self.correction_start <= step / self.num_inference_steps < self.correction_stop
+    def is_corrected(self, step: int, num_steps: int) -> bool:
+        """Whether a step of so many is corrected."""
+        return self.corrects and self.correction_start <= step / num_steps < self.correction_stop
 
     @property
     def corrects(self) -> bool:

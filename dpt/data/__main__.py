@@ -11,6 +11,7 @@ import re
 import sys
 from pathlib import Path
 
+from dpt.base_models import DTYPE_NAMES
 from dpt.bounds import ArgumentParser, device, fail, number
 from dpt.config import DataSettings
 
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         "--size", type=number(int, at_least=8, at_most=4096), help="height and width in pixels; default: the model's"
     )
     cache.add_argument("--shard", type=shard, default=(0, 1), metavar="K/N", help="one of several processes' share")
-    cache.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    cache.add_argument("--dtype", choices=DTYPE_NAMES, default="float32")
     cache.set_defaults(run=run_cache_latents)
 
     mining = commands.add_parser("mine-negatives", help="find similar captions and images")

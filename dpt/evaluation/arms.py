@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from dpt.base_models import DTYPE_NAMES
 from dpt.bounds import bounded, one_of
 from dpt.config import differences, load_config
 from dpt.files import read_json
@@ -43,7 +44,7 @@ class Arm(Sampling):
     """as a control: an adapter of random weights"""
     best_of: int = bounded(1, at_least=1, at_most=1000)
     """draw so many pictures and keep the one whose matching score, noised anew, is highest; see also `candidates`"""
-    dtype: str = one_of("float32", "float32", "float16", "bfloat16")
+    dtype: str = one_of("float32", *DTYPE_NAMES)
 
     def __post_init__(self):
         super().__post_init__()

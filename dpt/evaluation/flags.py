@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from dpt.base_models import CKPT_FOLDER
+from dpt.base_models import CKPT_FOLDER, DTYPE_NAMES
 from dpt.bounds import number
+from dpt.results import RESULTS
 
 SEEDS_APART = 1000  # seed s of the k-th prompt stands for the noise of seed k * SEEDS_APART + s
 METRICS = ("oracle", "shapes-clip", "clip", "blip")
@@ -16,8 +17,6 @@ EARLY_TIMESTEPS = (50, 100, 200, 300)
 MAP_TIMESTEPS = (50, 200, 350, 500, 650, 800, 950)
 SAME_FEATURES = ("constant_text", "shuffled_labels")  # controls that read what the probe reads
 MAP_CONTROLS = ("constant_text", "empty_prompt")
-DTYPES = ("float32", "float16", "bfloat16")
-RESULTS = Path(__file__).resolve().parents[2] / "docs/results.md"
 NUM_SAMPLES = number(int, at_least=1, at_most=1_000_000)
 
 
@@ -102,7 +101,7 @@ def add_choose(parser: argparse.ArgumentParser) -> None:
         default=[0.15, 0.2, 0.25, 0.4, 1.0],
         help="when to choose, as fractions of the steps (default: 0.15 0.2 0.25 0.4 1)",
     )
-    add("--dtype", choices=DTYPES, default="bfloat16")
+    add("--dtype", choices=DTYPE_NAMES, default="bfloat16")
     add("--scorer", choices=METRICS, default="oracle", help="who judges (default: oracle)")
     add("--predicted", choices=METRICS, help="a scorer of the predicted clean picture, decoded, as another chooser")
     add("--batch_size", type=number(int, at_least=1), default=32, help="candidates at once (default: 32)")

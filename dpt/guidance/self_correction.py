@@ -51,8 +51,8 @@ class SelfCorrection:
 
     def __call__(self, latents, timestep, step):
         """The noise prediction and the latents to step from. Raises FloatingPointError as `on_nan` says."""
-        guidance, sampling, share = self.guidance, self.sampling, step / len(self.guidance.scheduler.timesteps)
-        if not sampling.corrects or not sampling.correction_start <= share < sampling.correction_stop:
+        guidance, sampling = self.guidance, self.sampling
+        if not sampling.is_corrected(step, len(guidance.scheduler.timesteps)):
             return guidance(latents, timestep, step)
         noisy_latents = guidance.scheduler.scale_model_input(latents, timestep)
         if sampling.correction_target == "noise":
