@@ -78,6 +78,9 @@ class DiscriminativeAdapter(nn.Module):
         self.config = config
         dim = config.hidden_dim
         self.fusion = FeatureFusion(config.in_channels, config.fusion_dim, config.fusion_size) if config.fuse else None
+        for name, value in (("feature_mean", 0.0), ("feature_std", 1.0)):
+            if config.normalize_features:
+                self.register_buffer(name, torch.full((sum(config.in_channels),), value))
         self.input_proj = nn.Conv2d(config.fusion_dim if config.fuse else sum(config.in_channels), dim, 1)
         learned = config.position_embedding == "learned"
         self.position_embedding = LearnedPositionEmbedding(dim) if learned else SinePositionEmbedding(dim)
@@ -90,6 +93,7 @@ class DiscriminativeAdapter(nn.Module):
             dim_feedforward=config.dim_feedforward,
             dropout=config.dropout,
             pre_norm=config.pre_norm,
+            value_positions=config.value_positions,
         )
         self.query_embed = nn.Embedding(config.num_queries_itm + config.num_queries_rec, dim)
         self.itm_head = ItmHead(dim, config.text_dim)
@@ -102,6 +106,13 @@ class DiscriminativeAdapter(nn.Module):
             features: the U-Net's maps, (B, C_k, H_k, W_k) each; concatenated ones are resized to the first's size.
             timesteps: (B,) or a scalar.
         """
+        if self.config.normalize_features:
+            sizes = self.config.in_channels
+            moments = zip(self.feature_mean.split(sizes), self.feature_std.split(sizes), strict=True)
+            features = [
+                (feature - mean[:, None, None]) / std[:, None, None]
+                for feature, (mean, std) in zip(features, moments, strict=True)
+            ]
         if self.fusion is not None:
             feature = self.fusion(features)
         else:
@@ -113,6 +124,13 @@ class DiscriminativeAdapter(nn.Module):
         hs, _ = self.transformer(src, pos_embed, self.query_embed.weight)
         return hs
 
+    @torch.no_grad()
+    def measure_features(self, features: list[torch.Tensor]) -> None:
+        """Takes mean and deviation of each channel from maps (B, C_k, H_k, W_k), for `normalize_features`."""
+        flat = [feature.float().transpose(0, 1).flatten(1) for feature in features]  # (C_k, B * H * W)
+        self.feature_mean.copy_(torch.cat([x.mean(1) for x in flat]))
+        self.feature_std.copy_(torch.cat([x.std(1) for x in flat]) + 1e-6)
+
     def itm_embeddings(self, hs: torch.Tensor, layer: int = -1) -> torch.Tensor:
         """Query embeddings to compare with pooled texts, (B, num_queries_itm, P).
 
@@ -122,9 +140,9 @@ class DiscriminativeAdapter(nn.Module):
         """
         return self.itm_head(hs[layer][:, : self.config.num_queries_itm])
 
-    def rec_outputs(self, hs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What `RecHead` says of the REC queries after the last decoder layer."""
-        return self.rec_head(hs[-1][:, self.config.num_queries_itm :])
+    def rec_outputs(self, hs: torch.Tensor, layer: int = -1) -> dict[str, torch.Tensor]:
+        """What `RecHead` says of the REC queries after a decoder layer, by default the last."""
+        return self.rec_head(hs[layer][:, self.config.num_queries_itm :])
 
 
 def itm_score(itm_embeddings: torch.Tensor, pooled_prompt_embeds: torch.Tensor) -> torch.Tensor:

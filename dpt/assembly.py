@@ -87,6 +87,7 @@ def make_model(
         snr_gamma=loss.snr_gamma,
         rec_options=rec_options(loss),
         itm_layer=start.config.itm_layer if start else -1,
+        auxiliary=loss.auxiliary,
     )
 
 

@@ -187,6 +187,7 @@ def infer_adapter_config(
             "dec_layers": layers("decoder"),
             "dim_feedforward": shape("transformer.encoder_layers.0.feed_forward.0.weight")[0],
             "pre_norm": "transformer.encoder_norm.weight" in state,
+            "normalize_features": "feature_mean" in state,
             "position_embedding": "learned" if "position_embedding.row_embed.weight" in state else "sine",
             "num_queries_itm": num_queries_itm,
             "num_queries_rec": shape("query_embed.weight")[0] - num_queries_itm,
@@ -269,7 +270,14 @@ def _check_config(folder: Path, config: DPTConfig, state: dict[str, torch.Tensor
     except ValueError as error:
         raise ValueError(f"{folder / ADAPTER_FILE}, by {CONFIG_FILE}: {error}") from error
     names = ["fuse", "in_channels", "hidden_dim", "enc_layers", "dec_layers", "dim_feedforward", "pre_norm"]
-    names += ["position_embedding", "num_queries_rec", "text_dim", "rec_text_dim", "contrastive_dim"]
+    names += [
+        "position_embedding",
+        "normalize_features",
+        "num_queries_rec",
+        "text_dim",
+        "rec_text_dim",
+        "contrastive_dim",
+    ]
     for name in names + ["fusion_dim"] * found.fuse:
         says, has = getattr(stated, name), getattr(found, name)
         if name == "in_channels" and not found.fuse:  # maps side by side: the tensors tell their sum alone

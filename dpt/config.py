@@ -177,6 +177,10 @@ class AdapterSettings:
     dropout: float = bounded(0.1, at_least=0, below=1)
     pre_norm: bool = False
     position_embedding: str = one_of("sine", "sine", "learned")
+    value_positions: bool = False
+    """add positions to the values of the decoder's attention to the map too, not only to its keys as DETR does"""
+    normalize_features: bool = False
+    """standardise each channel of the features by its mean and deviation, measured before training begins"""
     num_queries_itm: int = bounded(10, at_least=1, at_most=2048)
     num_queries_rec: int = bounded(100, at_least=1, at_most=2048)
     contrastive_dim: int = bounded(64, at_least=1, at_most=8192)
@@ -256,6 +260,7 @@ class LossWeights:
     giou: float = bounded(2.0, at_least=0)
     contrastive_align: float = bounded(1.0, at_least=0)
     denoise: float = bounded(1.0, at_least=0)
+    rank: float = bounded(1.0, at_least=0)
 
     def total(self, losses: dict):
         """The weighted sum of `loss_*` values."""
@@ -312,6 +317,10 @@ class LossSettings:
     costs, spent on denoising"""
     align_to_padding: bool = False
     """True: padding counts as wrong tokens in contrastive alignment, as in the reference"""
+    auxiliary: bool = False
+    """REC's losses after every decoder layer, not only the last, as in DETR"""
+    itm_every: int = bounded(1, at_least=1)
+    """the matching losses, which take five more passes of the U-Net, in every so-manieth step alone"""
     eos_coef: float = bounded(0.1, at_least=0)
     temperature: float = bounded(0.07, above=0)
     cost_class: float = bounded(1.0, at_least=0)
@@ -333,8 +342,8 @@ class NoiseSettings:
 class DataSettings:
     """Where samples come from; paths are relative to `root`. docs/data.md shows the tree."""
 
-    kind: str = one_of("shapes", "shapes", "coco")
-    """shapes, or coco: COCO with RefCOCO/+/g and mined hard negatives"""
+    kind: str = one_of("shapes", "shapes", "coco", "trajectories")
+    """shapes; coco: COCO with RefCOCO/+/g and mined hard negatives; trajectories: nothing but those"""
     num_samples: int | None = bounded(None, at_least=0, at_most=10_000_000)
     """the first so many; by default 10,000 of shapes, all of coco"""
     negatives: str = one_of("edited", "edited", "mined")
@@ -367,6 +376,15 @@ class DataSettings:
     as in the reference. Shapes' are always drawn"""
     num_workers: int = bounded(0, at_least=0, at_most=256)
     """processes that read data ahead"""
+    trajectories: str | None = None
+    """a folder of `python -m dpt.data trajectories`: own half-drawn pictures whose score is to rank them; with shapes
+    or coco beside those samples"""
+    labels: str = "oracle"
+    """by which scorer's values: the folder's labels_<labels>.jsonl"""
+    prompts_per_step: int = bounded(6, at_least=1, at_most=4096)
+    """of the trajectories, a device and batch"""
+    num_prompts: int | None = bounded(None, at_least=10, at_most=10_000_000)
+    """the first so many of the folder's, for learning curves; by default all"""
 
 
 @dataclass
@@ -409,6 +427,10 @@ class ValidationSettings:
     """of each list, evenly spread"""
     timesteps: list[int] = bounded([100, 300, 500, 700, 900], at_least=0)
     """noise levels of the means; figures at 500, the paper's, stand beside them"""
+    best: str | None = None
+    """a figure, such as rank_auc, by whose highest value weights are kept in the run folder's `best`"""
+    patience: int | None = bounded(None, at_least=1)
+    """stop after so many validations without a new best"""
 
 
 @dataclass
@@ -467,6 +489,8 @@ class TrainConfig:
         _check_losses(self)
         if len(self.optim.betas) != 2:
             raise ValueError(f"optim.betas is {self.optim.betas}; it must be two numbers")
+        if self.validation.patience and not self.validation.best:
+            raise ValueError("validation.patience is set; it counts from the best value of validation.best: name that")
         if not self.validation.timesteps:
             raise ValueError("validation.timesteps is []; it must name at least one")
         if self.samples.every >= 0 and not self.samples.prompts:
@@ -486,6 +510,8 @@ def _check_data(data: DataSettings) -> None:
         raise ValueError(
             f"data.negatives is {data.negatives!r}; coco's are those of data.itm, the setting is for shapes"
         )
+    if data.kind == "trajectories" and data.trajectories is None:
+        raise ValueError("data.trajectories is missing: a folder that `python -m dpt.data trajectories` has filled")
     if data.kind == "coco" and data.root is None:
         raise ValueError("data.root is missing: the folder that docs/data.md shows")
     unknown = [kind for kind in data.leave_out if kind not in NEGATIVE_KINDS]
@@ -493,7 +519,7 @@ def _check_data(data: DataSettings) -> None:
         raise ValueError(f"data.leave_out is {data.leave_out}; it may name some of {', '.join(NEGATIVE_KINDS)}")
     if data.leave_out and (data.kind != "shapes" or data.negatives != "edited"):
         raise ValueError(f"data.leave_out is {data.leave_out}; only edited negatives of shapes have a kind")
-    cached = data.latents is not None or data.kind == "shapes"
+    cached = data.latents is not None or data.kind != "coco"
     if data.flip and cached:
         raise ValueError("data.flip is true; cached latents cannot be mirrored")
     if data.latent_sample == "posterior" and cached:
@@ -503,10 +529,15 @@ def _check_data(data: DataSettings) -> None:
 def _check_losses(config: TrainConfig) -> None:
     """Raises ValueError where nothing would be trained or denoised."""
     loss, weights = config.loss, config.loss.weights
-    if not (weights.itm or weights.rec or (weights.denoise and config.lora.only)):
+    ranks = config.data.trajectories is not None and weights.rank
+    if not (weights.itm or weights.rec or ranks or (weights.denoise and config.lora.only)):
         raise ValueError(
             "loss.weights are all 0 but denoise's; nothing would train the adapter (lora.only trains LoRA alone)"
         )
+    if config.data.kind == "trajectories" and not ranks:
+        raise ValueError("data.kind is 'trajectories' and loss.weights.rank is 0; nothing would be trained")
+    if config.data.trajectories is not None and config.control != "none":
+        raise ValueError(f"control is {config.control!r}; controls are of the paper's losses, not of trajectories")
     if loss.denoise_negatives and not weights.denoise:
         raise ValueError("loss.denoise_negatives is true and loss.weights.denoise is 0; nothing would be denoised")
     if loss.denoise_negatives and config.data.kind != "shapes":

@@ -35,6 +35,8 @@ class Drawing:
     """(H, W, 3) uint8"""
     seed: int
     """of its noise: that of the candidate that was kept"""
+    latents: torch.Tensor
+    """(C, h, w), that the image was decoded from"""
     trace: list[dict] = field(default_factory=list)
     """a record a step at which the score was read: step, timestep, score, length, relative_length"""
     candidates: list[dict] = field(default_factory=list)
@@ -221,14 +223,18 @@ class Artist:
         if sampling.candidates > 1 and not sampling.correct_candidates:
             corrected_from = max(corrected_from, chosen.at / sampling.num_inference_steps)
         drawings = []
-        for picture, (image, kept) in enumerate(zip(images, chosen.left.numbers, strict=True)):
+        for picture, (image, kept, latents) in enumerate(
+            zip(images, chosen.left.numbers, chosen.left.latents, strict=True)
+        ):
             own = range(picture * sampling.candidates, (picture + 1) * sampling.candidates)
             candidates = [
                 {"seed": every[n], "score": chosen.scores[n], "steps": chosen.steps[n]}
                 for n in own
                 if sampling.candidates > 1
             ]
-            drawings.append(Drawing(image, every[kept], chosen.records[kept], candidates, corrected_from, cost))
+            drawings.append(
+                Drawing(image, every[kept], latents, chosen.records[kept], candidates, corrected_from, cost)
+            )
         return drawings
 
     def _begin(self, texts: list[str], seeds: list[int], sampling: Sampling) -> Candidates:

@@ -5,8 +5,10 @@ if it had never stopped, and several processes train as one does with the joint 
 """
 
 import contextlib
+import itertools
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ from tqdm import tqdm
 from dpt.adapter import Scorer
 from dpt.assembly import DTYPES, encode_options, make_model, trained_weights
 from dpt.base_models import recommended
-from dpt.checkpoint import checkpoints, load_checkpoint
+from dpt.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from dpt.config import (
     DPTConfig,
     OptimSettings,
@@ -32,9 +34,10 @@ from dpt.config import (
     save_config,
 )
 from dpt.controls import control_batch, control_inputs, control_unet
-from dpt.data.collate import Batch, encode_batch
+from dpt.data.collate import Batch, collate, encode_batch
 from dpt.data.loader import micro_batches
-from dpt.data.sources import training_samples, validation_samples
+from dpt.data.sources import ranked_prompts, training_samples, validation_samples
+from dpt.data.trajectories import encode_ranked
 from dpt.drawing import Artist, without_correction
 from dpt.images import make_grid
 from dpt.memory import peak_mb
@@ -49,9 +52,10 @@ from dpt.runs import (
     versions,
 )
 from dpt.stable_diffusion import load_stable_diffusion
-from dpt.validation import PAPER_TIMESTEP, measure, summarize
+from dpt.validation import PAPER_TIMESTEP, measure, measure_ranking, summarize, summarize_ranking
 
 STAGES = ("probe", "tune")
+MEASURED = 64  # samples whose features are standardised by
 DEVICE_VARIABLES = ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE", "ACCELERATE_CPU_AFFINITY")
 """what `accelerate launch` says of where to run; the config says all else"""
 
@@ -80,7 +84,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         ValueError: a precision or a tracker that cannot be used here.
     """
     # with a loss off, the parameters that only it reaches have no gradient
-    some_off = not all(vars(config.loss.weights).values())
+    some_off = not all(vars(config.loss.weights).values()) or config.loss.itm_every > 1
+    some_off = some_off or config.data.kind == "trajectories"
     cpu = not torch.accelerator.is_available()
     if cpu and config.optim.mixed_precision == "fp16":
         raise ValueError("optim.mixed_precision is fp16; a CPU trains in bf16 or no (float32)")
@@ -126,6 +131,7 @@ class Trainer:
         if config.resume and newest is None:
             self._say(f"resume=true: {self.folder} has no checkpoint to go on from, so this run starts anew")
         self.step, self.skipped = (newest[2]["step"], newest[2]["skipped"]) if newest else (0, 0)
+        self.best = tuple(newest[2].get("best", (None, 0))) if newest else (None, 0)
         if newest:
             if newest[2]["stage"] != stage:
                 raise ValueError(
@@ -156,7 +162,11 @@ class Trainer:
         with self.accelerator.main_process_first():
             self.data = training_samples(config.data, self.sd, seed=config.seed, notice=self._say)
             self.val_sets = validation_samples(config.data, self.sd, num_samples=config.validation.num_samples)
+        self.ranked = ranked_prompts(config.data, self.sd, held_out=False, seed=config.seed)
+        self.val_ranked = ranked_prompts(config.data, self.sd, held_out=True)
         self.model = make_model(config, stage, self.sd, self.rec_text, start)
+        if config.adapter.normalize_features and start is None:
+            self._measure_features()
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.names, optim = list(parameters), config.optim
         optimizer = torch.optim.AdamW(
@@ -169,14 +179,16 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(newest[2]["scaler"])
         self.steps = optim.steps
         if optim.epochs is not None:
-            self.steps = math.ceil(optim.epochs * len(self.data) / self._samples_per_step)
+            self.steps = self._steps_of(optim.epochs)
         if self.accelerator.is_main_process:
             self.log = RunLog(self.folder, self.step)
             save_config(config, self.folder / "config.yaml")
             count = sum(p.numel() for p in parameters.values())
             self._say(f"{stage} {config.run_name} from step {self.step}, {self.accelerator.num_processes} process(es)")
             self._say(versions())
-            self._say(f"{count:,} parameters to train, {len(self.data)} samples, {self.steps} steps")
+            samples = [] if self.data is None else [f"{len(self.data)} samples"]
+            samples += [] if self.ranked is None else [f"trajectories of {len(self.ranked)} prompts"]
+            self._say(f"{count:,} parameters to train, {', '.join(samples)}, {self.steps} steps")
 
     def _check_joint_batch(self, before: int | None, saved: OptimSettings) -> None:
         """Raises ValueError where a run that goes on would have other samples a step, or another schedule.
@@ -237,7 +249,7 @@ class Trainer:
         batches, seconds, first = self._batches(), 0.0, self.step
         bar = tqdm(total=self.steps, initial=self.step, desc=self.stage, disable=not self.log, mininterval=1)
         with bar:
-            while self.step < self.steps:
+            while self.step < self.steps and not self._out_of_patience():
                 began = time.perf_counter()
                 losses = self.update(batches)
                 seconds += time.perf_counter() - began
@@ -263,12 +275,19 @@ class Trainer:
         self._say(f"done: {self.folder}")
         return self.folder
 
+    def _out_of_patience(self) -> bool:
+        """Whether `validation.patience` is used up."""
+        patience = self.config.validation.patience
+        return patience is not None and self.best[1] >= patience
+
     def _after_step(self, last: bool) -> None:
         """Validation, checkpoint and pictures, when they are due."""
         config = self.config
         validates = last or self.step % config.validation.every == 0
         if validates:  # before the checkpoint: a run that goes on from it has these figures already
-            self._record(self.validate())
+            figures = self.validate()
+            self._record(figures)
+            self._keep_best(figures)
         if self.log and (last or self.step % config.checkpoints.every == 0):
             self._save()
         if self.log and validates:
@@ -276,30 +295,72 @@ class Trainer:
         if self.log and (last if config.samples.every == 0 else self.step % config.samples.every == 0):
             self._draw_samples()
 
+    def _keep_best(self, figures: dict[str, float]) -> None:
+        """Keeps the weights of the highest value of `validation.best`, and counts validations since."""
+        name = self.config.validation.best
+        if name is None:
+            return
+        if name not in figures:
+            raise ValueError(f"validation.best is {name!r}; figures are {', '.join(sorted(figures))}")
+        value, (best, _) = figures[name], self.best
+        if best is not None and value <= best:
+            self.best = best, self.best[1] + 1
+            return
+        self.best = value, 0
+        if self.log:
+            new = self.folder / "best.new"
+            shutil.rmtree(new, ignore_errors=True)  # of a run that was killed here
+            save_checkpoint(trained_weights(self.config, self.sd, self.model), new)
+            shutil.rmtree(self.folder / "best", ignore_errors=True)
+            new.rename(self.folder / "best")
+
     @property
     def _samples_per_step(self) -> int:
         optim = self.config.optim
         return optim.batch_size * optim.gradient_accumulation_steps * self.accelerator.num_processes
 
-    def _batches(self) -> Iterator[Batch]:
-        config, accelerator = self.config, self.accelerator
-        return micro_batches(
-            self.data,
-            self.step,
-            batch_size=config.optim.batch_size,
-            accumulation=config.optim.gradient_accumulation_steps,
-            seed=config.seed,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            num_workers=config.data.num_workers,
-        )
+    def _measure_features(self) -> None:
+        """Gives the adapter mean and deviation of the features of some samples, the same in every process."""
+        with self.accelerator.autocast(), torch.no_grad():
+            if self.data is not None:
+                batch = collate([self.data.get(index, 0) for index in range(min(MEASURED, len(self.data)))])
+                features, _ = self.model.features(self._encode(batch), [(0, 0), (0, None)], with_full=False)
+            else:
+                ranked = [self.ranked.get(index, 0) for index in range(min(MEASURED // 8, len(self.ranked)))]
+                features = self.model.ranked_features(encode_ranked(ranked, self.sd))
+        self.model.adapter.measure_features(features)
 
-    def update(self, batches: Iterator[Batch]) -> dict[str, float]:
+    def _steps_of(self, epochs: float) -> int:
+        """Updates that so many passes over the data are: over the samples, or the prompts where there are no others."""
+        if self.data is not None:
+            return math.ceil(epochs * len(self.data) / self._samples_per_step)
+        return math.ceil(epochs * len(self.ranked) * self.config.optim.batch_size / self._samples_per_step)
+
+    def _batches(self) -> Iterator[tuple[Batch | None, list | None]]:
+        """Pairs of the paper's samples and of prompts to rank; None stands for what the config has none of."""
+        config, accelerator = self.config, self.accelerator
+        options = {
+            "accumulation": config.optim.gradient_accumulation_steps,
+            "seed": config.seed,
+            "rank": accelerator.process_index,
+            "world": accelerator.num_processes,
+        }
+        samples = ranked = itertools.repeat(None)
+        if self.data is not None:
+            options_of_samples = {"batch_size": config.optim.batch_size, "num_workers": config.data.num_workers}
+            samples = micro_batches(self.data, self.step, **options, **options_of_samples)
+        if self.ranked is not None:
+            in_order = {"batch_size": config.data.prompts_per_step, "collate_fn": lambda pairs: [p for p, _ in pairs]}
+            ranked = micro_batches(self.ranked, self.step, **options, **in_order)
+        return zip(samples, ranked, strict=False)
+
+    def update(self, batches: Iterator[tuple[Batch | None, list | None]]) -> dict[str, float]:
         """One update of the weights; returns the step's mean losses, and `total`."""
         config, accelerator, optim = self.config, self.accelerator, self.config.optim
         parts = [next(batches) for _ in range(optim.gradient_accumulation_steps)]
         # boxes of all ranks and micro-batches, so that averaging gradients divides sums by their true number
-        boxes = torch.tensor([float(sum(part.num_boxes for part in parts))], device=accelerator.device)
+        num_boxes = sum(part.num_boxes for part, _ in parts if part)
+        boxes = torch.tensor([float(num_boxes)], device=accelerator.device)
         num_boxes = accelerator.gather(boxes).sum().item() / (len(parts) * accelerator.num_processes)
         stretch = schedule_stretch(optim, accelerator.num_processes)
         for group in self.optimizer.param_groups:
@@ -311,22 +372,24 @@ class Trainer:
             )
         totals: dict[str, float] = {}
         self.wrapped.train()
-        for k, part in enumerate(parts):
-            inputs = self._encode(part) | {"num_boxes": num_boxes or 1.0}
+        for k, (part, ranked) in enumerate(parts):
+            inputs = self._encode(part) | {"num_boxes": num_boxes or 1.0} if part else {}
+            inputs |= {"ranked": encode_ranked(ranked, self.sd)} if ranked else {}
+            inputs["without_itm"] = self.step % config.loss.itm_every != 0
             torch.manual_seed(hash((config.seed, self.step, k, accelerator.process_index)) % 2**63)  # dropout
             last = k == len(parts) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
                 losses = self.wrapped(inputs)
                 total = config.loss.weights.total(losses)
                 if not self._finite_everywhere(total):
-                    return self._non_finite("a loss", losses, part)
+                    return self._non_finite("a loss", losses, part, ranked)
                 accelerator.backward(total / len(parts))
             for name, value in (losses | {"total": total}).items():
                 totals[name] = totals.get(name, 0.0) + value.item() / len(parts)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         norm = accelerator.clip_grad_norm_(parameters, optim.max_grad_norm)
         if accelerator.scaler is None and not math.isfinite(norm):  # a scaler leaves such steps out by itself
-            return self._non_finite("the gradient", losses, part)
+            return self._non_finite("the gradient", losses, part, ranked)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return self._mean_over_processes(totals) | {"grad_norm": float(norm)}
@@ -336,9 +399,10 @@ class Trainer:
         finite = torch.isfinite(total.detach()).reshape(1).float()
         return bool(self.accelerator.gather(finite).min().item())
 
-    def _non_finite(self, what: str, losses: dict, batch: Batch) -> dict[str, float]:
+    def _non_finite(self, what: str, losses: dict, batch: Batch | None, ranked: list | None) -> dict[str, float]:
         """Stops, or skips the step, naming losses and samples of the processes where they are not finite."""
-        found = gather_object([({name: value.item() for name, value in losses.items()}, batch.ids)])
+        ids = [*(batch.ids if batch else ()), *(prompt.text for prompt in ranked or ())]
+        found = gather_object([({name: value.item() for name, value in losses.items()}, ids)])
         bad = [(values, ids) for values, ids in found if not all(map(math.isfinite, values.values()))] or found
         where = "; ".join(f"{values}, samples {ids}" for values, ids in bad)
         if self.config.on_nan == "raise":
@@ -386,7 +450,15 @@ class Trainer:
                     control=self.config.control,
                 )
             records[name] = gather_object(part)
-        return summarize(records, mean_over=settings.timesteps)
+        figures = summarize(records, mean_over=settings.timesteps)
+        if self.val_ranked is not None:
+            shard = self.accelerator.process_index, self.accelerator.num_processes
+            with self.accelerator.autocast():
+                part = measure_ranking(
+                    self.model, self.sd, self.val_ranked, num_samples=settings.num_samples, shard=shard
+                )
+            figures |= summarize_ranking(gather_object(part))
+        return figures
 
     def _record(self, figures: dict[str, float]) -> None:
         if self.log:
@@ -400,6 +472,7 @@ class Trainer:
             "stage": self.stage,
             "samples_per_step": self._samples_per_step,
             "skipped": self.skipped,
+            "best": self.best,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         save_step(

@@ -46,6 +46,25 @@ def itm_loss(
         }
 
 
+def ranking_loss(scores: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Pairwise logistic loss (RankNet, Burges et al. 2005): of two pictures the better is to have the higher score.
+
+    Args:
+        scores: matching scores of N half-drawn pictures of each of G prompts, (G, N).
+        values: what a judge says of the finished pictures, (G, N); pairs of equal value do not count.
+        scale: exp(logit_scale).
+
+    Returns:
+        The mean over prompts of the mean over their pairs; prompts without a pair do not count.
+    """
+    with torch.autocast(scores.device.type, enabled=False):
+        scores = scores.float() * scale.float()
+        better = (values[:, :, None] > values[:, None]).float()  # (G, N, N)
+        losses = F.softplus(scores[:, None] - scores[:, :, None])
+        pairs = better.sum((1, 2))
+        return ((losses * better).sum((1, 2)) / pairs.clamp(min=1)).sum() / (pairs > 0).sum().clamp(min=1)
+
+
 def rec_losses(
     outputs: dict[str, torch.Tensor],
     targets: list[dict],

@@ -117,3 +117,17 @@ def rec_hits(
         overlaps = overlap(cxcywh_to_xyxy(box[None].float()), cxcywh_to_xyxy(predicted[ranking]))[0]
         hits.append(torch.stack([(overlaps[:k] >= 0.5).any() for k in ks]))
     return torch.stack(hits)
+
+
+def area_within_prompts(scores: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The area under the curve of each prompt that has candidates of different value.
+
+    It is the share of pairs of different value of which the better has the higher score; equal scores count half.
+
+    Args:
+        scores, values: (P, N).
+    """
+    better = values[:, :, None] > values[:, None]  # (P, N, N)
+    ahead = (scores[:, :, None] > scores[:, None]) + 0.5 * (scores[:, :, None] == scores[:, None])
+    pairs = better.sum((1, 2))
+    return ((ahead * better).sum((1, 2)) / np.maximum(pairs, 1))[pairs > 0]

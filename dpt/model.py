@@ -12,7 +12,7 @@ from torch import nn
 
 from dpt.adapter import DiscriminativeAdapter, itm_score
 from dpt.config import LossWeights
-from dpt.losses import denoising_loss, itm_loss, rec_losses
+from dpt.losses import denoising_loss, itm_loss, ranking_loss, rec_losses
 from dpt.unet_features import Conditioning, unet_features
 
 # The passes after (image, caption): which of (image, negative, random) is conditioned on which of (caption, negative,
@@ -28,6 +28,7 @@ class DPT(nn.Module):
         train_unet: whether gradients reach the U-Net (tune) or stop at its features (probe).
         scheduler: says what timesteps mean to the denoising loss.
         rec_options: further arguments of `rec_losses`.
+        auxiliary: add up REC's losses over all decoder layers.
     """
 
     def __init__(
@@ -42,11 +43,13 @@ class DPT(nn.Module):
         snr_gamma: float | None = None,
         rec_options: dict | None = None,
         itm_layer: int = -1,
+        auxiliary: bool = False,
     ):
         super().__init__()
         self.unet, self.adapter, self.blocks, self.scheduler = unet, adapter, blocks, scheduler
         self.train_unet, self.weights = train_unet, weights or LossWeights()
         self.snr_gamma, self.rec_options, self.itm_layer = snr_gamma, rec_options or {}, itm_layer
+        self.auxiliary = auxiliary
 
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """The losses of one step.
@@ -58,33 +61,40 @@ class DPT(nn.Module):
                 `rec_losses` takes them, and `token_states` (B, T, R) where there is contrastive alignment, and
                 `token_valid` (B, T) where padding is left out of it; for denoising `noise_target` (B, C, h, w); to
                 denoise the other images too, `negative_context` (B, 2, L, E), of captions of their own, and
-                `negative_noise_target` (B, 2, C, h, w); for a control `itm_labels`, see `itm_loss`.
+                `negative_noise_target` (B, 2, C, h, w); for a control `itm_labels`, see `itm_loss`. `without_itm` is
+                true where this step leaves matching out. `ranked` holds half-drawn pictures of G prompts, N of each:
+                `noisy_latents` (G * N, C, h, w), `timesteps` (G * N,), their prompts' `context` (G * N, L, E) and
+                `pooled` (G * N, P), and `values` (G, N), as `ranking_loss` takes them. It may stand alone.
 
         Returns:
             Named losses, unweighted, those whose weight is 0 left out.
         """
-        passes = self.early_passes()
+        ranked = self._ranking(batch["ranked"]) if "ranked" in batch else {}
+        if "noisy_latents" not in batch:
+            return ranked
+        with_itm = self.weights.itm and not batch.get("without_itm", False)
+        passes = self.early_passes(with_itm=with_itm)
         denoises = self.train_unet and bool(self.weights.denoise)
-        if self.weights.itm and denoises:
+        if with_itm and denoises:
             passes.remove((0, 0))  # the full pass has it
         features, noise_pred = self.features(batch, passes, with_full=denoises)
-        return self.losses(features, noise_pred, passes + [(0, 0)] * denoises, batch)
+        return self.losses(features, noise_pred, passes + [(0, 0)] * denoises, batch) | ranked
 
-    def early_passes(self) -> list[tuple[int, int | None]]:
+    def early_passes(self, *, with_itm: bool) -> list[tuple[int, int | None]]:
         """The passes that the weighted losses of the adapter need."""
-        weights = self.weights
-        passes = [p for p in EARLY_PASSES if (weights.rec if p[1] is None else weights.itm)]
-        return passes + [(0, 0)] * weights.itm
+        passes = [p for p in EARLY_PASSES if (self.weights.rec if p[1] is None else with_itm)]
+        return passes + [(0, 0)] * with_itm
 
     def losses(
         self, features: list[torch.Tensor], noise_pred: torch.Tensor | None, passes: list, batch: dict
     ) -> dict[str, torch.Tensor]:
         """What `forward` returns, of the features of `passes` put together, and the noise prediction, if any."""
         weights, losses = self.weights, {}
-        if weights.itm or weights.rec:
+        with_itm = any(text is not None and (image, text) != (0, 0) for image, text in passes)
+        if with_itm or weights.rec:
             hs = self.adapter(features, batch["timesteps"].repeat(len(passes)))
             hs = dict(zip(passes, hs.chunk(len(passes), dim=1), strict=True))
-        if weights.itm:
+        if with_itm:
             losses |= self._itm(hs, batch)
         if weights.rec:
             losses |= self._rec(hs[0, None], batch)
@@ -142,14 +152,34 @@ class DPT(nn.Module):
         proj_tokens = None
         if self.weights.contrastive_align:
             proj_tokens = self.adapter.rec_head.project_tokens(batch["token_states"])
-        return rec_losses(
-            self.adapter.rec_outputs(hs),
-            batch["targets"],
-            proj_tokens=proj_tokens,
-            token_valid=batch.get("token_valid"),
-            num_boxes=batch.get("num_boxes"),
-            **self.rec_options,
-        )
+        layers = [
+            rec_losses(
+                self.adapter.rec_outputs(hs, layer),
+                batch["targets"],
+                proj_tokens=proj_tokens,
+                token_valid=batch.get("token_valid"),
+                num_boxes=batch.get("num_boxes"),
+                **self.rec_options,
+            )
+            for layer in (range(len(hs)) if self.auxiliary else [-1])
+        ]
+        return {name: sum(losses[name] for losses in layers) for name in layers[0]}
+
+    def _ranking(self, ranked):
+        """The ranking loss of half-drawn pictures."""
+        scores = self.rank_scores(ranked).unflatten(0, ranked["values"].shape)
+        return {"loss_rank": ranking_loss(scores, ranked["values"], self.adapter.itm_head.logit_scale.exp())}
+
+    def rank_scores(self, ranked: dict) -> torch.Tensor:
+        """Matching scores (G * N,) of what `forward` takes as `ranked`."""
+        hs = self.adapter(self.ranked_features(ranked), ranked["timesteps"])
+        return itm_score(self.adapter.itm_embeddings(hs, self.itm_layer), ranked["pooled"])
+
+    def ranked_features(self, ranked: dict) -> list[torch.Tensor]:
+        """Feature maps of what `forward` takes as `ranked`, G * N each."""
+        latents, context = ranked["noisy_latents"], Conditioning(ranked["context"])
+        with contextlib.nullcontext() if self.train_unet else torch.no_grad():
+            return unet_features(self.unet, self.blocks, latents, ranked["timesteps"], context)[0]
 
     @torch.no_grad()
     def evaluate(self, batch: dict, *, itm: bool = True, rec: bool = True) -> tuple[torch.Tensor | None, dict | None]:

@@ -1,7 +1,8 @@
 """DETR's encoder and decoder (Carion et al., 2020), batch first.
 
-Positions are added to attention's queries and keys, never to its values; queries start at zero and their embeddings are
-added like positions. Norms follow each part (DETR) or, with `pre_norm`, precede it.
+Positions are added to attention's queries and keys, and to its values only in a decoder with `value_positions`; queries
+start at zero and their embeddings are added like positions. Norms follow each part (DETR) or, with `pre_norm`, precede
+it.
 
 Shapes: B batch, S = H * W map cells, Q queries, D width.
 """
@@ -64,8 +65,11 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """Self-attention over the queries, attention to the map, then a feed-forward part."""
 
-    def __init__(self, dim: int, nheads: int, dim_feedforward: int, dropout: float, pre_norm: bool):
+    def __init__(
+        self, dim: int, nheads: int, dim_feedforward: int, dropout: float, pre_norm: bool, value_positions: bool
+    ):
         super().__init__()
+        self.value_positions = value_positions
         self.self_attn = nn.MultiheadAttention(dim, nheads, dropout, batch_first=True)
         self.cross_attn = nn.MultiheadAttention(dim, nheads, dropout, batch_first=True)
         self.feed_forward = FeedForward(dim, dim_feedforward, dropout)
@@ -76,13 +80,14 @@ class DecoderLayer(nn.Module):
     def forward(self, tgt, memory, pos_embed, query_embed) -> torch.Tensor:
         """(B, Q, D) to (B, Q, D); `memory` and `pos_embed` are (B, S, D), `query_embed` (B, Q, D)."""
         key = memory + pos_embed
+        value = key if self.value_positions else memory
         if self.pre_norm:
             x = self.norm1(tgt)
             tgt = tgt + self.dropout(attend(self.self_attn, x + query_embed, x + query_embed, x))
-            tgt = tgt + self.dropout(attend(self.cross_attn, self.norm2(tgt) + query_embed, key, memory))
+            tgt = tgt + self.dropout(attend(self.cross_attn, self.norm2(tgt) + query_embed, key, value))
             return tgt + self.dropout(self.feed_forward(self.norm3(tgt)))
         tgt = self.norm1(tgt + self.dropout(attend(self.self_attn, tgt + query_embed, tgt + query_embed, tgt)))
-        tgt = self.norm2(tgt + self.dropout(attend(self.cross_attn, tgt + query_embed, key, memory)))
+        tgt = self.norm2(tgt + self.dropout(attend(self.cross_attn, tgt + query_embed, key, value)))
         return self.norm3(tgt + self.dropout(self.feed_forward(tgt)))
 
 
@@ -99,12 +104,13 @@ class Transformer(nn.Module):
         dim_feedforward: int = 2048,
         dropout: float = 0.1,
         pre_norm: bool = False,
+        value_positions: bool = False,
     ):
         super().__init__()
         settings = (dim, nheads, dim_feedforward, dropout, pre_norm)
         self.encoder_layers = nn.ModuleList(EncoderLayer(*settings) for _ in range(enc_layers))
         self.encoder_norm = nn.LayerNorm(dim) if pre_norm else nn.Identity()
-        self.decoder_layers = nn.ModuleList(DecoderLayer(*settings) for _ in range(dec_layers))
+        self.decoder_layers = nn.ModuleList(DecoderLayer(*settings, value_positions) for _ in range(dec_layers))
         self.decoder_norm = nn.LayerNorm(dim)
         for parameter in self.parameters():
             if parameter.dim() > 1:

@@ -10,7 +10,8 @@ import torch
 
 from dpt.controls import control_batch, control_inputs
 from dpt.data.collate import Sample, as_latents, collate, encode_batch
-from dpt.metrics import bootstrap_interval, objectness, rec_hits
+from dpt.data.trajectories import RankedPrompts, encode_ranked
+from dpt.metrics import area_within_prompts, bootstrap_interval, objectness, rec_hits
 from dpt.model import DPT
 from dpt.rec_text import RecTextEncoder
 from dpt.stable_diffusion import StableDiffusion
@@ -76,6 +77,42 @@ def measure(
                 for index, sample, record in zip(indices, batch, found, strict=True)
             ]
     return records
+
+
+@torch.no_grad()
+def measure_ranking(
+    model: DPT, sd: StableDiffusion, prompts: RankedPrompts, *, num_samples: int, shard: tuple[int, int] = (0, 1)
+) -> list[dict]:
+    """One record a prompt and kept step: the area under the curve within the prompt.
+
+    Args:
+        num_samples: prompts, evenly spread over the set.
+        shard: (k, n): this process's share.
+    """
+    model.eval()
+    chosen = np.linspace(0, len(prompts) - 1, min(num_samples, len(prompts))).round().astype(int)[shard[0] :: shard[1]]
+    records = []
+    for index in chosen:
+        ranked = [prompts.at(index, k) for k in range(len(prompts.about.steps))]
+        inputs = encode_ranked(ranked, sd)
+        scores = model.rank_scores(inputs).unflatten(0, inputs["values"].shape).double().cpu().numpy()
+        areas = area_within_prompts(scores, inputs["values"].double().cpu().numpy())
+        records += [
+            {"id": int(index), "step": step, "auc": float(area)}
+            for step, area in zip(prompts.about.steps, areas, strict=True)
+        ]
+    return records
+
+
+def summarize_ranking(records: list[dict]) -> dict[str, float]:
+    """`rank_auc` with its 95 % interval over prompts, and `rank_auc_step_K` after K steps."""
+    rows = {(record["id"], record["step"]): record["auc"] for record in records}
+    ids, values = np.array([key[0] for key in rows]), np.array(list(rows.values()))
+    mean, low, high = bootstrap_interval(values, ids)
+    figures = {"rank_auc": mean, "rank_auc_low": low, "rank_auc_high": high}
+    for step in dict.fromkeys(key[1] for key in rows):
+        figures[f"rank_auc_step_{step}"] = float(np.mean([auc for key, auc in rows.items() if key[1] == step]))
+    return figures
 
 
 def itm_records(scores: torch.Tensor, batch: tuple[Sample, ...]) -> list[dict]:

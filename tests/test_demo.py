@@ -187,7 +187,7 @@ def test_the_page_in_a_browser(url, studio, monkeypatch):
         assert driver.find_elements(By.CSS_SELECTOR, "#plain img")
         assert driver.find_elements(By.CSS_SELECTOR, "#trace svg, #trace canvas")
         assert "corrected" in driver.find_element(By.ID, "trace").text  # gradio draws no line that is not in its legend
-        monkeypatch.setattr(studio, "num_inference_steps", 500)
+        monkeypatch.setattr(studio, "sampling", studio.sampling.changed(num_inference_steps=500))
         driver.find_element(By.ID, "draw").click()
         wait.until(lambda d: "of 500" in status())
         driver.get("about:blank")  # whoever leaves stops their drawing

@@ -4,6 +4,7 @@
     python -m dpt.data cache-latents --model sd21-base --images ROOT/train2014 --output ROOT/train2014_SD2-1
     python -m dpt.data mine-negatives --captions ROOT/annotations/captions_train2014.json --images ROOT/train2014 \\
         --output ROOT/itm/train
+    python -m dpt.data trajectories configs/shapes/trajectories.yaml [key=value ...]
 """
 
 import argparse
@@ -92,6 +93,19 @@ def run_mine_negatives(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_trajectories(args: argparse.Namespace) -> int:
+    """Draws and judges half-drawn pictures to learn from; go on after a kill with the same command."""
+    from dpt.config import load_config
+    from dpt.data.trajectories import TrajectorySettings, make
+    from dpt.memory import keep_freed_memory
+
+    settings = load_config(TrajectorySettings, args.config, args.overrides)
+    keep_freed_memory()
+    drawn, judged = make(settings, device=_device(args))
+    print(f"{settings.output}: {drawn} new prompts, {judged} new values by {settings.scorer}")
+    return 0
+
+
 def shard(text: str) -> tuple[int, int]:
     """An argparse type: K/N, the K-th of N shares."""
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
@@ -138,6 +152,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     mining.add_argument("--work", help="folder for embeddings; default: beside the output")
     mining.set_defaults(run=run_mine_negatives)
+
+    drawing = commands.add_parser("trajectories", help="draw half-drawn pictures to learn from, and judge them")
+    drawing.add_argument("config", help="a YAML file: what differs from `dpt.data.trajectories.TrajectorySettings`")
+    drawing.add_argument("overrides", nargs="*", metavar="key=value")
+    drawing.add_argument("--device", type=device, help="default: the first CUDA device, else the CPU")
+    drawing.set_defaults(run=run_trajectories)
 
     for command in (cache, mining):
         command.add_argument("--images", required=True, help="folder of image files")

@@ -1,7 +1,7 @@
 """Which sample comes when: by seed and step alone, whatever the number of processes, and after any resumption."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -34,6 +34,11 @@ class Reader(Dataset):
         return self.samples.get(*pair), pair[1]
 
 
+def _collate(pairs: list) -> Batch:
+    samples, epochs = zip(*pairs, strict=True)
+    return collate(list(samples), list(epochs))
+
+
 def micro_batches(
     samples,
     step: int,
@@ -44,11 +49,13 @@ def micro_batches(
     rank: int = 0,
     world: int = 1,
     num_workers: int = 0,
-) -> Iterator[Batch]:
+    collate_fn: Callable = _collate,
+) -> Iterator:
     """One process's batches from a step on, `accumulation` of them a step, without end.
 
     Args:
         samples: gives `get(index, epoch)`.
+        collate_fn: makes a batch of (sample, epoch) pairs.
         num_workers: processes that read ahead; they change nothing but the speed.
     """
 
@@ -58,9 +65,4 @@ def micro_batches(
             micro = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
             yield from micro[rank::world]
 
-    return iter(DataLoader(Reader(samples), batch_sampler=order(), collate_fn=_collate, num_workers=num_workers))
-
-
-def _collate(pairs: list) -> Batch:
-    samples, epochs = zip(*pairs, strict=True)
-    return collate(list(samples), list(epochs))
+    return iter(DataLoader(Reader(samples), batch_sampler=order(), collate_fn=collate_fn, num_workers=num_workers))

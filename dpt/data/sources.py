@@ -8,6 +8,7 @@ from dpt.data.itm import ItmNegatives
 from dpt.data.latents import LatentFolder
 from dpt.data.refcoco import load_expressions
 from dpt.data.samples import CocoSamples
+from dpt.data.trajectories import RankedPrompts
 from dpt.shapes.samples import ShapesSamples
 from dpt.stable_diffusion import StableDiffusion
 
@@ -15,7 +16,7 @@ NUM_SHAPES = 10_000
 
 
 def training_samples(data: DataSettings, sd: StableDiffusion, *, seed: int, notice: Callable = print):
-    """The training set.
+    """The training set of the paper's losses; None where there are trajectories alone.
 
     Args:
         seed: of what is drawn of a sample: its caption, negatives, mirroring.
@@ -23,6 +24,8 @@ def training_samples(data: DataSettings, sd: StableDiffusion, *, seed: int, noti
     Raises:
         ValueError: a missing folder or file, or nothing in it; it is named.
     """
+    if data.kind == "trajectories":
+        return None
     if data.kind == "shapes":
         count = NUM_SHAPES if data.num_samples is None else data.num_samples
         return ShapesSamples(
@@ -65,6 +68,8 @@ def validation_samples(
     Args:
         split: of the shapes world, val or test; coco's lists are those that the config names.
     """
+    if data.kind == "trajectories":
+        return {}
     if data.kind == "shapes":
         samples = ShapesSamples(
             sd, Path(data.cache_folder), num_samples=num_samples, negatives=data.negatives, split=split
@@ -80,6 +85,21 @@ def validation_samples(
     return sets
 
 
+def ranked_prompts(data: DataSettings, sd: StableDiffusion, *, held_out: bool, seed: int = 0) -> RankedPrompts | None:
+    """Own trajectories to train on, or those held out of training; None where the config names none."""
+    if data.trajectories is None:
+        return None
+    return RankedPrompts(
+        data.trajectories,
+        data.labels,
+        model=sd.name,
+        latent_shape=sd.latent_shape(),
+        held_out=held_out,
+        num_prompts=None if held_out else data.num_prompts,
+        seed=seed,
+    )
+
+
 def existing(root: Path, key: str, relative: str) -> Path:
     """`root / relative`. Raises ValueError naming the config key and the remedy where there is nothing."""
     path = root / relative
@@ -92,9 +112,10 @@ def existing(root: Path, key: str, relative: str) -> Path:
 
 
 def needed_files(data: DataSettings) -> list[Path]:
-    """Every file and folder that the config names; none for the shapes world, which is made on the fly."""
-    if data.kind == "shapes":
-        return []
+    """Every file and folder that the config names; of the shapes world none, which is made on the fly."""
+    own = [] if data.trajectories is None else [Path(data.trajectories)]
+    if data.kind != "coco":
+        return own
     names = [data.images, data.expressions, data.itm, data.val_images, data.val_itm, *data.val_expressions]
     names += [data.latents] if data.latents else []
-    return [Path(data.root) / name for name in names]
+    return own + [Path(data.root) / name for name in names]

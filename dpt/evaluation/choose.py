@@ -30,12 +30,12 @@ from dpt.choosing import best, candidate_seeds, rounds, stop_of, with_numbers
 from dpt.drawing import Artist, Drawing
 from dpt.evaluation.generate import noise_seed, process_state
 from dpt.evaluation.prompts import Prompt, load_prompt_set
-from dpt.evaluation.scorers import METRICS
+from dpt.evaluation.scorers import METRICS, value_of
 from dpt.evaluation.table import APART
 from dpt.files import read_json_lines, write_text
 from dpt.images import append_line, to_images
 from dpt.matching_score import score_of_features
-from dpt.metrics import bootstrap_interval
+from dpt.metrics import area_within_prompts, bootstrap_interval
 from dpt.results import figure_beside, record_section
 from dpt.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
 
@@ -147,13 +147,6 @@ def predicted_clean(scheduler, noise_pred, timestep, latents) -> torch.Tensor:
     return (latents - (1 - alpha_bar).sqrt() * noise_pred) / alpha_bar.sqrt()
 
 
-def value_of(record: dict) -> float:
-    """What a scorer's record says in one number: the oracle's 1 for correct, a cosine, or a score."""
-    if "label" in record:
-        return float(record["label"] == "correct")
-    return record["cosine"] if "cosine" in record else record["score"]
-
-
 class Observer:
     """A `Denoiser` that notes after each pass what each chooser says of the batch's images.
 
@@ -229,20 +222,6 @@ def analyse(found: list[Candidate], count: int, num_steps: int, where: tuple[flo
         row[CEILING] = share_correct(values[:, : count // n * n].reshape(len(values), -1, n).max(2))
         grid.append(row)
     return {"prompts": len(prompts), "candidates": count, "steps": num_steps, "auc": auc, "grid": grid}
-
-
-def area_within_prompts(scores: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The area under the curve of each prompt that has candidates of different value.
-
-    It is the share of pairs of different value of which the better has the higher score; equal scores count half.
-
-    Args:
-        scores, values: (P, N).
-    """
-    better = values[:, :, None] > values[:, None]  # (P, N, N)
-    ahead = (scores[:, :, None] > scores[:, None]) + 0.5 * (scores[:, :, None] == scores[:, None])
-    pairs = better.sum((1, 2))
-    return ((ahead * better).sum((1, 2)) / np.maximum(pairs, 1))[pairs > 0]
 
 
 def area_with_interval(scores: np.ndarray, values: np.ndarray) -> list[float] | None:

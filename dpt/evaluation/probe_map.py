@@ -203,7 +203,8 @@ class ProbeMap(nn.Module):
 
     def losses(self, batch) -> dict[str, torch.Tensor]:
         """The weighted sum of each adapter's losses."""
-        passes, weights = self.readers["none"].early_passes(), self.config.loss.weights
+        weights = self.config.loss.weights
+        passes = self.readers["none"].early_passes(with_itm=weights.itm)
         return {
             f"loss_{control}_{block}": weights.total(model.losses([feature], None, passes, inputs))
             for control, block, model, feature, inputs in self._each_map(batch, passes, training=True)

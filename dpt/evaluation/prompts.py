@@ -1,6 +1,7 @@
 """Prompt sets, in the files that users have.
 
 shapes:val  shapes:test          the embedded world's, by category
+shapes:train                     2,500 more by category, to train on: no meaning of val's or test's
 nss1k:FOLDER                     COCO-NSS1K: every JSON part in the folder, a category each
 compbench:FOLDER                 T2I-CompBench: every <category>_val.txt in the folder
 cc500:FILE  abc6k:FILE  FILE     one prompt a line
@@ -12,8 +13,10 @@ from pathlib import Path
 import msgspec
 
 from dpt.files import read_json, read_text, text_lines
-from dpt.shapes.world import PROMPT_CATEGORIES, load_prompts
+from dpt.shapes.captions import CATEGORIES
+from dpt.shapes.world import PROMPT_CATEGORIES, load_prompts, training_prompts
 
+TRAINING_PROMPTS = 500  # a category
 NUM_CONJUNCTIONS = 446  # lines at the head of CC-500 that join two coloured objects
 
 
@@ -58,8 +61,10 @@ def load_prompt_set(name: str, *, per_category: int | None = None) -> list[Promp
 
 
 def _shapes(split: str) -> dict[str, tuple[str, ...]]:
+    if split == "train":
+        return {category: training_prompts(category, TRAINING_PROMPTS) for category in CATEGORIES[1:]}
     if split not in ("val", "test"):
-        raise ValueError(f"prompts shapes:{split}: the sets are shapes:val and shapes:test")
+        raise ValueError(f"prompts shapes:{split}: the sets are shapes:train, shapes:val and shapes:test")
     return {category: load_prompts(split, category) for category in PROMPT_CATEGORIES}
 
 

@@ -161,5 +161,12 @@ def blip(args: argparse.Namespace) -> Scorer:
     return Scorer(f"blip.{name}", fingerprint(*sorted(folder.glob("*.safetensors")), *folder.glob("*.bin")), scores)
 
 
+def value_of(record: dict) -> float:
+    """What a scorer's record says in one number: the oracle's 1 for correct, a cosine, or a score."""
+    if "label" in record:
+        return float(record["label"] == "correct")
+    return record["cosine"] if "cosine" in record else record["score"]
+
+
 METRICS = {"oracle": oracle, "shapes-clip": shapes_clip, "clip": clip, "blip": blip}
 """name -> what makes the scorer of the command line's flags"""

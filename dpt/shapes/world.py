@@ -18,6 +18,7 @@ from dpt.shapes.captions import (
     WebNoise,
     caption_text,
     has_unseen_pair,
+    parse,
     sample_description,
     split_of,
     web_like,
@@ -339,6 +340,18 @@ PROMPT_CATEGORIES = (*CATEGORIES, "unseen")
 def load_prompts(split: str, category: str) -> tuple[str, ...]:
     """The committed prompts of "val" or "test" in one of `PROMPT_CATEGORIES`."""
     return tuple(text_lines(read_text(PROMPT_FOLDER / f"{split}_{category}.txt")))
+
+
+def training_prompts(category: str, count: int) -> list[str]:
+    """Prompts of a category whose meanings are none of val's and test's, distinct; "single" and "unseen" have none."""
+    rng, texts, seen = np.random.default_rng((1, CATEGORIES.index(category))), [], set()
+    held_out = {parse(text).key() for s in ("val", "test") for c in PROMPT_CATEGORIES for text in load_prompts(s, c)}
+    while len(texts) < count:
+        description = sample_description(rng, category)
+        if split_of(description) == "train" and description.key() not in seen | held_out:
+            seen.add(description.key())
+            texts.append(caption_text(description, rng))
+    return texts
 
 
 def make_prompts(category: str, *, per_category: int = 100, seed: int = 0) -> dict[str, list[str]]:
