@@ -6,11 +6,8 @@ python txt2img.py --gpuid 0 --prompt "a photo of an astronaut riding a horse on 
 """
 
 import argparse
-import itertools
-import math
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from dpt.base_models import (
@@ -18,21 +15,18 @@ from dpt.base_models import (
     DPT_WEIGHTS,
     DTYPE_NAMES,
     MODELS,
-    SIDES,
-    VAE_SCALE_FACTOR,
-    check_size,
     config_beside,
+    describe_size,
     known_name,
     recommended,
 )
 from dpt.bounds import ArgumentParser, fail, is_out_of_memory, number
-from dpt.choosing import CANDIDATES_APART, rounds, with_numbers
+from dpt.choosing import CANDIDATES_APART
 from dpt.files import check_text, read_text, text_lines
 from dpt.flags import add_sampling_flags, given_sampling, refuse_reference_flags
 from dpt.hub import fetch_weights, is_hub_id
 from dpt.settings import SEED_LIMIT, Sampling
 
-GRID_ROWS, GRID_COLUMNS = 12, 8
 MAX_PICTURES = 10_000_000  # of a run, months on a GPU
 
 
@@ -197,7 +191,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         steps = f"{sampling.num_inference_steps} {sampling.scheduler.upper()} steps"
         print(f"{steps}, guidance scale {sampling.guidance_scale}, seeds from {args.seed}, into {args.outdir}")
-        print(describe_size(args.model, sampling))
+        print(describe_size(args.model, sampling.height, sampling.width))
         return 0
     samples = args.outdir / "samples"
     try:
@@ -205,18 +199,19 @@ def run(args: argparse.Namespace) -> int:
         tempfile.TemporaryFile(dir=samples).close()
     except OSError as error:
         raise ValueError(f"--outdir {args.outdir} cannot be written: {error.strerror}") from error
-    from dpt.gallery import Gallery, open_artist
+    from dpt.gallery import Gallery, all_jobs, draw_all, open_artist
 
     gallery = Gallery(args.outdir, compbench=args.compbench)
     there = gallery.keys()  # before anything is drawn: nothing is added to somebody else's file
     artist, common = open_artist(args, weights, sampling, device, dtype)
     announce(artist.sd, prompts, args, sampling)
-    jobs, count = all_jobs(prompts, args, common), total
+    jobs, count = all_jobs(prompts, args.seed, per_prompt, common), total
     if args.skip_existing:
         count = sum(gallery.key(job) not in there for job in jobs)
-        jobs = (job for job in all_jobs(prompts, args, common) if gallery.key(job) not in there)
+        jobs = all_jobs(prompts, args.seed, per_prompt, common)
+        jobs = (job for job in jobs if gallery.key(job) not in there)
         print(f"{total - count} picture(s) are there already")
-    rows = draw_jobs(artist, gallery, jobs, count, args, sampling)
+    rows = draw_all(artist, gallery, jobs, count, sampling, batch_size=args.batch_size, trace=args.trace)
     if rows and not args.skip_grid:
         path = gallery.save_grid([(prompts[row], images) for row, images in sorted(rows.items())])
         print(f"grid of the first {len(rows)} prompt(s): {path}")
@@ -224,24 +219,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe_size(model: str, sampling: Sampling) -> str:
-    """In words: how large pictures would be. Raises ValueError for a size or folder that cannot be drawn with."""
-    side = SIDES.get(known_name(model))
-    if side is None:
-        from dpt.stable_diffusion import architecture
-
-        try:
-            side = architecture(model)[0].sample_size * VAE_SCALE_FACTOR
-        except ValueError as error:
-            if Path(model).exists():
-                raise
-            return str(error)
-    height, width = (check_size(n, v or side) for n, v in (("H", sampling.height), ("W", sampling.width)))
-    return f"{height} x {width} pixels"
-
-
 def announce(sd, prompts: list[str], args: argparse.Namespace, sampling: Sampling) -> None:
     """Says what of the prompts and settings will not be understood or have no effect."""
+    from dpt.gallery import GRID_ROWS
     from dpt.images import without_glyph
     from dpt.stable_diffusion import grammar_note
 
@@ -255,52 +235,6 @@ def announce(sd, prompts: list[str], args: argparse.Namespace, sampling: Samplin
         print("note: --negative_prompt has no effect at a --scale of 1 or less")
     if (args.trace or not args.skip_grid) and (lacking := without_glyph("".join(prompts[:GRID_ROWS]))):
         print(f"note: the labels' font has no {ascii(lacking)[:80]}, which are written so")
-
-
-def all_jobs(prompts: list[str], args: argparse.Namespace, common: dict) -> Iterator[dict]:
-    """What is to be drawn, in order: prompt, seed, row of the grid, the file's number, and what all share."""
-    per_prompt = args.n_samples * args.n_iter
-    for row, prompt in enumerate(prompts):
-        for k in range(per_prompt):
-            yield {"prompt": prompt, "seed": args.seed + k, "row": row, "number": row * per_prompt + k} | common
-
-
-def draw_jobs(
-    artist, gallery, jobs: Iterator[dict], count: int, args: argparse.Namespace, sampling: Sampling
-) -> dict[int, list]:
-    """Draws and saves all jobs, `count` of them, batch by batch, and returns the pictures of the grid's rows."""
-    from tqdm import tqdm
-
-    from dpt.drawing import without_correction
-    from dpt.traces import trace_of, write_traces
-
-    arms = {"corrected" if sampling.corrects else "uncorrected": sampling}
-    if args.trace and sampling.corrects:
-        arms["uncorrected"] = without_correction(sampling)
-    rows, traces = {}, []
-    batches = iter(lambda: list(itertools.islice(jobs, args.batch_size)), [])
-    schedule = rounds(sampling.num_inference_steps, sampling.candidates, sampling.choose_at)
-    sizes = [min(args.batch_size, count - first) for first in range(0, count, args.batch_size)]
-    total = len(arms) * sum(
-        math.ceil(size * number / args.batch_size) * (part.stop - part.first)
-        for size in sizes
-        for part, number in with_numbers(schedule, sampling.candidates)
-    )
-    with tqdm(total=total, unit="step", desc="drawing", disable=not count) as bar:
-        for batch in batches:
-            texts, seeds = [job["prompt"] for job in batch], [job["seed"] for job in batch]
-            options = {"batch_size": args.batch_size, "trace": args.trace, "on_step": lambda step, record: bar.update()}
-            drawn = {arm: artist.draw(texts, seeds, settings, **options) for arm, settings in arms.items()}
-            if args.trace:
-                traces += [trace_of(job, {arm: drawn[arm][b] for arm in arms}) for b, job in enumerate(batch)]
-            for job, drawing in zip(batch, next(iter(drawn.values())), strict=True):
-                gallery.save(job, drawing)
-                row = rows.setdefault(job["row"], []) if job["row"] < GRID_ROWS else []
-                if len(row) < GRID_COLUMNS:
-                    row.append(drawing.image)
-    if traces:
-        write_traces(args.outdir, traces)
-    return rows
 
 
 if __name__ == "__main__":

@@ -74,3 +74,19 @@ def recommended(model: str, weights: DPTConfig | None = None) -> Sampling:
     if weights is None:
         return SAMPLING.get(name, Sampling())
     return weights.sampling or WITH_ADAPTER.get(name, PAPER)
+
+
+def describe_size(model: str, height: int | None, width: int | None) -> str:
+    """In words: how large pictures would be. Raises ValueError for a size or folder that cannot be drawn with."""
+    side = SIDES.get(known_name(model))
+    if side is None:
+        from dpt.stable_diffusion import architecture
+
+        try:
+            side = architecture(model)[0].sample_size * VAE_SCALE_FACTOR
+        except ValueError as error:
+            if Path(model).exists():
+                raise
+            return str(error)
+    height, width = (check_size(name, value or side) for name, value in (("H", height), ("W", width)))
+    return f"{height} x {width} pixels"

@@ -156,7 +156,7 @@ class Trainer:
         self.rec_text = load_rec_text_encoder(
             config.model.rec_text_encoder,
             self.sd,
-            with_model=bool(config.loss.weights.contrastive_align),
+            with_model=bool(config.loss.weights.contrastive_align) and config.data.kind != "trajectories",
             local_files_only=config.model.local_files_only,
         )
         with self.accelerator.main_process_first():

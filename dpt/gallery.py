@@ -1,21 +1,29 @@
 """A folder of pictures that txt2img.py draws: files with their records in them, what is there already, grids."""
 
 import argparse
+import itertools
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 import dpt
 from dpt.checkpoint import load_checkpoint
-from dpt.drawing import Artist, Drawing
+from dpt.choosing import rounds, with_numbers
+from dpt.drawing import Artist, Drawing, without_correction
 from dpt.images import append_metadata, compbench_stem, make_grid, numbered, read_metadata, save_new
 from dpt.lora import load_external_lora
 from dpt.settings import Sampling
 from dpt.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
+from dpt.traces import trace_of, write_traces
+
+GRID_ROWS, GRID_COLUMNS = 12, 8
 
 
 def open_artist(
@@ -90,3 +98,54 @@ class Gallery:
     def save_grid(self, rows: list[tuple[str, list[np.ndarray]]]) -> Path:
         """A labelled grid of prompts and their pictures; its path."""
         return save_new(make_grid(rows), numbered(self.folder, "grid-{:04d}.png"))
+
+
+def all_jobs(prompts: list[str], seed: int, per_prompt: int, common: dict) -> Iterator[dict]:
+    """What is to be drawn, in order: prompt, seed, row of the grid, the file's number, and what all share."""
+    for row, prompt in enumerate(prompts):
+        for k in range(per_prompt):
+            yield {"prompt": prompt, "seed": seed + k, "row": row, "number": row * per_prompt + k} | common
+
+
+def draw_all(
+    artist: Artist,
+    gallery: Gallery,
+    jobs: Iterator[dict],
+    count: int,
+    sampling: Sampling,
+    *,
+    batch_size: int,
+    trace: bool = False,
+) -> dict[int, list[np.ndarray]]:
+    """Draws and saves all jobs, `count` of them, batch by batch, and returns the pictures of the grid's rows.
+
+    Args:
+        trace: write the score against the step too, beside that without correction.
+    """
+    arms = {"corrected" if sampling.corrects else "uncorrected": sampling}
+    if trace and sampling.corrects:
+        arms["uncorrected"] = without_correction(sampling)
+    rows, traces = {}, []
+    batches = iter(lambda: list(itertools.islice(jobs, batch_size)), [])
+    schedule = rounds(sampling.num_inference_steps, sampling.candidates, sampling.choose_at)
+    sizes = [min(batch_size, count - first) for first in range(0, count, batch_size)]
+    total = len(arms) * sum(
+        math.ceil(size * number / batch_size) * (part.stop - part.first)
+        for size in sizes
+        for part, number in with_numbers(schedule, sampling.candidates)
+    )
+    with tqdm(total=total, unit="step", desc="drawing", disable=not count) as bar:
+        for batch in batches:
+            texts, seeds = [job["prompt"] for job in batch], [job["seed"] for job in batch]
+            options = {"batch_size": batch_size, "trace": trace, "on_step": lambda step, record: bar.update()}
+            drawn = {arm: artist.draw(texts, seeds, settings, **options) for arm, settings in arms.items()}
+            if trace:
+                traces += [trace_of(job, {arm: drawn[arm][b] for arm in arms}) for b, job in enumerate(batch)]
+            for job, drawing in zip(batch, next(iter(drawn.values())), strict=True):
+                gallery.save(job, drawing)
+                row = rows.setdefault(job["row"], []) if job["row"] < GRID_ROWS else []
+                if len(row) < GRID_COLUMNS:
+                    row.append(drawing.image)
+    if traces:
+        write_traces(gallery.folder, traces)
+    return rows

@@ -89,7 +89,9 @@ def test_paper_sizes_are_the_defaults():
     assert adapter.itm_head.logit_scale.exp().item() == pytest.approx(1 / 0.07)
 
 
-@pytest.mark.parametrize("changes", [{}, {"pre_norm": True}, {"position_embedding": "learned"}, {"dec_layers": 3}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"pre_norm": True}, {"position_embedding": "learned"}, {"dec_layers": 3}, {"value_positions": True}]
+)
 def test_a_batch_equals_its_items(changes):
     torch.manual_seed(0)
     adapter = DiscriminativeAdapter(small(**changes)).eval()
@@ -106,6 +108,31 @@ def test_timestep_and_place_matter():
     base = adapter([feature], torch.tensor([10]))
     assert not torch.allclose(base, adapter([feature], torch.tensor([900])), atol=1e-3)
     assert not torch.allclose(base, adapter([feature.flip(-1)], torch.tensor([10])), atol=1e-4)
+
+
+def test_features_are_standardised_by_what_was_measured():
+    torch.manual_seed(0)
+    plain, adapter = (DiscriminativeAdapter(small(normalize_features=on)).eval() for on in (False, True))
+    adapter.load_state_dict(plain.state_dict(), strict=False)
+    features, timestep = torch.randn(4, 8, 5, 7) * torch.arange(1, 9)[:, None, None] + 3, torch.tensor(9)
+    assert torch.equal(adapter([features], timestep), plain([features], timestep))  # before anything is measured
+    adapter.measure_features([features])
+    standardised = (features - features.mean((0, 2, 3), keepdim=True)) / features.std((0, 2, 3), keepdim=True)
+    assert torch.allclose(adapter([features], timestep), plain([standardised], timestep), atol=1e-4)
+
+
+def test_values_may_have_positions():
+    torch.manual_seed(0)
+    without, with_positions = (DiscriminativeAdapter(small(value_positions=on)).eval() for on in (False, True))
+    with_positions.load_state_dict(without.state_dict())
+    alike = torch.ones(1, 8, 5, 7)
+    memory, positions = torch.randn(1, 35, 32), torch.randn(1, 35, 32)
+    layers = [adapter.transformer.decoder_layers[0] for adapter in (without, with_positions)]
+    queries = torch.randn(1, 8, 32)
+    none = torch.zeros_like(positions)
+    assert torch.equal(*(layer(queries, memory, none, queries) for layer in layers))
+    assert not torch.allclose(*(layer(queries, memory, positions, queries) for layer in layers), atol=1e-2)
+    assert not torch.allclose(*(adapter([alike], torch.tensor(9)) for adapter in (without, with_positions)), atol=1e-3)
 
 
 def test_score_is_the_best_query_s_cosine():

@@ -255,7 +255,9 @@ def _check_or_write(folder: Path, about: Manifest) -> None:
     """Raises ValueError where the folder's trajectories are others; a new folder gets its manifest."""
     if (folder / MANIFEST).exists():
         before, now = (_flat(manifest) for manifest in (read_json(folder / MANIFEST, Manifest), about))
-        if differing := [f"{name} {before.get(name)} (now {now[name]})" for name in now if now[name] != before.get(name)]:
+        if differing := [
+            f"{name} {before.get(name)} (now {now[name]})" for name in now if now[name] != before.get(name)
+        ]:
             raise ValueError(f"{folder} holds trajectories of {'; '.join(differing)}: choose another output")
         return
     if folder.exists() and any(folder.iterdir()):
@@ -308,7 +310,7 @@ def label_missing(settings: TrajectorySettings, sd, folder: Path) -> int:
             values = judge(list(pictures[k]), [prompt.text] * len(names), names)
             for seed, value in zip(prompt.seeds, values, strict=True):
                 if (prompt.text, seed) not in known:
-                    append_line(path, msgspec.to_builtins(Label(prompt.text, seed, round(value, 6))))
+                    append_line(path, msgspec.to_builtins(Label(prompt.text, seed, value)))
                     judged += 1
     return judged
 

@@ -162,10 +162,10 @@ def blip(args: argparse.Namespace) -> Scorer:
 
 
 def value_of(record: dict) -> float:
-    """What a scorer's record says in one number: the oracle's 1 for correct, a cosine, or a score."""
+    """What a scorer's record says in one number: the oracle's 1 for correct, else its first figure."""
     if "label" in record:
         return float(record["label"] == "correct")
-    return record["cosine"] if "cosine" in record else record["score"]
+    return float(next(iter(record.values())))
 
 
 METRICS = {"oracle": oracle, "shapes-clip": shapes_clip, "clip": clip, "blip": blip}

@@ -63,14 +63,11 @@ def test_clip_score_by_a_small_open_clip(pictures, tmp_path, capsys):
     assert "--clip_model is 'ViT-nothing'" in capsys.readouterr().err
 
 
-def test_blip_scores_by_a_small_blip(pictures, tmp_path, capsys):
-    folder = tmp_path / "tiny-blip"
-    command = ["align", str(pictures), "--metrics", "blip", "--blip", str(folder)]
-    assert evaluate.main(command) == 2
-    assert "put huggingface.co/Salesforce/blip-itm-base-coco" in capsys.readouterr().err
+def save_tiny_blip(folder):
+    """A small random BLIP-ITM and its processor, saved to a folder."""
     torch.manual_seed(0)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[ENC]", "a", "red", "dog", "blue", "cat", "on", "bed"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    (folder.parent / "vocab.txt").write_text("\n".join(words))
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = BlipConfig(
         text_config=sizes | {"vocab_size": len(words), "encoder_hidden_size": 32, "max_position_embeddings": 32},
@@ -81,9 +78,18 @@ def test_blip_scores_by_a_small_blip(pictures, tmp_path, capsys):
     model.save_pretrained(folder)
     processor = BlipProcessor(
         BlipImageProcessor(size={"height": 32, "width": 32}),
-        BertTokenizerFast(str(tmp_path / "vocab.txt"), model_max_length=32),
+        BertTokenizerFast(str(folder.parent / "vocab.txt"), model_max_length=32),
     )
     processor.save_pretrained(folder)
+    return model, processor
+
+
+def test_blip_scores_by_a_small_blip(pictures, tmp_path, capsys):
+    folder = tmp_path / "tiny-blip"
+    command = ["align", str(pictures), "--metrics", "blip", "--blip", str(folder)]
+    assert evaluate.main(command) == 2
+    assert "put huggingface.co/Salesforce/blip-itm-base-coco" in capsys.readouterr().err
+    model, processor = save_tiny_blip(folder)
     assert evaluate.main([*command, "--batch_size", "3"]) == 0
     for record in score_lines(pictures / "blip.tiny-blip.jsonl"):
         prompt = record["file"].removeprefix("samples/")[: -len("_000000.png")]
