@@ -13,7 +13,7 @@ from pathlib import Path
 from dpt.bounds import ArgumentParser, fail, number
 from dpt.files import check_text
 from dpt.hub import is_hub_id
-from dpt.settings import CORRECTION_TARGETS
+from dpt.settings import CORRECTION_TARGETS, DEFAULT_CHOOSE_AT
 
 LOOPBACK = "127.0.0.1"
 KNOWN_ARMS = [(0, None, "plain"), (0, None, "corrected")]  # gradio's plot draws only those that its first value has
@@ -28,22 +28,26 @@ def make_page(model: str, opening: Future):
         try:
             studio = opening.result()
         except CancelledError:
-            return [gradio.skip()] * 4 + ["the model could not be loaded"]
+            return [gradio.skip()] * 6 + ["the model could not be loaded"]
         return [
             gradio.Textbox(interactive=True),
             gradio.Slider(value=studio.sampling.correction_norm or 0.01, interactive=True),
             gradio.Dropdown(value=studio.sampling.correction_target, interactive=True),
+            gradio.Number(value=studio.sampling.candidates, interactive=True),
+            gradio.Number(value=(studio.sampling.choose_at or DEFAULT_CHOOSE_AT)[-1], interactive=True),
             gradio.Button(interactive=True),
             "ready",
         ]
 
-    def run(prompt, seed, norm, target, phrase):
+    def run(prompt, seed, norm, target, phrase, candidates=1, choose_at=DEFAULT_CHOOSE_AT[0]):
         try:
-            for plain, corrected, points, say in opening.result().draw(prompt, seed, norm, target, phrase):
-                yield plain, corrected, pandas.DataFrame(KNOWN_ARMS + points, columns=["step", "score", "arm"]), say
+            steps = opening.result().draw(prompt, seed, norm, target, phrase, candidates, choose_at)
+            for plain, corrected, points, found, say in steps:
+                trace = pandas.DataFrame(KNOWN_ARMS + points, columns=["step", "score", "arm"])
+                yield plain, corrected, trace, found, say
         except (ValueError, FloatingPointError, CancelledError) as error:
             say = f"error: {str(error) or 'the model could not be loaded'}"
-            yield gradio.skip(), gradio.skip(), gradio.skip(), say  # what was drawn stays
+            yield *[gradio.skip()] * 4, say  # what was drawn stays
 
     with gradio.Blocks(title="dpt") as page:
         gradio.Markdown(f"## {model}, without and with self-correction")
@@ -60,10 +64,21 @@ def make_page(model: str, opening: Future):
                 value=0.012,
                 step=0.001,
                 label="correction's length, as a share of the latent's",
+                scale=2,
                 interactive=False,
             )
             target = gradio.Dropdown(
                 CORRECTION_TARGETS, value="latent", label="what goes on from the correction", interactive=False
+            )
+            candidates = gradio.Number(
+                label="candidates (1 to 8), of which one is kept",
+                value=1,
+                precision=0,
+                elem_id="count",
+                interactive=False,
+            )
+            choose_at = gradio.Number(
+                label="choose at, a fraction of the steps", value=DEFAULT_CHOOSE_AT[0], step=0.05, interactive=False
             )
         button = gradio.Button("draw", variant="primary", elem_id="draw", interactive=False)
         with gradio.Row():
@@ -71,9 +86,20 @@ def make_page(model: str, opening: Future):
             corrected = gradio.Image(label="with", elem_id="corrected")
             plot = gradio.LinePlot(x="step", y="score", color="arm", title="matching score", elem_id="trace")
         status = gradio.Textbox("loading the model", label="status", interactive=False, elem_id="status")
-        outputs = [plain, corrected, plot, status]
-        inputs = [prompt, seed, norm, target, phrase]
-        page.load(ready, None, [prompt, norm, target, button, status], api_name=False)
+        gallery = gradio.Gallery(
+            label="candidates as predicted at the choice, with their scores",
+            elem_id="candidates",
+            columns=4,
+            fit_columns=False,
+            height="auto",
+            visible=False,
+        )
+        outputs = [plain, corrected, plot, gallery, status]
+        inputs = [prompt, seed, norm, target, phrase, candidates, choose_at]
+        page.load(ready, None, [prompt, norm, target, candidates, choose_at, button, status], api_name=False)
+        candidates.change(
+            lambda count: gradio.Gallery(visible=(count or 0) > 1), candidates, gallery, queue=False, api_name=False
+        )
         button.click(run, inputs, outputs, concurrency_limit=1)
         prompt.submit(run, inputs, outputs, concurrency_limit=1, api_name=False)
     return page.queue(max_size=20)

@@ -21,7 +21,7 @@ from dpt.guidance.attend_and_excite import subject_tokens
 from dpt.images import to_images
 from dpt.matching_score import ScoreReader
 from dpt.sampling import ClassifierFreeGuidance, Denoiser, initial_noise, sample
-from dpt.schedulers import join_images, make_scheduler, select_images, set_timesteps
+from dpt.schedulers import join_images, make_scheduler, predicted_clean, select_images, set_timesteps
 from dpt.settings import Sampling
 from dpt.stable_diffusion import StableDiffusion, advice_against_nan
 from dpt.unet_features import Conditioning
@@ -112,6 +112,7 @@ def draw_and_choose(
     batch_size: int | None = None,
     trace: bool = False,
     on_step: Callable[[int, dict | None], None] | None = None,
+    on_choice: Callable[[int, np.ndarray, np.ndarray, np.ndarray, torch.Tensor], None] | None = None,
 ) -> Chosen:
     """Goes all steps, and after some of them keeps the candidates of highest score of each picture.
 
@@ -120,6 +121,8 @@ def draw_and_choose(
         batch_size: candidates that are drawn at once; by default all.
         trace: read the score at every step, not only where it decides.
         on_step: called after each step with its number and the newest record of the trace.
+        on_choice: called at each choice with the number of steps done, the candidates' numbers (N,), their scores (N,),
+            indices of those that go on, and the clean latents (N, C, h, w) that their last predictions mean.
 
     Raises:
         FloatingPointError: a score or latents that are not finite.
@@ -132,10 +135,12 @@ def draw_and_choose(
         settings = sampling if alone or sampling.correct_candidates else without_correction(sampling)
         chooses = part.keep < len(candidates.numbers) // len(set(pictures))
         read = range(part.first, part.stop) if trace else range(part.stop - chooses, part.stop)
-        done = []
+        done, clean = [], []
         for rows in np.array_split(np.arange(len(candidates.numbers)), _parts(candidates, batch_size)):
             some, log = candidates.select(rows), []
             denoise = denoiser_of(some, settings, log, read)
+            if chooses and on_choice:
+                denoise = _noting_clean(denoise, some.scheduler, part.stop - 1, clean)
             tell = on_step and (lambda step, _, log=log: on_step(step, log[-1] if log else None))
             path = range(part.first, part.stop)
             some.latents = sample(denoise, some.scheduler, some.latents, steps=path, on_step=tell)
@@ -153,8 +158,23 @@ def draw_and_choose(
                 )
             for number, score in zip(candidates.numbers, scores.tolist(), strict=True):
                 decided[number] = score
-            candidates, chosen_at = candidates.select(best(scores, pictures[candidates.numbers], part.keep)), part.stop
+            kept = best(scores, pictures[candidates.numbers], part.keep)
+            if on_choice:
+                on_choice(part.stop, candidates.numbers, scores, kept, torch.cat(clean))
+            candidates, chosen_at = candidates.select(kept), part.stop
     return Chosen(candidates, records, steps, decided, chosen_at)
+
+
+def _noting_clean(denoise: Denoiser, scheduler, at: int, clean: list[torch.Tensor]) -> Denoiser:
+    """The denoiser, which also appends the clean latents that its prediction at one step means."""
+
+    def noting(latents, timestep, step):
+        noise_pred, latents = denoise(latents, timestep, step)
+        if step == at:
+            clean.append(predicted_clean(scheduler, noise_pred, timestep, latents))
+        return noise_pred, latents
+
+    return noting
 
 
 def _parts(candidates: Candidates, batch_size: int | None) -> int:
@@ -181,6 +201,7 @@ class Artist:
         batch_size: int | None = None,
         trace: bool = False,
         on_step: Callable[[int, dict | None], None] | None = None,
+        on_choice: Callable[[int, list[dict]], None] | None = None,
         method: Method | None = None,
     ) -> list[Drawing]:
         """A picture for each prompt and seed.
@@ -192,6 +213,8 @@ class Artist:
             batch_size: candidates that are drawn at once; by default all.
             trace: read the score at every step; it costs the adapter's pass, none of the U-Net's.
             on_step: called after each step with its number and the newest record of the trace, over the batch's images.
+            on_choice: called at each choice with the number of steps done and a record a candidate: seed, score, kept,
+                and image, its predicted clean picture, which costs a pass of the decoder.
             method: takes the place of the method that the settings ask for; it gets the settings of each round.
 
         Raises:
@@ -211,9 +234,20 @@ class Artist:
             own = [texts[n] for n in some.numbers], [every[n] for n in some.numbers]
             return self._denoiser(some, settings, *own, log, read, method)
 
+        def tell(step, numbers, scores, kept, clean):
+            found = zip(numbers, scores.tolist(), to_images(sd.decode_latents(clean)), strict=True)
+            on_choice(
+                step,
+                [
+                    {"seed": every[n], "score": score, "kept": k in kept, "image": image}
+                    for k, (n, score, image) in enumerate(found)
+                ],
+            )
+
+        options = {"batch_size": batch_size, "trace": trace, "on_step": on_step, "on_choice": on_choice and tell}
         with counted_passes(sd.unet) as passes:
             begun = self._begin(texts, every, sampling)
-            chosen = draw_and_choose(begun, sampling, denoiser_of, batch_size=batch_size, trace=trace, on_step=on_step)
+            chosen = draw_and_choose(begun, sampling, denoiser_of, **options)
         if not chosen.left.latents.isfinite().all():
             raise FloatingPointError(f"the latents are not finite: {advice_against_nan(sd)}")
         images = to_images(sd.decode_latents(chosen.left.latents))

@@ -67,6 +67,15 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int | None, de
         )
 
 
+def predicted_clean(scheduler: SchedulerMixin, noise_pred, timestep, latents: torch.Tensor) -> torch.Tensor:
+    """The clean latents that a prediction means, (B, C, h, w). The scheduler stays as it is.
+
+    From a scheduler that names none (dpm++), the half-drawn latents after its step.
+    """
+    stepped = copy.deepcopy(scheduler).step(noise_pred, timestep, latents)
+    return stepped.get("pred_original_sample", stepped.prev_sample)
+
+
 def select_images(scheduler: SchedulerMixin, latents: torch.Tensor, indices: torch.Tensor) -> None:
     """Keeps some images of the batch (B, C, h, w) in the state of a scheduler that remembers earlier steps."""
 

@@ -28,7 +28,9 @@ from dpt.unet_features import Conditioning, unet_features
 
 GROUNDING_TIMESTEP = 200
 THREAD = "drawing"
+MOST_CANDIDATES = 8  # of a picture; they are drawn at once
 COLORS = ("lime", "orange", "magenta")  # of boxes, the surest first
+FRAME = [([0.5, 0.5, side, side], "lime") for side in (0.99, 0.97)]  # of the kept candidate, as boxes
 
 
 class Stopped(Exception):
@@ -93,11 +95,22 @@ class Studio:
         self.sd, self.scorer, self.sampling = sd, scorer, sampling
         self.artist = Artist(sd, scorer)
 
-    def draw(self, prompt: str, seed: int, norm: float, target: str, phrase: str) -> Iterator[tuple]:
-        """(plain, corrected, points of the score, what to say) after every step; pictures are None until done.
+    def draw(
+        self,
+        prompt: str,
+        seed: int,
+        norm: float,
+        target: str,
+        phrase: str,
+        candidates: int = 1,
+        choose_at: float = 0.25,
+    ) -> Iterator[tuple]:
+        """(plain, corrected, points of the score, candidates, what to say) after every step and choice.
+
+        Pictures are None until done. Candidates are those of the last choice, (predicted picture, caption) each.
 
         Raises:
-            ValueError: an empty prompt or length, text that is none, or a seed that cannot be.
+            ValueError: an empty prompt or length, text that is none, or a number that cannot be.
         """
         for name, text in {"the prompt": prompt, "the phrase": phrase}.items():
             check_text(name, text or "")
@@ -107,27 +120,51 @@ class Studio:
             raise ValueError(f"the seed is {seed}; it must be a number from 0 to 2**62")
         if norm is None:
             raise ValueError("the correction's length is empty; give a number")
-        images, points, note = {}, [], grammar_note(self.sd, [prompt])
-        corrected = self.sampling.changed(correction_norm=norm, correction_target=target)
+        if candidates is None or not 1 <= candidates <= MOST_CANDIDATES:
+            raise ValueError(f"candidates is {candidates}; it must be a number from 1 to {MOST_CANDIDATES}")
+        if choose_at is None or not 0 < choose_at <= 1:
+            raise ValueError(f"choose at is {choose_at}; it must be a fraction of the steps, above 0 and at most 1")
+        images, points, gallery, note = {}, [], [], grammar_note(self.sd, [prompt])
+        num_steps, fractions = self.sampling.num_inference_steps, (choose_at,) if candidates > 1 else None
+        corrected = self.sampling.changed(
+            correction_norm=norm, correction_target=target, candidates=candidates, choose_at=fractions
+        )
         for arm, sampling in (("plain", without_correction(corrected)), ("corrected", corrected)):
+            choice = ""
             for value in in_steps(lambda report, s=sampling: self._draw_one(prompt, int(seed), s, report)):
                 if isinstance(value, dict):
-                    points.append((value["step"], value["score"][0], arm))
-                    say = f"{arm}: step {value['step'] + 1} of {self.sampling.num_inference_steps}"
+                    points.append((value["step"], max(value["score"]), arm))  # of candidates the leading one
+                    say = f"{arm}: step {value['step'] + 1} of {num_steps}"
+                elif isinstance(value, tuple):
+                    step, found = value
+                    gallery = [captioned(candidate) for candidate in found]
+                    kept = next(candidate["seed"] for candidate in found if candidate["kept"])
+                    choice = f"; {candidates} candidates, kept seed {kept} after step {step} of {num_steps}"
                 else:
                     images[arm] = value[0].image
+                    points = [point for point in points if point[2] != arm]
+                    points += [(record["step"], record["score"], arm) for record in value[0].trace]
                     say = f"{arm}: done" + f" ({note})" * bool(note and arm == "corrected")
-                yield images.get("plain"), images.get("corrected"), list(points), say
+                yield images.get("plain"), images.get("corrected"), list(points), gallery, say + choice
         if (phrase or "").strip():
             say = f"boxes for {phrase.strip()!r} and how sure they are (1: certain)"
             for arm, image in images.items():
                 found = list(zip(find_phrase(self.sd, self.scorer, image, phrase), COLORS, strict=False))
                 say += f"; {arm}: " + ", ".join(f"{color} {sureness:.2f}" for (sureness, _), color in found)
                 images[arm] = with_boxes(image, [(box, color) for (_, box), color in found][::-1])  # the surest on top
-            yield images["plain"], images["corrected"], list(points), say
+            yield images["plain"], images["corrected"], list(points), gallery, say + choice
 
     def _draw_one(self, prompt, seed, sampling, report):
-        return self.artist.draw([prompt], [seed], sampling, trace=True, on_step=lambda step, record: report(record))
+        tell = {"on_step": lambda step, record: report(record), "on_choice": lambda *choice: report(choice)}
+        return self.artist.draw([prompt], [seed], sampling, trace=True, **tell)
+
+
+def captioned(candidate: dict) -> tuple[np.ndarray, str]:
+    """A candidate's picture and caption; what is kept has a frame."""
+    caption = f"seed {candidate['seed']}: {candidate['score']:.3f}"
+    if not candidate["kept"]:
+        return candidate["image"], caption
+    return with_boxes(candidate["image"], FRAME), f"{caption}, kept"
 
 
 def open_studio(

@@ -116,6 +116,20 @@ def test_a_candidate_is_the_picture_that_its_own_seed_draws(artist, scheduler):
     assert differs(chosen, again) <= 1
 
 
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpm++"])
+def test_who_is_told_of_choices_changes_nothing(artist, scheduler):
+    settings, told = replace(STEPS, scheduler=scheduler, candidates=4, choose_at=(0.5, 1.0)), []
+    silent = artist.draw(PROMPTS, [3, 4], settings, batch_size=3)
+    drawn = artist.draw(PROMPTS, [3, 4], settings, batch_size=3, on_choice=lambda *choice: told.append(choice))
+    assert all((a.latents == b.latents).all() for a, b in zip(drawn, silent, strict=True))
+    assert [(step, len(found)) for step, found in told] == [(3, 8), (6, 4)]
+    scores = {c["seed"]: c["score"] for drawing in drawn for c in drawing.candidates}
+    for drawing, kept in zip(drawn, [c for c in told[1][1] if c["kept"]], strict=True):
+        assert (kept["seed"], kept["score"]) == (drawing.seed, scores[drawing.seed])
+        assert np.abs(kept["image"].astype(int) - drawing.image).mean() < 3  # predicted at the last step
+    assert [c["seed"] for c in told[0][1] if c["kept"]] == [c["seed"] for c in told[1][1]]
+
+
 def test_survivors_alone_are_corrected_unless_candidates_are_too(artist):
     settings = replace(STEPS, candidates=2, choose_at=(0.5,), correction_norm=0.02, correction_target="latent")
     survivors = artist.draw(PROMPTS, [3, 4], settings, trace=True)

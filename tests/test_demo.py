@@ -13,6 +13,7 @@ import torch
 from dpt import demo
 from dpt import studio as studios
 from dpt.checkpoint import load_checkpoint
+from dpt.choosing import candidate_seeds
 from dpt.images import with_boxes
 from dpt.settings import Sampling
 from dpt.stable_diffusion import load_stable_diffusion
@@ -32,15 +33,16 @@ def studio(shapes_dpt):
 def test_both_pictures_with_the_score_after_every_step(studio):
     seen = list(studio.draw("a red circle", 3, 0.05, "latent", "the circle"))
     assert len(seen) == 4 + 1 + 4 + 1 + 1
-    assert [len(points) for _, _, points, _ in seen] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 8]
+    assert [len(points) for _, _, points, _, _ in seen] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 8]
     assert seen[3][0] is None
     assert seen[4][0].shape == (128, 128, 3)
-    plain, corrected, points, say = seen[-2]
+    plain, corrected, points, found, say = seen[-2]
+    assert found == []
     assert (plain != corrected).any()
     assert {arm for _, _, arm in points} == {"plain", "corrected"}
     assert "done" in say
     assert (seen[-1][0] != plain).any()  # boxes on it
-    assert "corrected: lime " in seen[-1][3]
+    assert "corrected: lime " in seen[-1][-1]
     for words, message in (
         (("  ", 0, 0.0, "latent", ""), "prompt is empty"),
         ((None, 0, 0.0, "latent", ""), "prompt is empty"),
@@ -49,11 +51,38 @@ def test_both_pictures_with_the_score_after_every_step(studio):
         (("a \ud800", 0, 0.0, "latent", ""), r"the prompt is 'a \\ud800', which is no UTF-8 text"),
         (("a star", 0, 0.0, "latent", "\udcff"), r"the phrase is '\\udcff', which is no UTF-8 text"),
         (("a star", 0, None, "latent", ""), "length is empty"),
+        (("a star", 0, 0.0, "latent", "", 0), "candidates is 0; it must be a number from 1 to 8"),
+        (("a star", 0, 0.0, "latent", "", 9), "candidates is 9"),
+        (("a star", 0, 0.0, "latent", "", None), "candidates is None"),
+        (("a star", 0, 0.0, "latent", "", 2, 0), "choose at is 0; it must be a fraction of the steps"),
+        (("a star", 0, 0.0, "latent", "", 2, 1.5), "choose at is 1.5"),
+        (("a star", 0, 0.0, "latent", "", 2, None), "choose at is None"),
+        (("a star", 0, 0.1, "latent", "", 2, 1.0), "no step behind it is corrected"),
     ):
         with pytest.raises(ValueError, match=message):
             next(studio.draw(*words))
-    *_, (_, _, _, say) = studio.draw("a dog", 0, 0.0, "latent", "")
+    *_, (_, _, _, _, say) = studio.draw("a dog", 0, 0.0, "latent", "")
     assert "only knows shapes" in say
+
+
+def test_dropped_candidates_are_shown_and_the_kept_one_is_what_its_seed_draws(studio):
+    seen = list(studio.draw("a red circle", 3, 0.05, "latent", "", 3, 0.5))
+    assert len(seen) == 2 * (4 + 1 + 1)
+    plain, corrected, points, candidates, say = seen[-1]
+    assert [len(shown) for _, _, _, shown, _ in seen[:3]] == [0, 0, 3]
+    captions = [caption for _, caption in candidates]
+    seeds = candidate_seeds(3, 3)
+    scores = [float(caption.split(": ")[1].removesuffix(", kept")) for caption in captions]
+    kept = seeds[int(np.argmax(scores))]
+    assert [caption.split(": ")[0] for caption in captions] == [f"seed {seed}" for seed in seeds]
+    assert [caption.endswith(", kept") for caption in captions] == [seed == kept for seed in seeds]
+    assert say == f"corrected: done; 3 candidates, kept seed {kept} after step 2 of 4"
+    assert all(image.shape == plain.shape for image, _ in candidates)
+    *_, (alone, _, trace, _, _) = studio.draw("a red circle", kept, 0.0, "latent", "")
+    assert np.abs(alone.astype(int) - plain).max() <= 1
+    lines = [[score for _, score, arm in found if arm == "plain"] for found in (points, trace)]
+    assert lines[0] == pytest.approx(lines[1], abs=1e-4)
+    assert (corrected != plain).any()
 
 
 def test_boxes_are_sorted_and_drawn(studio):
@@ -187,6 +216,14 @@ def test_the_page_in_a_browser(url, studio, monkeypatch):
         assert driver.find_elements(By.CSS_SELECTOR, "#plain img")
         assert driver.find_elements(By.CSS_SELECTOR, "#trace svg, #trace canvas")
         assert "corrected" in driver.find_element(By.ID, "trace").text  # gradio draws no line that is not in its legend
+        assert not driver.find_elements(By.ID, "candidates")
+        count = driver.find_element(By.CSS_SELECTOR, "#count input")
+        count.clear()
+        count.send_keys("2\t")
+        wait.until(lambda d: d.find_elements(By.ID, "candidates"))
+        driver.find_element(By.ID, "draw").click()
+        wait.until(lambda d: len(d.find_elements(By.CSS_SELECTOR, "#candidates img")) == 2)
+        wait.until(lambda d: status().startswith("corrected: done; 2 candidates"))
         monkeypatch.setattr(studio, "sampling", studio.sampling.changed(num_inference_steps=500))
         driver.find_element(By.ID, "draw").click()
         wait.until(lambda d: "of 500" in status())
@@ -194,6 +231,16 @@ def test_the_page_in_a_browser(url, studio, monkeypatch):
         wait.until(lambda d: all(thread.name != studios.THREAD for thread in threading.enumerate()))
     finally:
         driver.quit()
+
+
+def test_the_api_takes_candidates_and_says_what_is_wrong_with_them(url):
+    client = pytest.importorskip("gradio_client").Client(url, verbose=False)
+    words = ("a red circle", 0, 0.0, "latent", "")
+    *_, gallery, say = client.predict(*words, 2, 0.5, api_name="/run")
+    assert [entry["caption"].endswith(", kept") for entry in gallery].count(True) == 1
+    assert say.startswith("corrected: done; 2 candidates, kept seed ")
+    for wrong, message in (((0, 0.5), "error: candidates is 0; "), ((2, 1.5), "error: choose at is 1.5; ")):
+        assert client.predict(*words, *wrong, api_name="/run")[-1].startswith(message)
 
 
 def test_two_users_are_served_one_after_the_other(url):

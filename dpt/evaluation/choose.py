@@ -19,7 +19,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from tqdm import tqdm
@@ -37,6 +36,7 @@ from dpt.images import append_line, to_images
 from dpt.matching_score import score_of_features
 from dpt.metrics import area_within_prompts, bootstrap_interval
 from dpt.results import figure_beside, record_section
+from dpt.schedulers import predicted_clean
 from dpt.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
 
 CFG, LOWEST_CFG, PREDICTED = "cfg norm", "lowest cfg norm", "predicted picture"
@@ -137,14 +137,6 @@ def draw_missing(args: argparse.Namespace, prompts: list[Prompt], there: list[Ca
 
 def _rounded(score: float | None) -> float | None:
     return None if score is None else round(score, 5)
-
-
-def predicted_clean(scheduler, noise_pred, timestep, latents) -> torch.Tensor:
-    """The clean latents that a DDIM prediction means, (B, C, h, w)."""
-    alpha_bar = scheduler.alphas_cumprod.to(latents.device)[timestep]
-    if scheduler.config.prediction_type == "v_prediction":
-        return alpha_bar.sqrt() * latents - (1 - alpha_bar).sqrt() * noise_pred
-    return (latents - (1 - alpha_bar).sqrt() * noise_pred) / alpha_bar.sqrt()
 
 
 class Observer:
