@@ -7,7 +7,7 @@ judge each finished picture. A folder holds
     trajectories.json    what everything in it depends on
     shards.jsonl         a line a shard: its file, SHA-256, prompts, categories and seeds
     00000.safetensors    `latents` (P, N, K, C, h, w) and `final` (P, N, C, h, w), float16
-    labels_NAME.jsonl    a line a picture: prompt, seed and the scorer's value; one file a scorer
+    labels_NAME.jsonl    a line a picture: prompt, seed, the scorer's value, and whose it is; one file a scorer
     pictures/            with `pictures: true`, PNG files for a judge of your own
 
 Shapes: P prompts of a shard, N noises a prompt, K kept steps, C latent channels, (h, w) latent size.
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from msgspec import Struct
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -115,6 +116,8 @@ class Label(Struct):
     prompt: str
     seed: int
     value: float
+    judge: str
+    """the scorer and a fingerprint of its weights"""
 
 
 class PictureValue(Struct):
@@ -217,7 +220,13 @@ def draw_missing(settings: TrajectorySettings, sd, prompts: list, folder: Path) 
         }
         path = folder / f"{count:05d}.safetensors"
         temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary)
+        try:
+            save_file(tensors, temporary)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise ValueError(
+                f"{path} cannot be written ({error}); finished shards are kept: free some space"
+            ) from error
         temporary.replace(path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         rows = [DrawnPrompt(p.text, p.categories[0], own) for p, own in zip(part, seeds, strict=True)]
@@ -293,8 +302,10 @@ def read_shard(folder: Path, shard: Shard) -> dict[str, torch.Tensor]:
 def label_missing(settings: TrajectorySettings, sd, folder: Path) -> int:
     """Judges pictures that the scorer has not judged yet; returns how many."""
     path = label_file(folder, settings.scorer)
-    known = {(label.prompt, label.seed) for label in read_labels(path)} if path.exists() else set()
-    judge = _judge(settings)
+    labels = read_labels(path) if path.exists() else []
+    known, (name, judge) = {(label.prompt, label.seed) for label in labels}, _judge(settings)
+    if others := {label.judge for label in labels} - {name}:
+        raise ValueError(f"{path} holds values by {others.pop()}; these would be by {name}: move that file away")
     number, judged = 0, 0
     for shard in tqdm(read_shards(folder), desc=f"labels by {settings.scorer}", mininterval=2):
         numbers = range(number, number + len(shard.prompts))
@@ -310,13 +321,13 @@ def label_missing(settings: TrajectorySettings, sd, folder: Path) -> int:
             values = judge(list(pictures[k]), [prompt.text] * len(names), names)
             for seed, value in zip(prompt.seeds, values, strict=True):
                 if (prompt.text, seed) not in known:
-                    append_line(path, msgspec.to_builtins(Label(prompt.text, seed, value)))
+                    append_line(path, msgspec.to_builtins(Label(prompt.text, seed, value, name)))
                     judged += 1
     return judged
 
 
 def _judge(settings: TrajectorySettings):
-    """Maps (pictures, prompts, names) to values."""
+    """The judge's name, and a function that maps (pictures, prompts, names) to values."""
     if settings.scorer.endswith(".jsonl"):
         values = {row.picture: row.value for row in read_json_lines(settings.scorer, PictureValue)}
 
@@ -325,7 +336,7 @@ def _judge(settings: TrajectorySettings):
                 raise ValueError(f"{settings.scorer} has no value for {lacking[0]}")
             return [values[name] for name in names]
 
-        return by_file
+        return settings.scorer, by_file
     from dpt.evaluation.flags import BLIP_FOLDER, METRICS
     from dpt.evaluation.scorers import METRICS as SCORERS
     from dpt.evaluation.scorers import value_of
@@ -337,8 +348,12 @@ def _judge(settings: TrajectorySettings):
         clip_weights=settings.clip_weights and Path(settings.clip_weights),
         blip=Path(settings.blip) if settings.blip else BLIP_FOLDER,
     )
-    metric = SCORERS[settings.scorer](given).metric
-    return lambda pictures, prompts, names: [value_of(record) for record in metric(pictures, prompts)]
+    scorer = SCORERS[settings.scorer](given)
+
+    def by_scorer(pictures, prompts, names):
+        return [value_of(record) for record in scorer.metric(pictures, prompts)]
+
+    return f"{scorer.name} {scorer.fingerprint}", by_scorer
 
 
 def write_pictures(folder: Path, numbers: range, pictures: list[np.ndarray]) -> None:

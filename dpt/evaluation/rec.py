@@ -5,22 +5,28 @@
 Precision among the 1, 5 and 10 surest boxes (a hit overlaps the true box by at least 0.5), by IoU and by generalised
 IoU as the reference counts, for each list of expressions, at t = 500 and in the mean over --timesteps; the expression
 is the U-Net's prompt. Controls may be named along, as for `itm`. Writes rec.json, rec.md, the records, and for each
-checkpoint and list a grid of the surest hits and the surest misses (green: true, magenta: found).
+checkpoint and list a grid of the surest hits and the surest misses (green: true, magenta: found). Of the shapes world
+it also writes one scene with the box of each of eight phrases.
 """
 
 import argparse
 
 from PIL import Image
 
+from dpt.adapter import Scorer
+from dpt.checkpoint import load_checkpoint
 from dpt.config import TrainConfig, load_config
 from dpt.data.collate import as_latents
 from dpt.data.sources import validation_samples
 from dpt.evaluation import probes
 from dpt.images import make_grid, to_images, with_boxes
+from dpt.lora import remove_lora
+from dpt.shapes.samples import ShapesSamples
 from dpt.stable_diffusion import StableDiffusion
+from dpt.studio import find_phrase
 from dpt.validation import FIGURES, PAPER_TIMESTEP, Samples
 
-NUM_SHOWN = 6
+NUM_SHOWN, NUM_PHRASES = 6, 8
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -35,7 +41,29 @@ def run(args: argparse.Namespace) -> dict:
         for key, records in one.records.items():
             grid = draw_boxes(sd, sets[f"rec_{key}"], records)
             grid.save(args.output / f"rec_{one.name}_{key}.png")
+    if config.data.kind == "shapes":
+        for path, one in zip(args.checkpoints, measured, strict=True):
+            scorer = load_checkpoint(path).attach(sd, measuring=True)
+            grid = draw_phrases(sd, scorer, sets["rec_shapes"])
+            grid.save(args.output / f"rec_{one.name}_phrases.png")
+            remove_lora(sd.unet)
     return result
+
+
+def draw_phrases(sd: StableDiffusion, scorer: Scorer, samples: ShapesSamples) -> Image.Image:
+    """The scene of the most phrases among the samples, once for each of the first eight: its surest box."""
+    index = max(range(len(samples)), key=lambda k: len(samples.phrases(k)))
+    latents = as_latents(samples.get(index, 0).images[None, :1], sd)[:, 0]
+    image = to_images(sd.decode_latents(latents))[0]
+    rows = []
+    for text, box in samples.phrases(index)[:NUM_PHRASES]:
+        ((_, found),) = find_phrase(sd, scorer, image, text, count=1)
+        rows.append((text, [with_boxes(image, [(box, "lime"), (found, "magenta")])]))
+    columns = [make_grid(rows[k::2], cell=128, label_width=180) for k in range(2)]
+    picture = Image.new("RGB", (sum(column.width for column in columns), columns[0].height), "white")
+    picture.paste(columns[0], (0, 0))
+    picture.paste(columns[1], (columns[0].width, 0))
+    return picture
 
 
 def draw_boxes(sd: StableDiffusion, samples: Samples, records: list[dict]) -> Image.Image:

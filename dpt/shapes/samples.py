@@ -112,6 +112,12 @@ class ShapesSamples:
             negative_kind="" if self.edited is None else example.negative.kind,
         )
 
+    def phrases(self, index: int) -> list[tuple[str, list[float]]]:
+        """All expressions of a sample's scene, each with the box (cxcywh) that it refers to."""
+        example = self._example(index)
+        boxes = example.scene.boxes().tolist()
+        return [(expression.text, boxes[expression.index]) for expression in example.expressions]
+
     def _false_of(self, index: int, candidates, count: int) -> list[int]:
         """The first candidates whose captions are false of the sample's scene, and the other way round."""
         (description, scene), found = self._scene(index), []

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import train_probe
@@ -91,6 +92,28 @@ def test_a_killed_run_goes_on(drawn, folder, prompts):
     assert [(row["prompt"], row["seed"]) for row in again] == [(row["prompt"], row["seed"]) for row in before]
     assert [row["value"] for row in again] == pytest.approx([row["value"] for row in before], abs=1e-3)
     assert (folder / "00002.safetensors").read_bytes() == (drawn / "00002.safetensors").read_bytes()
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(folder, prompts, capsys, monkeypatch):
+    lines = (folder / "shards.jsonl").read_text().splitlines(keepends=True)
+    (folder / "shards.jsonl").write_text(lines[0])
+
+    def full(tensors, path):
+        path.write_bytes(b"half of it")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("dpt.data.trajectories.save_file", full)
+    assert draw(folder, prompts) == 2
+    assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert (folder / "shards.jsonl").read_text() == lines[0]
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_values_by_another_judge_are_refused(folder, prompts, capsys):
+    path = folder / "labels_shapes-clip.jsonl"
+    swap(path, '"judge": "shapes-clip ', '"judge": "shapes-clip 0')
+    assert draw(folder, prompts) == 2
+    assert "holds values by shapes-clip 0" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_values_of_one_s_own(folder, prompts):
