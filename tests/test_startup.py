@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,19 @@ def test_the_package_alone_is_light():
     code = f"import sys, dpt; print([name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_installed_package_needs_what_the_requirements_pin():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    words = [*project["dependencies"], *project["optional-dependencies"]["demo"]]
+    lines = [
+        *(ROOT / "requirements.txt").read_text().split(),
+        *(ROOT / "requirements-demo.txt").read_text().splitlines(),
+    ]
+    pinned = dict(line.split("==") for line in lines if "==" in line)
+    for word in words:
+        name, least = word.split(">=")
+        found = [tuple(map(int, text.split("."))) for text in (least, pinned[name])]
+        assert found[0] <= found[1], word
+    ours = {"pytest", "pytest-xdist", "selenium", "ruff", "tokenizers", "tensorboardX"}  # tests', or came with others
+    assert {word.split(">=")[0] for word in words} == pinned.keys() - ours
