@@ -2,6 +2,7 @@
 
     python -m dpt.benchmark sampling [--json] [--model shapes|random-145m] [--batch_size N]
     python -m dpt.benchmark training [--json] [--model shapes|random-145m|random-sd21] [--batch_size N]
+    python -m dpt.benchmark startup [--json]
 
 `sampling` times a plain guided step and ones corrected by each target, interleaved, and the share f of a U-Net pass
 that (U-Net up to the block + adapter) takes. A step corrected by a pass of its own should cost at most 1.10 x (1 + f)
@@ -9,14 +10,20 @@ plain ones; the target `noise`, which has none, about 1 + f / 2.
 
 `training` times a probe step with its six passes as one batch and one after the other, interleaved, and measures the
 peak memory of a tune step with and without gradient checkpointing.
+
+`startup` measures how long commands take to answer, and their peak memory.
 """
 
+import sys
+
+from dpt.commands.benchmark import CORRECTED, TRAINING_KINDS, main
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    sys.exit(main())
+
 import functools
-import json
-import shlex
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,13 +32,11 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from dpt.adapter import DiscriminativeAdapter, Scorer
-from dpt.bounds import ArgumentParser, fail, number
 from dpt.config import AdapterConfig
 from dpt.guidance.self_correction import SelfCorrection
 from dpt.lora import add_lora
 from dpt.memory import estimate_step, peak_mb, reset_peak
 from dpt.model import DPT
-from dpt.results import RESULTS, record_section
 from dpt.sampling import ClassifierFreeGuidance
 from dpt.schedulers import make_scheduler, set_timesteps
 from dpt.settings import PAPER
@@ -39,7 +44,6 @@ from dpt.stable_diffusion import ARCHITECTURES, load_stable_diffusion
 from dpt.unet_features import Conditioning, block_channels, set_cpu_attention, unet_features
 
 FEATURE = "up1"
-BATCH_SIZES = {"shapes": 8, "random-145m": 2, "random-sd21": 1}
 TUNE_BATCH_SIZES = {"shapes": 16, "random-145m": 8, "random-sd21": 1}
 """of the peaks: the paper's 8 where it fits"""
 
@@ -156,12 +160,6 @@ def time_sampling(name: str, batch_size: int, repeats: int) -> dict:
         "plain_peak_mb": _peak_mb("sampling", name, batch_size, "plain"),
         "corrected_peak_mb": _peak_mb("sampling", name, batch_size, "corrected"),
     }
-
-
-CORRECTED = {"corrected": "conditional", "corrected_latent": "latent", "corrected_noise": "noise"}
-"""kind of step -> correction_target"""
-TRAINING_KINDS = ("batched", "sequential", "sequential_full", "tune", "tune_checkpointed")
-KINDS = {"sampling": ("plain", *CORRECTED, "whole", "feature"), "training": TRAINING_KINDS}
 
 
 class SequentialDPT(DPT):
@@ -294,6 +292,15 @@ def _peak_mb(what: str, name: str, batch_size: int, kind: str) -> float:
     return float(done.stdout)
 
 
+def print_peak(what: str, name: str, batch_size: int, kind: str) -> None:
+    """Prints one kind of step's peak memory in MB."""
+    step = {"sampling": sampling_steps, "training": training_steps}[what](name, batch_size)[kind]
+    step()
+    reset_peak()  # such as that of loading
+    step()
+    print(peak_mb())
+
+
 def sentence_of(what: str, result: dict, threads: int) -> str:
     """A measurement in words."""
     head = f"{result['model']}, batch {result['batch_size']}, {threads} thread(s): "
@@ -317,51 +324,3 @@ def sentence_of(what: str, result: dict, threads: int) -> str:
         f"for a GPU and without the libraries' own memory: {result['batched_estimate_mb']:.0f}, "
         f"{result['tune_estimate_mb']:.0f} and {result['tune_checkpointed_estimate_mb']:.0f} MB"
     )
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = ArgumentParser(description=__doc__)
-    add = parser.add_argument
-    add("what", choices=tuple(KINDS))
-    add("--model", choices=tuple(BATCH_SIZES), help="default: shapes for sampling, random-145m for training")
-    add("--batch_size", type=number(int, at_least=1, at_most=1024), help=f"default: {BATCH_SIZES}")
-    repeats = number(int, at_least=1, at_most=10_000)
-    add("--repeats", type=repeats, default=7, help="interleaved runs of each kind, of sampling at least 5 (default: 7)")
-    add("--threads", type=number(int, at_least=1, at_most=1024), default=1, help="default: 1")
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="print JSON instead of a sentence")
-    output.add_argument("--record", action="store_true", help="put the sentence into docs/results.md")
-    add("--peak_of", metavar="KIND", help="print one kind of step's peak memory in MB alone (Linux)")
-    args = parser.parse_args(argv)
-    args.model = args.model or {"sampling": "shapes", "training": "random-145m"}[args.what]
-    if args.what == "sampling" and args.repeats < 5:
-        return fail(f"--repeats is {args.repeats}; it must be at least 5")
-    if args.peak_of and args.peak_of not in KINDS[args.what]:
-        return fail(f"--peak_of is {args.peak_of!r}; of {args.what} there are {', '.join(KINDS[args.what])}")
-    torch.set_num_threads(args.threads)
-    batch_size = args.batch_size or BATCH_SIZES[args.model]
-    if args.peak_of:
-        step = {"sampling": sampling_steps, "training": training_steps}[args.what](args.model, batch_size)[args.peak_of]
-        step()
-        reset_peak()  # such as that of loading
-        step()
-        print(peak_mb())
-        return 0
-    if args.what == "sampling":
-        result = time_sampling(args.model, batch_size, args.repeats)
-    else:
-        result = time_training(args.model, batch_size, args.repeats) | training_peaks(args.model)
-    if args.json:
-        print(json.dumps(result, indent=1))
-        return 0
-    sentence = sentence_of(args.what, result, args.threads)
-    print(sentence)
-    if args.record:
-        command = f"python -m dpt.benchmark {shlex.join(sys.argv[1:] if argv is None else argv)}"
-        record_section(RESULTS, f"{args.what} {args.model}", command, sentence)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,9 +7,15 @@ Our folder: `adapter.safetensors`, `config.yaml`, and `lora/pytorch_lora_weights
 loads with `pipe.load_lora_weights(FOLDER + "/lora")`.
 """
 
+import sys
+
+from dpt.commands.checkpoint import main
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    sys.exit(main())
+
 import re
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -23,9 +29,8 @@ from safetensors.torch import save_file
 
 from dpt.adapter import DiscriminativeAdapter, Scorer
 from dpt.base_models import MODELS, known_name
-from dpt.bounds import ArgumentParser, fail, number
 from dpt.config import AdapterConfig, DPTConfig, load_config, save_config
-from dpt.hub import fetch_weights, is_hub_id
+from dpt.hub import check_there, fetch_weights, is_hub_id
 from dpt.lora import load_lora, lora_key, lora_metadata, remove_lora
 from dpt.stable_diffusion import StableDiffusion
 from dpt.unet_features import block_channels, parse_feature
@@ -219,6 +224,7 @@ def load_checkpoint(path: str | Path, *, local_files_only: bool = False, **relea
         ValueError: nothing readable there, or tensors that are missing, left over or of another shape; each is named.
     """
     path = Path(path)
+    check_there(path)
     if is_hub_id(path):
         path = fetch_weights(path, local_files_only=local_files_only)
     if (path / "checkpoints").is_dir():
@@ -228,8 +234,6 @@ def load_checkpoint(path: str | Path, *, local_files_only: bool = False, **relea
         path = steps[0]
     if (path / CONFIG_FILE).exists():
         return _load_own(path)
-    if not path.exists():
-        raise ValueError(f"{path} is not there; pass our folder, a run's, or the released checkpoint")
     files = [path / name for name in RELEASED_FILES] if path.is_dir() else [path]
     file = next((file for file in files if file.exists()), None)
     if file is None:
@@ -401,38 +405,3 @@ def describe(checkpoint: DPTCheckpoint) -> str:
     else:
         lines.append("LoRA: none")
     return "\n".join(lines)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    inspect = commands.add_parser("inspect", help="say what is in a checkpoint")
-    inspect.add_argument("path", help="a folder, a file or a hub id")
-    convert = commands.add_parser("convert", help="write any readable checkpoint as our folder")
-    convert.add_argument("input", help="a folder, a file or a hub id")
-    convert.add_argument("output", type=Path)
-    for command in (inspect, convert):
-        add, count = command.add_argument, number(int, at_least=1, at_most=10_000)
-        add("--feature", default="up1", help="released files: the probed block (default: up1)")
-        add("--base_model", default="sd21-base", help="released files: what they were trained on")
-        add("--num_queries_itm", type=count, default=10, help="released files: ITM queries (default: 10)")
-        add("--fusion_size", type=count, default=16, help="released files with `all`: map size (16)")
-        add("--nheads", type=count, default=8, help="released files: attention heads (default: 8)")
-        add("--local-files-only", action="store_true", help="never ask the hub")
-    args = parser.parse_args(argv)
-    names = ("feature", "base_model", "num_queries_itm", "nheads", "fusion_size", "local_files_only")
-    settings = {name: getattr(args, name) for name in names}
-    try:
-        checkpoint = load_checkpoint(args.path if args.command == "inspect" else args.input, **settings)
-        print(describe(checkpoint))
-        if args.command == "convert":
-            save_checkpoint(checkpoint, args.output)
-            print(f"written to {args.output}")
-    except (ValueError, OSError) as error:
-        return fail(error)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,6 +12,12 @@ def is_hub_id(name: str | Path) -> bool:
     )
 
 
+def check_there(name: str | Path) -> None:
+    """Raises ValueError for weights that are no path of this machine and no id of the hub."""
+    if not Path(name).exists() and not is_hub_id(name):
+        raise ValueError(f"{name} is not there; pass our folder, a run's, or the released checkpoint")
+
+
 WEIGHTS = ["config.yaml", "adapter.safetensors", "lora/*.safetensors", "pytorch_model.bin", "model.safetensors"]
 """the files of an adapter and its LoRA: ours, or the released ones"""
 

@@ -6,12 +6,17 @@ Writes `report.json` and `pictures.png` to attach to a report; exit code 1 where
 `annotations/captions_val2014.json`, `val2014/`, and for REC `annotations/finetune_refcoco_val.json`, `train2014/`.
 """
 
+import sys
+
+from dpt.commands.verify import main
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    sys.exit(main())
+
 import argparse
 import json
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,12 +26,10 @@ from tqdm import tqdm
 from dpt.adapter import Scorer, itm_score
 from dpt.base_models import recommended
 from dpt.benchmark import guided_step_kinds
-from dpt.bounds import ArgumentParser, fail, number
 from dpt.checkpoint import DPTCheckpoint, load_checkpoint
 from dpt.data.coco import load_captions, load_pixels
 from dpt.data.refcoco import load_expressions
 from dpt.drawing import Artist, without_correction
-from dpt.files import check_text
 from dpt.images import make_grid, to_pixels
 from dpt.lora import lora_state
 from dpt.matching_score import score_gradient
@@ -257,42 +260,17 @@ class Verification:
 CHECKS = ("tensors", "stock", "half_precision", "score_rises", "itm", "rec", "cost", "pictures")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = ArgumentParser(description=__doc__)
-    add = parser.add_argument
-    add("--model", default="sd21-base")
-    add("--variant", help="of the files of weights, such as fp16")
-    add("--dpt", type=Path, required=True, help="adapter and LoRA: a path or a hub id")
-    add("--coco", type=Path, help="folder with COCO and REC annotations; without it ITM and REC are left out")
-    add("--device", help="default: the first CUDA device, else the CPU")
-    pairs = number(int, at_least=2, at_most=100_000)
-    add("--num_pairs", type=pairs, default=400, help="images for ITM and for REC (default: 400)")
-    steps = number(int, at_least=1, at_most=500)
-    add("--steps", type=steps, default=20, help="steps of the pictures (default: 20)")
-    add("--local_files_only", "--local-files-only", action="store_true", help="never ask the hub")
-    add("--outdir", type=Path, default=Path("outputs/verify"))
-    args = parser.parse_args(argv)
-    try:
-        if args.coco is not None and not args.coco.is_dir():
-            raise ValueError(f"--coco {args.coco} is no folder; docs/data.md shows what it should hold")
-        check_text("--model", args.model)
-        args.outdir.mkdir(parents=True, exist_ok=True)
-        verification = Verification(args)
-        report = {"model": args.model, "dpt": str(args.dpt), "torch": torch.__version__, "checks": {}}
-        for name in CHECKS:
-            try:
-                passed, figures = getattr(verification, name)()
-            except (ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
-                passed, figures = False, {"error": str(error)}
-            report["checks"][name] = {"passed": passed} | figures
-            print(f"{ {True: 'passed', False: 'FAILED', None: 'left out'}[passed]:9}{name}: {json.dumps(figures)}")
-            (args.outdir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    except (ValueError, OSError) as error:
-        return fail(error)
-    print(f"report: {args.outdir / 'report.json'}, {args.outdir / 'pictures.png'}")
-    return 1 if any(check["passed"] is False for check in report["checks"].values()) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def run_checks(args: argparse.Namespace) -> dict[str, dict]:
+    """Runs, prints and writes down every check; returns whether it passed and its figures by its name."""
+    args.outdir.mkdir(parents=True, exist_ok=True)
+    verification = Verification(args)
+    report = {"model": args.model, "dpt": str(args.dpt), "torch": torch.__version__, "checks": {}}
+    for name in CHECKS:
+        try:
+            passed, figures = getattr(verification, name)()
+        except (ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
+            passed, figures = False, {"error": str(error)}
+        report["checks"][name] = {"passed": passed} | figures
+        print(f"{ {True: 'passed', False: 'FAILED', None: 'left out'}[passed]:9}{name}: {json.dumps(figures)}")
+        (args.outdir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report["checks"]

@@ -73,3 +73,17 @@ def test_kinds_that_are_not_there(capsys):
         "--peak_of is 'tune'; of sampling there are plain, corrected, corrected_latent, corrected_noise, whole, feature"
         in capsys.readouterr().err
     )
+
+
+def test_startup_of_commands(capsys, monkeypatch):
+    monkeypatch.setattr("dpt.startup.COMMANDS", (("txt2img.py --n_samples 0", 2), ("-c import dpt", 0)))
+    assert main(["startup", "--repeats", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["repeats"] == 1
+    assert result["commands"].keys() == {"txt2img.py --n_samples 0", "-c import dpt"}
+    assert all(0 < one["seconds"] < 30 and one["peak_mb"] > 1 for one in result["commands"].values())
+    assert main(["startup", "--repeats", "1"]) == 0
+    assert "| `-c import dpt` | 0." in capsys.readouterr().out
+    monkeypatch.setattr("dpt.startup.COMMANDS", (("txt2img.py --n_samples 0", 0),))
+    assert main(["startup"]) == 2
+    assert "txt2img.py --n_samples 0 ended with exit code 2 instead of 0" in capsys.readouterr().err

@@ -15,8 +15,8 @@ from itertools import permutations
 
 import numpy as np
 
-from dpt.bounds import bounded, check_bounds
 from dpt.shapes.scenes import COLORS, MAX_OBJECTS, SHAPES, SIZES, direction
+from dpt.shapes.settings import WebNoise
 
 CATEGORIES = ("single", "attribute", "size", "numeracy", "spatial", "complex")
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
@@ -330,29 +330,6 @@ def parse(prompt: str) -> Description:
 
 
 # The captions that the base model is trained on
-
-
-@dataclass(frozen=True)
-class WebNoise:
-    """How partial and noisy web-like captions are: the chance of each fault."""
-
-    drop_object: float = bounded(0.04, at_least=0, at_most=1)
-    """per object of a caption that names more than one; at least one stays"""
-    drop_color: float = bounded(0.08, at_least=0, at_most=1)
-    """per phrase"""
-    drop_shape: float = bounded(0.04, at_least=0, at_most=1)
-    """per phrase that keeps its colour"""
-    drop_size: float = bounded(0.15, at_least=0, at_most=1)
-    """per phrase that has one"""
-    drop_relation: float = bounded(0.15, at_least=0, at_most=1)
-    """per relation"""
-    flip_relation: float = bounded(0.08, at_least=0, at_most=1)
-    """per relation that stays"""
-    swap_attributes: float = bounded(0.12, at_least=0, at_most=1)
-    """per caption: two phrases trade colours, or shapes"""
-
-    def __post_init__(self):
-        check_bounds(self, "web_noise.")
 
 
 def web_like(description: Description, rng: np.random.Generator, noise: WebNoise) -> Description:

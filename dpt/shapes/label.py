@@ -9,9 +9,15 @@
 nothing of the oracle's verdicts along.
 """
 
+import sys
+
+from dpt.commands.label import main
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    sys.exit(main())
+
 import json
 import re
-import sys
 import textwrap
 from pathlib import Path
 
@@ -19,10 +25,9 @@ import msgspec
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dpt.bounds import ArgumentParser, fail, number
 from dpt.files import read_json_lines, write_text
 from dpt.images import read_image
-from dpt.shapes.quality import LABELLED_FOLDER, Labelled, Verdict, load_labelled
+from dpt.shapes.quality import Labelled, Verdict, load_labelled
 from dpt.shapes.scenes import IMAGE_SIZE
 
 COLUMNS = 20  # of the file of all pictures
@@ -79,29 +84,3 @@ def sheets(output: Path, folder: Path) -> None:
             text = "\n".join(textwrap.wrap(f"{first + k}: {record['prompt']}", 30)[:3])
             draw.multiline_text((x + 2, y + CELL - 4), text, "black", font, spacing=2)
         page.save(output / f"page_{first // per_page:02d}.png")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(required=True, dest="command")
-    command = commands.add_parser("collect", help="choose pictures")
-    command.add_argument("folders", nargs="+", type=Path)
-    command.add_argument("--count", type=number(int, at_least=1), default=300)
-    command = commands.add_parser("sheets", help="show the chosen pictures")
-    command.add_argument("output", type=Path)
-    for command in commands.choices.values():
-        command.add_argument("--folder", type=Path, default=LABELLED_FOLDER, help="where the set lies")
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "collect":
-            collect(args.folders, args.count, args.folder)
-        else:
-            sheets(args.output, args.folder)
-    except (ValueError, OSError) as error:
-        return fail(error)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

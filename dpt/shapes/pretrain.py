@@ -5,24 +5,27 @@
 Every stage can be killed at any moment; the same command goes on where it stopped.
 """
 
-import json
 import sys
-from dataclasses import dataclass, field, replace
+
+from dpt.commands.pretrain import main
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    sys.exit(main())
+
+import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel
 
 from dpt.base_models import recommended
-from dpt.bounds import ArgumentParser, bounded, check_bounds, fail
 from dpt.config import flatten, load_config, save_config
 from dpt.curves import plot_curves
-from dpt.shapes.captions import WebNoise
 from dpt.shapes.clip import (
     contrastive_loss,
     load_clip,
@@ -34,114 +37,14 @@ from dpt.shapes.clip import (
     wording_loss,
 )
 from dpt.shapes.quality import LABELS, judge_prompts
-from dpt.shapes.scenes import IMAGE_SIZE, render
+from dpt.shapes.scenes import render
+from dpt.shapes.settings import IMAGE_SIZE, Optimization, PretrainConfig
 from dpt.shapes.training import read_state, save_folder, train_stage
 from dpt.shapes.unet import Latents, denoising_losses, make_scheduler, make_unet, validation_losses
 from dpt.shapes.vae import cache_latents, make_vae, measure_scaling_factor, reconstruction_error, vae_losses, whiten
 from dpt.shapes.world import PROMPT_CATEGORIES, ShapesWorld, load_prompts
 from dpt.stable_diffusion import StableDiffusion
 from dpt.unet_features import set_cpu_attention
-
-
-@dataclass
-class Optimization:
-    steps: int = bounded(1000, at_least=1)
-    lr: float = bounded(1e-3, above=0)
-    warmup: int = bounded(50, at_least=0)
-    """steps of linear warm-up"""
-    decay: float = bounded(0.4, at_least=0, at_most=1)
-    """share of the steps at the end over which the learning rate falls to zero"""
-    ema: float = bounded(0.995, at_least=0, below=1)
-    """decay of the weights' average, which is what a stage delivers"""
-    batch_size: int = bounded(64, at_least=1, at_most=100_000)
-    parts: int = bounded(1, at_least=1, at_most=1000)
-    """of a batch, computed side by side on a thread each"""
-    save_every: int = bounded(100, at_least=1)
-    evaluate_every: int = bounded(100, at_least=1)
-
-    def __post_init__(self):
-        check_bounds(self, "optimization: ")
-        if self.parts > self.batch_size:
-            raise ValueError(f"optimization: parts is {self.parts}; it must be at most batch_size, {self.batch_size}")
-
-    @property
-    def part_size(self) -> int:
-        """How much of a batch one part is."""
-        return self.batch_size // self.parts
-
-
-@dataclass
-class Clip:
-    width: int = bounded(128, at_least=1, at_most=8192)
-    layers: int = bounded(4, at_least=1, at_most=100)
-    heads: int = bounded(4, at_least=1, at_most=1000)
-    hard_share: float = bounded(0.25, at_least=0, at_most=1)
-    """share of a batch that is pairs of an example and its hard negative"""
-    train: Optimization = field(default_factory=lambda: Optimization(steps=900, batch_size=256))
-
-    def __post_init__(self):
-        check_bounds(self, "clip.")
-
-
-@dataclass
-class Vae:
-    channels: list[int] = bounded([16, 32, 64, 64], at_least=1, at_most=8192)
-    crop: int = bounded(64, at_least=1, at_most=IMAGE_SIZE)
-    kl_weight: float = bounded(1e-6, at_least=0)
-    train: Optimization = field(default_factory=lambda: Optimization(steps=3500, batch_size=24, lr=2e-3))
-    decoder: Optimization = field(default_factory=lambda: Optimization(steps=700, batch_size=8, lr=1e-3))
-    """the decoder alone, on whole pictures, with the encoder, and so the latents, as they are"""
-    decoder_noise: float = bounded(0.3, at_least=0)
-    """what it is trained to see through: generated latents are never exact (in units of the whitened latents)"""
-
-    def __post_init__(self):
-        check_bounds(self, "vae.")
-
-
-@dataclass
-class Unet:
-    channels: list[int] = bounded([48, 96, 128, 128], at_least=1, at_most=8192)
-    heads: list[int] = bounded([2, 3, 4, 4], at_least=1, at_most=1000)
-    num_latents: int = bounded(100_000, at_least=1, at_most=100_000_000)
-    """scenes whose latents are cached and trained on"""
-    caption_dropout: float = bounded(0.1, at_least=0, at_most=1)
-    web_noise: WebNoise = field(default_factory=WebNoise)
-    contrastive_batch_size: int = bounded(32, at_least=2, at_most=100_000)
-    """pictures a step of CLIP's loss, with which both towers are trained along: all of them pairs of an example and its
-    hard negative"""
-    contrastive_weight: float = bounded(0.1, at_least=0)
-    wording_batch_size: int = bounded(64, at_least=1, at_most=100_000)
-    """captions a step of `wording_loss`"""
-    guidance_scale: float = bounded(5.0, at_least=0, below=1000)
-    """for the pictures drawn while training"""
-    prompts_per_category: int = bounded(10, at_least=1)
-    """val prompts drawn at each evaluation"""
-    train: Optimization = field(
-        default_factory=lambda: Optimization(
-            steps=10_000, ema=0.998, parts=2, save_every=100, evaluate_every=500, warmup=100
-        )
-    )
-
-    def __post_init__(self):
-        check_bounds(self, "unet.")
-
-
-@dataclass
-class PretrainConfig:
-    folder: str = "outputs/shapes-pretrain"
-    """where states, caches and metrics are kept"""
-    stages: list[str] = field(default_factory=lambda: ["clip", "vae", "latents", "unet", "decoder", "export"])
-    init_from: str | None = None
-    """a folder that `export` wrote: its CLIP and autoencoder are kept, its U-Net is trained on"""
-    threads: int = bounded(2, at_least=1, at_most=1024)
-    clip: Clip = field(default_factory=Clip)
-    vae: Vae = field(default_factory=Vae)
-    unet: Unet = field(default_factory=Unet)
-    output: str = "ckpt/shapes"
-    """the diffusers folder that `export` writes"""
-
-    def __post_init__(self):
-        check_bounds(self)
 
 
 def run_clip(config: PretrainConfig, folder: Path) -> None:
@@ -412,38 +315,15 @@ STAGES = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="a YAML file: what differs from the defaults of `PretrainConfig`")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args(argv)
-    try:
-        config = load_config(PretrainConfig, args.config, args.overrides)
-        unknown = [stage for stage in config.stages if stage not in STAGES]
-        if unknown:
-            raise ValueError(f"stages names {unknown[0]!r}; the stages are {', '.join(STAGES)}")
-        if config.init_from and not Path(config.init_from).is_dir():
-            raise ValueError(f"init_from is {config.init_from!r}, which is no folder")
-    except ValueError as error:
-        return fail(error)
+def run(config: PretrainConfig) -> None:
+    """Runs the stages that the config names. Raises ValueError for what is missing, or made with other settings."""
     torch.set_num_threads(config.threads)
     folder = Path(config.folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stage in config.stages:
-            needed = [name for name in NEEDED[stage] if not (folder / name).exists()]
-            if needed:
-                raise ValueError(
-                    f"stage {stage} needs {folder / needed[0]}, which an earlier stage makes: {list(STAGES)}"
-                )
-            check_settings(config, stage, folder)
-            save_config(config, folder / f"{stage}.yaml")
-            STAGES[stage](config, folder)
-    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
-        return fail(error)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage in config.stages:
+        needed = [name for name in NEEDED[stage] if not (folder / name).exists()]
+        if needed:
+            raise ValueError(f"stage {stage} needs {folder / needed[0]}, which an earlier stage makes: {list(STAGES)}")
+        check_settings(config, stage, folder)
+        save_config(config, folder / f"{stage}.yaml")
+        STAGES[stage](config, folder)

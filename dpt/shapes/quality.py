@@ -5,10 +5,15 @@
 Each prints a Markdown section and puts it into docs/results.md, in place of the section of that name.
 """
 
+import sys
+
+from dpt.commands.quality import main
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    sys.exit(main())
+
 import argparse
 import json
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Literal, get_args
@@ -19,21 +24,20 @@ from PIL import Image
 from tqdm import tqdm
 
 from dpt.base_models import CKPT_FOLDER, recommended
-from dpt.bounds import ArgumentParser, fail, number
 from dpt.curves import plot_curves, read_metrics
 from dpt.drawing import Artist
 from dpt.files import read_json_lines
 from dpt.images import make_grid, read_image, to_images, to_pixels
 from dpt.metrics import bootstrap_interval
-from dpt.results import RESULTS, figure_beside, record_section
+from dpt.results import figure_beside
 from dpt.settings import Sampling
 from dpt.shapes.clip import load_clip, pooled_cosines, retrieval
 from dpt.shapes.oracle import judge
 from dpt.shapes.scenes import IMAGE_SIZE, render
+from dpt.shapes.settings import LABELLED_FOLDER, SEEDS_APART
 from dpt.shapes.world import PROMPT_CATEGORIES, ShapesWorld, load_prompts
 from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion
 
-SEEDS_APART = 1000
 WORD_PAIRS = (
     ("a red {} above a blue square", "circle", "star"),
     ("a {} circle above a blue square", "red", "green"),
@@ -44,7 +48,6 @@ WORD_PAIRS = (
 )
 Label = Literal["correct", "misaligned", "malformed"]
 LABELS = get_args(Label)
-LABELLED_FOLDER = Path(__file__).parent / "labelled"
 LABELLED = {
     "early stages": LABELLED_FOLDER,
     "late stages": LABELLED_FOLDER / "late",
@@ -289,38 +292,4 @@ def curve_section(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser, count = ArgumentParser(description=__doc__), number(int, at_least=1, at_most=1_000_000)
-    parser.add_argument("section", choices=("oracle", "clip", "base", "curve"))
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the Markdown file (default: docs/results.md)")
-    parser.add_argument("--renders", type=count, default=5000, help="oracle: fresh renders")
-    parser.add_argument("--round_trips", type=count, default=5000, help="oracle: of these, sent through the VAE")
-    parser.add_argument(
-        "--guidance",
-        type=number(float, at_least=0, below=1000),
-        nargs="+",
-        default=[2, 3, 4, 5, 7.5],
-        help="base: scales to try",
-    )
-    parser.add_argument("--prompts_for_guidance", type=count, default=20, help="base: prompts a category for that")
-    parser.add_argument(
-        "--seeds", type=number(int, at_least=1, at_most=SEEDS_APART), default=1, help="base: image seeds a prompt"
-    )
-    parser.add_argument(
-        "--run", type=Path, default=Path("outputs/shapes-pretrain"), help="curve: the folder of the pretraining"
-    )
-    args = parser.parse_args(argv)
-    sections = {"oracle": oracle_section, "clip": clip_section, "base": base_section, "curve": curve_section}
-    try:
-        text = sections[args.section](args)
-        print(text)
-        record_section(args.output, args.section, f"python -m dpt.shapes.quality {shlex.join(argv)}", text)
-    except (ValueError, OSError) as error:
-        return fail(error)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+SECTIONS = {"oracle": oracle_section, "clip": clip_section, "base": base_section, "curve": curve_section}

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-IMAGE_SIZE = 128
+from dpt.shapes.settings import IMAGE_SIZE
+
 MAX_OBJECTS = 4
 
 COLORS = {

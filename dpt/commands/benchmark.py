@@ -1,0 +1,67 @@
+"""The command line of `dpt.benchmark`."""
+
+import json
+import shlex
+import sys
+
+from dpt.bounds import ArgumentParser, fail, number
+from dpt.docstrings import docstring_of
+from dpt.results import RESULTS, record_section
+from dpt.startup import measure_startup, table
+
+BATCH_SIZES = {"shapes": 8, "random-145m": 2, "random-sd21": 1}
+CORRECTED = {"corrected": "conditional", "corrected_latent": "latent", "corrected_noise": "noise"}
+"""kind of step -> correction_target"""
+TRAINING_KINDS = ("batched", "sequential", "sequential_full", "tune", "tune_checkpointed")
+KINDS = {"sampling": ("plain", *CORRECTED, "whole", "feature"), "training": TRAINING_KINDS}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = ArgumentParser(description=docstring_of("dpt.benchmark"))
+    add = parser.add_argument
+    add("what", choices=(*KINDS, "startup"))
+    add("--model", choices=tuple(BATCH_SIZES), help="default: shapes for sampling, random-145m for training")
+    add("--batch_size", type=number(int, at_least=1, at_most=1024), help=f"default: {BATCH_SIZES}")
+    repeats = number(int, at_least=1, at_most=10_000)
+    add("--repeats", type=repeats, help="runs of each kind, of sampling at least 5 (default: 7, of startup 5)")
+    add("--threads", type=number(int, at_least=1, at_most=1024), default=1, help="default: 1")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print JSON instead of words")
+    output.add_argument("--record", action="store_true", help="put the words into docs/results.md")
+    add("--peak_of", metavar="KIND", help="print one kind of step's peak memory in MB alone (Linux)")
+    args = parser.parse_args(argv)
+    if args.what == "startup":
+        if args.model or args.batch_size or args.peak_of:
+            return fail("startup is of no model: leave out --model, --batch_size and --peak_of")
+        try:
+            measured = measure_startup(args.repeats or 5)
+        except ValueError as error:
+            return fail(error)
+        result, text, section = {"repeats": args.repeats or 5, "commands": measured}, table(measured), "startup"
+    else:
+        args.model = args.model or {"sampling": "shapes", "training": "random-145m"}[args.what]
+        args.repeats = args.repeats or 7
+        if args.what == "sampling" and args.repeats < 5:
+            return fail(f"--repeats is {args.repeats}; it must be at least 5")
+        if args.peak_of and args.peak_of not in KINDS[args.what]:
+            return fail(f"--peak_of is {args.peak_of!r}; of {args.what} there are {', '.join(KINDS[args.what])}")
+        import torch
+
+        from dpt.benchmark import print_peak, sentence_of, time_sampling, time_training, training_peaks
+
+        torch.set_num_threads(args.threads)
+        batch_size = args.batch_size or BATCH_SIZES[args.model]
+        if args.peak_of:
+            print_peak(args.what, args.model, batch_size, args.peak_of)
+            return 0
+        if args.what == "sampling":
+            result = time_sampling(args.model, batch_size, args.repeats)
+        else:
+            result = time_training(args.model, batch_size, args.repeats) | training_peaks(args.model)
+        text, section = sentence_of(args.what, result, args.threads), f"{args.what} {args.model}"
+    print(json.dumps(result, indent=1) if args.json else text)
+    if args.record:
+        command = f"python -m dpt.benchmark {shlex.join(sys.argv[1:] if argv is None else argv)}"
+        record_section(RESULTS, section, command, text)
+    return 0

@@ -1,0 +1,47 @@
+"""The command line of `dpt.shapes.quality`."""
+
+import shlex
+import sys
+from pathlib import Path
+
+from dpt.bounds import ArgumentParser, fail, number
+from dpt.docstrings import docstring_of
+from dpt.results import RESULTS, record_section
+from dpt.shapes.settings import SEEDS_APART
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser, count = (
+        ArgumentParser(description=docstring_of("dpt.shapes.quality")),
+        number(int, at_least=1, at_most=1_000_000),
+    )
+    parser.add_argument("section", choices=("oracle", "clip", "base", "curve"))
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the Markdown file (default: docs/results.md)")
+    parser.add_argument("--renders", type=count, default=5000, help="oracle: fresh renders")
+    parser.add_argument("--round_trips", type=count, default=5000, help="oracle: of these, sent through the VAE")
+    parser.add_argument(
+        "--guidance",
+        type=number(float, at_least=0, below=1000),
+        nargs="+",
+        default=[2, 3, 4, 5, 7.5],
+        help="base: scales to try",
+    )
+    parser.add_argument("--prompts_for_guidance", type=count, default=20, help="base: prompts a category for that")
+    parser.add_argument(
+        "--seeds", type=number(int, at_least=1, at_most=SEEDS_APART), default=1, help="base: image seeds a prompt"
+    )
+    parser.add_argument(
+        "--run", type=Path, default=Path("outputs/shapes-pretrain"), help="curve: the folder of the pretraining"
+    )
+    args = parser.parse_args(argv)
+    try:
+        from dpt.shapes.quality import SECTIONS
+
+        text = SECTIONS[args.section](args)
+        print(text)
+        record_section(args.output, args.section, f"python -m dpt.shapes.quality {shlex.join(argv)}", text)
+    except (ValueError, OSError) as error:
+        return fail(error)
+    return 0

@@ -1,0 +1,38 @@
+"""The command line of `dpt.verify`."""
+
+from pathlib import Path
+
+from dpt.bounds import ArgumentParser, fail, number
+from dpt.docstrings import docstring_of
+from dpt.files import check_text
+from dpt.hub import check_there
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = ArgumentParser(description=docstring_of("dpt.verify"))
+    add = parser.add_argument
+    add("--model", default="sd21-base")
+    add("--variant", help="of the files of weights, such as fp16")
+    add("--dpt", type=Path, required=True, help="adapter and LoRA: a path or a hub id")
+    add("--coco", type=Path, help="folder with COCO and REC annotations; without it ITM and REC are left out")
+    add("--device", help="default: the first CUDA device, else the CPU")
+    pairs = number(int, at_least=2, at_most=100_000)
+    add("--num_pairs", type=pairs, default=400, help="images for ITM and for REC (default: 400)")
+    steps = number(int, at_least=1, at_most=500)
+    add("--steps", type=steps, default=20, help="steps of the pictures (default: 20)")
+    add("--local_files_only", "--local-files-only", action="store_true", help="never ask the hub")
+    add("--outdir", type=Path, default=Path("outputs/verify"))
+    args = parser.parse_args(argv)
+    try:
+        if args.coco is not None and not args.coco.is_dir():
+            raise ValueError(f"--coco {args.coco} is no folder; docs/data.md shows what it should hold")
+        check_text("--model", args.model)
+        check_there(args.dpt)
+        from dpt.verify import run_checks
+
+        checks = run_checks(args)
+    except (ValueError, OSError) as error:
+        return fail(error)
+    print(f"report: {args.outdir / 'report.json'}, {args.outdir / 'pictures.png'}")
+    return 1 if any(check["passed"] is False for check in checks.values()) else 0
