@@ -21,6 +21,7 @@ import sys
 from dpt.bounds import ArgumentParser, fail, is_out_of_memory
 from dpt.docstrings import docstring_of
 from dpt.evaluation.flags import FLAGS
+from dpt.imports import heavy_imports
 
 PRINTED = ("generate", "align", "quality", "choose", "pack", "report", "pareto")
 """subcommands whose result is printed as JSON"""
@@ -39,8 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = make_parser().parse_args(argv)
     args.words = sys.argv[1:] if argv is None else argv
-    module = importlib.import_module(f"dpt.evaluation.{FLAGS[args.command][0]}")
-    from dpt.memory import keep_freed_memory
+    with heavy_imports():
+        module = importlib.import_module(f"dpt.evaluation.{FLAGS[args.command][0]}")
+        from dpt.memory import keep_freed_memory
 
     if argv is None:  # a process of its own
         keep_freed_memory()

@@ -47,10 +47,14 @@ def check_size(name: str, value: int, factor: int = VAE_SCALE_FACTOR) -> int:
     return value
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The run's checkpoint folders, newest first."""
+    return sorted((p for p in (folder / "checkpoints").glob("step_*") if p.name[5:].isdigit()), reverse=True)
+
+
 def config_beside(weights: Path) -> DPTConfig:
     """The config of an adapter without its tensors; the default one where it has none, as a released file."""
-    steps = [path for path in weights.glob("checkpoints/step_*") if path.name[5:].isdigit()]
-    folder = max(steps) if steps else weights
+    folder = next(iter(checkpoints(weights)), weights)
     if not (folder / "config.yaml").exists() or not (folder / "adapter.safetensors").exists():
         return DPTConfig()
     return load_config(DPTConfig, folder / "config.yaml")

@@ -28,7 +28,7 @@ from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_do
 from safetensors.torch import save_file
 
 from dpt.adapter import DiscriminativeAdapter, Scorer
-from dpt.base_models import MODELS, known_name
+from dpt.base_models import MODELS, checkpoints, known_name
 from dpt.config import AdapterConfig, DPTConfig, load_config, save_config
 from dpt.hub import check_there, fetch_weights, is_hub_id
 from dpt.lora import load_lora, lora_key, lora_metadata, remove_lora
@@ -203,11 +203,6 @@ def infer_adapter_config(
     except KeyError as error:
         raise ValueError(f"the adapter's tensor {error} is missing") from error
     return AdapterConfig(**inferred | fixed)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The run's checkpoint folders, newest first."""
-    return sorted((p for p in (folder / "checkpoints").glob("step_*") if p.name[5:].isdigit()), reverse=True)
 
 
 def load_checkpoint(path: str | Path, *, local_files_only: bool = False, **released_settings) -> DPTCheckpoint:

@@ -2,11 +2,16 @@
 
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import yaml
 
+from dpt.base_models import checkpoints
 from dpt.bounds import ArgumentParser, fail, is_out_of_memory
-from dpt.config import TrainConfig, load_config
+from dpt.config import TrainConfig, check_stage, load_config
+from dpt.data.needed import needed_files
+from dpt.hub import check_there
+from dpt.imports import heavy_imports
 
 
 def run_stage(stage: str, argv: list[str] | None, description: str) -> int:
@@ -27,11 +32,14 @@ def run_stage(stage: str, argv: list[str] | None, description: str) -> int:
     args = parser.parse_args(words)
     try:
         config = load_config(TrainConfig, args.config, args.overrides)
+        goes_on = config.resume and bool(checkpoints(Path(config.output_folder) / config.run_name))
+        check_stage(config, stage, sys.maxsize, goes_on=goes_on)  # the model's timesteps are checked once it is there
+        if config.init_from not in (None, "new") and not goes_on:
+            check_there(config.init_from)
         if args.dry_run:
-            from dpt.data.sources import needed_files
-            from dpt.dry_run import report
-
-            print(yaml.safe_dump(asdict(config), sort_keys=False))
+            print(yaml.safe_dump(asdict(config), sort_keys=False), flush=True)
+            with heavy_imports():
+                from dpt.dry_run import report
             print(report(config, stage))
             paths = needed_files(config.data)
             lines = [f"{'found  ' if path.exists() else 'MISSING'}  {path}" for path in paths]
@@ -40,8 +48,9 @@ def run_stage(stage: str, argv: list[str] | None, description: str) -> int:
             if missing:
                 raise ValueError(f"{missing} of these are missing; docs/data.md says where they come from")
         else:
-            from dpt.engine import Trainer
-            from dpt.memory import keep_freed_memory
+            with heavy_imports():
+                from dpt.engine import Trainer
+                from dpt.memory import keep_freed_memory
 
             if argv is None:  # a process of its own
                 keep_freed_memory()

@@ -6,6 +6,7 @@ import sys
 
 from dpt.bounds import ArgumentParser, fail, number
 from dpt.docstrings import docstring_of
+from dpt.imports import heavy_imports
 from dpt.results import RESULTS, record_section
 from dpt.startup import measure_startup, table
 
@@ -46,9 +47,10 @@ def main(argv: list[str] | None = None) -> int:
             return fail(f"--repeats is {args.repeats}; it must be at least 5")
         if args.peak_of and args.peak_of not in KINDS[args.what]:
             return fail(f"--peak_of is {args.peak_of!r}; of {args.what} there are {', '.join(KINDS[args.what])}")
-        import torch
+        with heavy_imports():
+            import torch
 
-        from dpt.benchmark import print_peak, sentence_of, time_sampling, time_training, training_peaks
+            from dpt.benchmark import print_peak, sentence_of, time_sampling, time_training, training_peaks
 
         torch.set_num_threads(args.threads)
         batch_size = args.batch_size or BATCH_SIZES[args.model]

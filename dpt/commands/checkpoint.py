@@ -5,6 +5,7 @@ from pathlib import Path
 from dpt.bounds import ArgumentParser, fail, number
 from dpt.docstrings import docstring_of
 from dpt.hub import check_there
+from dpt.imports import heavy_imports
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = {name: getattr(args, name) for name in names}
     try:
         check_there(path := args.path if args.command == "inspect" else args.input)
-        from dpt.checkpoint import describe, load_checkpoint, save_checkpoint
+        with heavy_imports():
+            from dpt.checkpoint import describe, load_checkpoint, save_checkpoint
 
         checkpoint = load_checkpoint(path, **settings)
         print(describe(checkpoint))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from dpt.bounds import ArgumentParser, fail, number
 from dpt.docstrings import docstring_of
+from dpt.imports import heavy_imports
 from dpt.shapes.settings import LABELLED_FOLDER
 
 
@@ -20,7 +21,8 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--folder", type=Path, default=LABELLED_FOLDER, help="where the set lies")
     args = parser.parse_args(argv)
     try:
-        from dpt.shapes.label import collect, sheets
+        with heavy_imports():
+            from dpt.shapes.label import collect, sheets
 
         if args.command == "collect":
             collect(args.folders, args.count, args.folder)

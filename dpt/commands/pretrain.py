@@ -7,6 +7,7 @@ from safetensors import SafetensorError
 from dpt.bounds import ArgumentParser, fail
 from dpt.config import load_config
 from dpt.docstrings import docstring_of
+from dpt.imports import heavy_imports
 from dpt.shapes.settings import STAGE_NAMES, PretrainConfig
 
 
@@ -23,7 +24,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"stages names {unknown[0]!r}; the stages are {', '.join(STAGE_NAMES)}")
         if config.init_from and not Path(config.init_from).is_dir():
             raise ValueError(f"init_from is {config.init_from!r}, which is no folder")
-        from dpt.shapes.pretrain import run
+        with heavy_imports():
+            from dpt.shapes.pretrain import run
 
         run(config)
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dpt.bounds import ArgumentParser, fail, number
 from dpt.docstrings import docstring_of
+from dpt.imports import heavy_imports
 from dpt.results import RESULTS, record_section
 from dpt.shapes.settings import SEEDS_APART
 
@@ -37,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        from dpt.shapes.quality import SECTIONS
+        with heavy_imports():
+            from dpt.shapes.quality import SECTIONS
 
         text = SECTIONS[args.section](args)
         print(text)

@@ -6,6 +6,7 @@ from dpt.bounds import ArgumentParser, fail, number
 from dpt.docstrings import docstring_of
 from dpt.files import check_text
 from dpt.hub import check_there
+from dpt.imports import heavy_imports
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--coco {args.coco} is no folder; docs/data.md shows what it should hold")
         check_text("--model", args.model)
         check_there(args.dpt)
-        from dpt.verify import run_checks
+        with heavy_imports():
+            from dpt.verify import run_checks
 
         checks = run_checks(args)
     except (ValueError, OSError) as error:

@@ -15,12 +15,12 @@ from pathlib import Path
 from dpt.base_models import DTYPE_NAMES
 from dpt.bounds import ArgumentParser, device, fail, number
 from dpt.config import DataSettings
+from dpt.data.needed import needed_files
 
 
 def run_check(args: argparse.Namespace) -> int:
     """Prints a table; exit code 1 where there are errors. Leakage is told, and is none."""
     from dpt.data.check import SHOWN, check_tree, find, leakage, write_leak_free
-    from dpt.data.sources import needed_files
 
     root = Path(args.root)
     lists = check_tree(root, decode=args.decode)
