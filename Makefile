@@ -15,9 +15,11 @@ environment:
 		cp requirements.txt $(VENV)/installed; \
 	}
 
+# Both in one process, which imports once.
 demo: environment
-	$(BIN)/python txt2img.py --model shapes --dpt none --prompt "$$PROMPT" --outdir outputs/demo/without
-	$(BIN)/python txt2img.py --model shapes --prompt "$$PROMPT" --outdir outputs/demo/with
+	$(BIN)/python -c 'import sys; from txt2img import main; \
+		sys.exit(main([*sys.argv[1:], "--dpt", "none", "--outdir", "outputs/demo/without"]) \
+		or main([*sys.argv[1:], "--outdir", "outputs/demo/with"]))' --model shapes --prompt "$$PROMPT"
 
 test: environment
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

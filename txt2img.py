@@ -25,6 +25,7 @@ from dpt.choosing import CANDIDATES_APART
 from dpt.files import check_text, read_text, text_lines
 from dpt.flags import add_sampling_flags, given_sampling, refuse_reference_flags
 from dpt.hub import fetch_weights, is_hub_id
+from dpt.imports import heavy_imports
 from dpt.settings import SEED_LIMIT, Sampling
 
 MAX_PICTURES = 10_000_000  # of a run, months on a GPU
@@ -88,7 +89,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 def choose_device(args: argparse.Namespace):
     """The device that --device or --gpuid names, else the first accelerator, else the CPU."""
-    import torch
+    with heavy_imports():
+        import torch
 
     if args.gpuid is not None and args.device is not None:
         raise ValueError("--gpuid and --device exclude each other: pass one of them")
@@ -180,14 +182,14 @@ def run(args: argparse.Namespace) -> int:
     weights, prompts = choose_weights(args), read_prompts(args)
     if weights and is_hub_id(weights) and not args.dry_run:
         weights = fetch_weights(weights, local_files_only=args.local_files_only)
-    sampling, device = choose_sampling(args, weights), choose_device(args)
-    dtype = args.dtype or ("float16" if device.type == "cuda" else "float32")
-    per_prompt = args.n_samples * args.n_iter
+    sampling, per_prompt = choose_sampling(args, weights), args.n_samples * args.n_iter
     total = len(prompts) * per_prompt
-    print(f"{args.model} on {device} in {dtype}, {describe(weights, sampling, args.lora)}")
+    print(f"{len(prompts)} prompt(s) x {per_prompt} = {total} picture(s)", flush=True)  # the next line takes seconds
+    device = choose_device(args)
+    dtype = args.dtype or ("float16" if device.type == "cuda" else "float32")
+    print(f"{args.model} on {device} in {dtype}, {describe(weights, sampling, args.lora)}", flush=True)
     if args.gpuid is not None and device.type == "cpu":
         print("no CUDA device here: drawing on the CPU")
-    print(f"{len(prompts)} prompt(s) x {per_prompt} = {total} picture(s)", flush=True)
     if args.dry_run:
         steps = f"{sampling.num_inference_steps} {sampling.scheduler.upper()} steps"
         print(f"{steps}, guidance scale {sampling.guidance_scale}, seeds from {args.seed}, into {args.outdir}")
@@ -199,7 +201,8 @@ def run(args: argparse.Namespace) -> int:
         tempfile.TemporaryFile(dir=samples).close()
     except OSError as error:
         raise ValueError(f"--outdir {args.outdir} cannot be written: {error.strerror}") from error
-    from dpt.gallery import Gallery, all_jobs, draw_all, open_artist
+    with heavy_imports():
+        from dpt.gallery import Gallery, all_jobs, draw_all, open_artist
 
     gallery = Gallery(args.outdir, compbench=args.compbench)
     there = gallery.keys()  # before anything is drawn: nothing is added to somebody else's file
