@@ -260,7 +260,7 @@ def test_the_paper_s_command_without_cuda(tmp_path, capsys, flag, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert draw(tmp_path, flag, "0", "--prompt", "a red circle") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("shapes on cpu in float32")
+    assert lines[1].startswith("shapes on cpu in float32")
     assert "no CUDA device here: drawing on the CPU" in lines
 
 
