@@ -17,6 +17,8 @@ CASES = [
     ("train_probe", ["--help"], 0),
     ("train_probe", ["configs/shapes/probe.yaml", "optim.lr=-1"], 2),
     ("train_tune", ["configs/shapes/tune.yaml", "no.such=1"], 2),
+    ("train_tune", ["configs/shapes/tune.yaml"], 2),
+    ("train_tune", ["configs/shapes/tune.yaml", "init_from=nowhere"], 2),
     ("evaluate", ["--help"], 0),
     ("evaluate", ["generate", "--help"], 0),
     ("evaluate", ["choose", "--candidates", "1"], 2),
@@ -52,6 +54,25 @@ def test_nothing_heavy_is_imported(module, arguments, expected):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == f"{expected} []"
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "beginning"),
+    [
+        ("txt2img", ["--model", "shapes", "--prompt", "a star"], "1 prompt(s) x 3 = 3 picture(s)\n"),
+        ("train_probe", ["configs/shapes/probe.yaml", "--dry-run"], "run_name: "),
+    ],
+)
+def test_what_a_run_will_do_is_said_before_anything_heavy_is_imported(module, arguments, beginning):
+    code = (
+        "import sys\n"
+        "sys.modules['torch'] = None\n"
+        f"import {module}\n"
+        f"try: {module}.main({arguments!r})\n"
+        "except ImportError: pass"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(beginning)
 
 
 def test_the_package_alone_is_light():
