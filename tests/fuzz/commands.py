@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.fuzz.inputs import MAP, PRETRAIN, RELEASED, REPOSITORY, TINY
+from tests.fuzz.inputs import MAP, OWN, PRETRAIN, RELEASED, REPOSITORY, TINY
 
 Spoil = Callable[[Path, random.Random], tuple[str, bool | None, list[str]]]
 
@@ -104,6 +104,25 @@ COMMANDS = {
         "--clip {here}/clip/tiny.json --pretrained {here}/clip/weights.pt --num_texts 3 --num_images 2 "
         "--output {here}/out/itm",
         *("coco", "clip"),
+    ),
+    "dpt.data trajectories": _command(
+        "dpt.data.__main__",
+        "trajectories --device cpu {here}/own/settings.yaml prompts={here}/own/prompts.txt output={here}/out/own "
+        + " ".join(OWN).replace("[0, 1]", "[0,1]"),
+        "own",
+    ),
+    "dpt.data trajectories, going on": _command(
+        "dpt.data.__main__",
+        "trajectories --device cpu {base}/own/settings.yaml prompts={base}/own/prompts.txt output={here}/own/drawn "
+        + " ".join(OWN).replace("[0, 1]", "[0,1]"),
+        "own",
+        changes=("+own/drawn/shards.jsonl", "+own/drawn/labels_shapes-clip.jsonl", "own/drawn/00*"),
+    ),
+    "train_probe, trajectories": _command(
+        "train_probe",
+        f"{REPOSITORY}/configs/sd21/verifier.yaml {' '.join(TINY)} model.name={{base}}/model optim.steps=1 "
+        "data.labels=shapes-clip data.trajectories={here}/own/drawn output_folder={here}/out",
+        "own",
     ),
     "dpt.verify": _command(
         "dpt.verify",

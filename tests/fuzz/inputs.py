@@ -83,6 +83,22 @@ def make_coco(root: Path) -> None:
     succeeds(data_main, ["cache-latents", "--model", root / "model", *where, "--device", "cpu"])
 
 
+OWN = ["noises=2", "num_inference_steps=2", "steps=[0, 1]", "prompts_per_shard=5", "scorer=shapes-clip"]
+
+
+def make_own(root: Path) -> None:
+    """Trajectories of ten prompts, and the config that drew them."""
+    (root / "own").mkdir()
+    texts = [f"a {color} {shape}" for color in ("red", "blue", "green", "black", "cyan") for shape in ("star", "cross")]
+    (root / "own/prompts.txt").write_text("\n".join(texts) + "\n")
+    (root / "own/settings.yaml").write_text(json.dumps({"model": str(given(root, "model")), "dtype": "float32"}))
+    places = [f"prompts={root}/own/prompts.txt", f"output={root}/own/drawn"]
+    succeeds(data_main, ["trajectories", root / "own/settings.yaml", *OWN, *places, "--device", "cpu"])
+    path = root / "own/drawn/labels_shapes-clip.jsonl"  # the small model's pictures are all alike
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | {"value": k}) + "\n" for k, row in enumerate(rows)))
+
+
 def make_prompts(root: Path) -> None:
     """Prompt sets in three of their layouts."""
     folder = root / "prompts"

@@ -17,6 +17,7 @@ REFERRED = (
 )
 ITEM = ("title:str", "filepath:str", "neg_caption:str", "neg_image:str")
 LATENTS = ("vae:list", "vae.*:float", "scaling_factor:float", "size:int", "model:any", ":any")
+OWN_SETTINGS = ("steps:any", "timesteps:any", "noises:any", "model:any", "sampling:any", ":any")
 SCORES = ("file:str", "sha256:any", "label:any", "objects:any", "scorer:any", ":any")
 PACKED = ("@0.pictures:list", "@0.categories:any", "@1.arm:str", "@1.settings:any", "@1.costs:any", "@1.figures:any")
 MODEL_CONFIGS = {
@@ -50,6 +51,16 @@ JSON_FILES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "dpt.data check, leak_free": ((f"{TREE}/finetune_refall_train.json", REFERRED),),
     "dpt.data cache-latents": (("coco/latents/latents.json", LATENTS),),
     "dpt.data mine-negatives": ((f"{TREE}/captions_train2014.json", CAPTIONS), ("clip/tiny.json", ("embed_dim:any",))),
+    "dpt.data trajectories, going on": (
+        ("own/drawn/trajectories.json", OWN_SETTINGS),
+        ("own/drawn/shards.jsonl", ("file:any", "sha256:any", "prompts:any", ":any")),
+        ("own/drawn/labels_shapes-clip.jsonl", ("prompt:any", "seed:any", "value:any", "judge:any", ":any")),
+    ),
+    "train_probe, trajectories": (
+        ("own/drawn/trajectories.json", OWN_SETTINGS),
+        ("own/drawn/shards.jsonl", ("file:str", "sha256:str", "prompts:list", "prompts.*.text:str", ":any")),
+        ("own/drawn/labels_shapes-clip.jsonl", ("prompt:str", "seed:int", "value:float", ":any")),
+    ),
     "dpt.verify": (
         (f"{TREE}/captions_val2014.json", ("images.*.file_name:str", "annotations.*.caption:str")),
         (f"{TREE}/finetune_refcoco_val.json", ("annotations.*.bbox.*:float", "annotations.*.tokens_positive.*.*:any")),
@@ -114,6 +125,8 @@ OTHER_FILES: dict[str, tuple[tuple[Callable, tuple[str, ...]], ...]] = {
         (damage.of_tensors, ("clip/weights.pt",)),
         (damage.of_image, ("coco/train2014/COCO_train2014_000000000000.jpg",)),
     ),
+    "dpt.data trajectories": ((damage.text_lines, ("own/prompts.txt", "own/settings.yaml")),),
+    "train_probe, trajectories": ((damage.of_tensors, ("own/drawn/00000.safetensors",)),),
     "dpt.verify": ((damage.of_tensors, ("dpt/adapter.safetensors",)),),
     "train_probe": (
         (damage.literal, ("coco/itm/val.tsv",)),
