@@ -170,6 +170,9 @@ def main(argv: list[str] | None = None) -> int:
         return args.run(args)
     except (ValueError, OSError) as error:
         return fail(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
