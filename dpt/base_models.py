@@ -21,7 +21,7 @@ MIRRORS = {
 }
 """Hub ids that were taken down, and where the same files are kept."""
 
-DPT_WEIGHTS = {"shapes": CKPT_FOLDER / "shapes-dpt", "sd21-base": CKPT_FOLDER / "dpt-v2.1"}
+DPT_WEIGHTS = {"shapes": CKPT_FOLDER / "shapes-dpt/verifier", "sd21-base": CKPT_FOLDER / "dpt-v2.1"}
 """The adapter and LoRA of a base model, where they have been put there."""
 SAMPLING = {"shapes": Sampling(guidance_scale=5.0, num_inference_steps=20)}
 """How a base model draws alone; others as Stable Diffusion does. Those of `shapes` were chosen on its val prompts."""

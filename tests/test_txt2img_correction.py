@@ -37,7 +37,8 @@ def weights(shapes_dpt):
 
 def test_the_first_line_says_weights_and_factor(tmp_path, capsys, weights):
     assert draw(tmp_path, *weights, "--dry-run") == 0
-    first = capsys.readouterr().out.splitlines()[0]
+    said_first, first = capsys.readouterr().out.splitlines()[:2]
+    assert said_first == "1 prompt(s) x 1 = 1 picture(s)"
     assert weights[1] in first
     assert "self-correction norm 0.012 (latent)" in first  # chosen for shapes
     for given, said in {
@@ -47,22 +48,22 @@ def test_the_first_line_says_weights_and_factor(tmp_path, capsys, weights):
         "--parity": "factor 0.5 (conditional)",
     }.items():
         assert draw(tmp_path, *weights, *given.split(), "--dry-run") == 0
-        assert f"self-correction {said}" in capsys.readouterr().out.splitlines()[0]
+        assert f"self-correction {said}" in capsys.readouterr().out.splitlines()[1]
     assert draw(tmp_path, "--dpt", "none", "--dry-run") == 0
-    assert "without DPT weights" in capsys.readouterr().out.splitlines()[0]
+    assert "without DPT weights" in capsys.readouterr().out.splitlines()[1]
 
 
 def test_weights_that_belong_to_the_model_are_the_default(tmp_path, capsys, monkeypatch, shapes_dpt):
     monkeypatch.setitem(txt2img.DPT_WEIGHTS, "shapes", shapes_dpt)
     assert draw(tmp_path, "--dry-run") == 0
-    assert "self-correction norm 0.012" in capsys.readouterr().out.splitlines()[0]
+    assert "self-correction norm 0.012" in capsys.readouterr().out.splitlines()[1]
     monkeypatch.setitem(txt2img.DPT_WEIGHTS, "sd21-base", shapes_dpt)
     corrections = {str(CKPT_FOLDER / "shapes"): "norm 0.012", "stabilityai/stable-diffusion-2-1-base": "factor 0.5"}
     for name, said in corrections.items():
         assert draw(tmp_path, "--dry-run", "--model", name) == 0
-        assert f"self-correction {said}" in capsys.readouterr().out.splitlines()[0]
+        assert f"self-correction {said}" in capsys.readouterr().out.splitlines()[1]
     assert draw(tmp_path, "--dry-run", "--model", "someone/else") == 0
-    assert "without DPT weights" in capsys.readouterr().out.splitlines()[0]
+    assert "without DPT weights" in capsys.readouterr().out.splitlines()[1]
 
 
 def test_golden_released_file_is_drawn_with(tmp_path, golden):
@@ -235,9 +236,24 @@ def test_the_committed_weights_recommend_a_sampling(tmp_path, capsys, flags, wor
 
 
 @pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "verifier, the best of 2 noises, chosen at 0.25 of the steps\n"),
+        (["--candidates", "1"], "verifier, no self-correction\n"),
+        (["--candidates", "4", "--choose_at", "0.4"], "the best of 4 noises, chosen at 0.4 of the steps\n"),
+        (["--correction_norm", "0.01"], "chosen at 0.25 of the steps and self-correction norm 0.01 (conditional)\n"),
+        (["--parity"], "self-correction factor 0.5 (conditional)\n"),
+    ],
+)
+def test_the_embedded_model_chooses_early_by_default(tmp_path, capsys, flags, words):
+    assert draw(tmp_path, *flags, "--dry-run") == 0
+    assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--choose_at", "0.25"], "candidates is 1; choosing needs at least 2"),
+        (["--candidates", "1", "--choose_at", "0.25"], "candidates is 1; choosing needs at least 2"),
         (["--attention_step", "5"], "attention_step is set; it is for attend_and_excite"),
         (
             ["--correction_start", "0.9", "--correction_stop", "0.1"],

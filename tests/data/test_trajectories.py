@@ -156,7 +156,7 @@ def train(folder, drawn, *overrides):
         *("adapter.hidden_dim=32", "adapter.nheads=4", "adapter.dim_feedforward=32", "optim.mixed_precision=no"),
         *("optim.steps=4", "checkpoints.every=2", "validation.every=2", "validation.num_samples=4", "log_every=1"),
         *("optim.warmup_steps=0", "optim.schedule=constant", "data.prompts_per_step=3", "data.labels=shapes-clip"),
-        *(f"output_folder={folder}", f"data.trajectories={drawn}"),
+        *(f"output_folder={folder}", f"data.trajectories={drawn}", "adapter.normalize_features=true"),
     ]
     return train_probe.main(["configs/shapes/verifier.yaml", *words, *overrides])
 
