@@ -560,7 +560,7 @@ def test_prompt_sets(tmp_path):
     for name, message in (
         (f"abc6k:{tmp_path / 'latin.txt'}", "as UTF-8 text"),
         (f"nss1k:{tmp_path / 'bad.json'}", "is no part of COCO-NSS1K"),
-        ("shapes:train", "shapes:val and shapes:test"),
+        ("shapes:vla", "shapes:train, shapes:val and shapes:test"),
         (f"compbench:{tmp_path / 'none'}", "holds no"),
         (str(tmp_path / "none.txt"), "none.txt cannot be read"),
     ):
