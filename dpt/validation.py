@@ -29,6 +29,11 @@ class Samples(Protocol):
     def get(self, index: int, epoch: int) -> Sample: ...
 
 
+def evenly_spread(count: int, num_samples: int, shard: tuple[int, int]) -> np.ndarray:
+    """The k-th of n shares of at most so many indices, evenly spread over `count`; `shard` is (k, n)."""
+    return np.linspace(0, count - 1, min(num_samples, count)).round().astype(int)[shard[0] :: shard[1]]
+
+
 def measure(
     model: DPT,
     sd: StableDiffusion,
@@ -54,8 +59,7 @@ def measure(
         control: what the model is deprived of; see `dpt.controls`.
     """
     model.eval()
-    chosen = np.linspace(0, len(samples) - 1, min(num_samples, len(samples))).round().astype(int)[shard[0] :: shard[1]]
-    records = []
+    chosen, records = evenly_spread(len(samples), num_samples, shard), []
     for start in range(0, len(chosen), batch_size):
         pairs = [(int(index), samples.get(int(index), 0)) for index in chosen[start : start + batch_size]]
         if task == "rec":
@@ -90,9 +94,8 @@ def measure_ranking(
         shard: (k, n): this process's share.
     """
     model.eval()
-    chosen = np.linspace(0, len(prompts) - 1, min(num_samples, len(prompts))).round().astype(int)[shard[0] :: shard[1]]
     records = []
-    for index in chosen:
+    for index in evenly_spread(len(prompts), num_samples, shard):
         ranked = [prompts.at(index, k) for k in range(len(prompts.about.steps))]
         inputs = encode_ranked(ranked, sd)
         scores = model.rank_scores(inputs).unflatten(0, inputs["values"].shape).double().cpu().numpy()

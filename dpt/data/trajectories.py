@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from dpt.base_models import DTYPE_NAMES, known_name, recommended
 from dpt.bounds import bounded, check_bounds, one_of
+from dpt.config import differences
 from dpt.data.collate import sample_generator
 from dpt.files import read_json, read_json_lines, write_text
 from dpt.images import append_line, to_images
@@ -204,9 +205,10 @@ def draw_missing(settings: TrajectorySettings, sd, prompts: list, folder: Path) 
         timesteps=[float(scheduler.timesteps[step]) for step in sorted(settings.steps)],
     )
     _check_or_write(folder, about)
-    there = {prompt.text for shard in read_shards(folder) for prompt in shard.prompts}
+    shards = read_shards(folder)
+    there = {prompt.text for shard in shards for prompt in shard.prompts}
     missing = [prompt for prompt in _mixed(prompts) if prompt.text not in there]
-    artist, count = Artist(sd), len(read_shards(folder))
+    artist = Artist(sd)
     for start in tqdm(range(0, len(missing), settings.prompts_per_shard), desc="trajectories", mininterval=2):
         part = missing[start : start + settings.prompts_per_shard]
         seeds = [candidate_seeds(noise_seed(prompt, settings.seed), settings.noises) for prompt in part]
@@ -218,21 +220,23 @@ def draw_missing(settings: TrajectorySettings, sd, prompts: list, folder: Path) 
         tensors = {
             name: x.half().cpu().unflatten(0, (len(part), settings.noises)).contiguous() for name, x in tensors.items()
         }
-        path = folder / f"{count:05d}.safetensors"
-        temporary = path.with_suffix(".tmp")
-        try:
-            save_file(tensors, temporary)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            raise ValueError(
-                f"{path} cannot be written ({error}); finished shards are kept: free some space"
-            ) from error
-        temporary.replace(path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
         rows = [DrawnPrompt(p.text, p.categories[0], own) for p, own in zip(part, seeds, strict=True)]
-        append_line(folder / SHARDS, msgspec.to_builtins(Shard(path.name, digest, rows)))
-        count += 1
+        shards.append(_write_shard(folder / f"{len(shards):05d}.safetensors", tensors, rows))
     return len(missing)
+
+
+def _write_shard(path: Path, tensors: dict[str, torch.Tensor], prompts: list[DrawnPrompt]) -> Shard:
+    """Writes a shard, and its line behind the others' once the file is whole."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file(tensors, temporary)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"{path} cannot be written ({error}); finished shards are kept: free some space") from error
+    temporary.replace(path)
+    shard = Shard(path.name, hashlib.sha256(path.read_bytes()).hexdigest(), prompts)
+    append_line(path.parent / SHARDS, msgspec.to_builtins(shard))
+    return shard
 
 
 def _keeper(kept: list[torch.Tensor], steps: list[int]):
@@ -264,9 +268,7 @@ def _check_or_write(folder: Path, about: Manifest) -> None:
     """Raises ValueError where the folder's trajectories are others; a new folder gets its manifest."""
     if (folder / MANIFEST).exists():
         before, now = (_flat(manifest) for manifest in (read_json(folder / MANIFEST, Manifest), about))
-        if differing := [
-            f"{name} {before.get(name)} (now {now[name]})" for name in now if now[name] != before.get(name)
-        ]:
+        if differing := differences(before, now):
             raise ValueError(f"{folder} holds trajectories of {'; '.join(differing)}: choose another output")
         return
     if folder.exists() and any(folder.iterdir()):
