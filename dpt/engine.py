@@ -334,7 +334,8 @@ class Trainer:
         """Updates that so many passes over the data are: over the samples, or the prompts where there are no others."""
         if self.data is not None:
             return math.ceil(epochs * len(self.data) / self._samples_per_step)
-        return math.ceil(epochs * len(self.ranked) * self.config.optim.batch_size / self._samples_per_step)
+        batches = self._samples_per_step / self.config.optim.batch_size  # a step, of all processes
+        return math.ceil(epochs * len(self.ranked) / (self.config.data.prompts_per_step * batches))
 
     def _batches(self) -> Iterator[tuple[Batch | None, list | None]]:
         """Pairs of the paper's samples and of prompts to rank; None stands for what the config has none of."""

@@ -29,7 +29,7 @@ class Samples(Protocol):
     def get(self, index: int, epoch: int) -> Sample: ...
 
 
-def evenly_spread(count: int, num_samples: int, shard: tuple[int, int]) -> np.ndarray:
+def evenly_spread(count: int, num_samples: int, shard: tuple[int, int] = (0, 1)) -> np.ndarray:
     """The k-th of n shares of at most so many indices, evenly spread over `count`; `shard` is (k, n)."""
     return np.linspace(0, count - 1, min(num_samples, count)).round().astype(int)[shard[0] :: shard[1]]
 

@@ -11,7 +11,6 @@ Krojer et al. 2023). Writes itm.json, itm.md and the records, from which what is
 
 import argparse
 
-import numpy as np
 import torch
 
 from dpt.config import TrainConfig, load_config
@@ -20,7 +19,7 @@ from dpt.data.sources import validation_samples
 from dpt.evaluation import probes
 from dpt.evaluation.probes import Measured
 from dpt.stable_diffusion import StableDiffusion, weights_fingerprint
-from dpt.validation import PAPER_TIMESTEP, Samples, wins
+from dpt.validation import PAPER_TIMESTEP, Samples, evenly_spread, wins
 
 ZERO_SHOT = "denoising error"
 
@@ -63,7 +62,7 @@ def denoising_matches(
     prompt is subtracted (Krojer et al. 2023). At t = 500 the errors of that noise level decide; at each of `timesteps`
     stands what the errors of all of them together decide.
     """
-    chosen = np.linspace(0, len(samples) - 1, min(num_samples, len(samples))).round().astype(int)
+    chosen = evenly_spread(len(samples), num_samples)
     records = []
     for start in range(0, len(chosen), batch_size):
         batch = [samples.get(int(index), 0) for index in chosen[start : start + batch_size]]

@@ -41,7 +41,7 @@ from dpt.results import check_replaceable, figure_beside, record_section
 from dpt.shapes.training import train_stage
 from dpt.stable_diffusion import StableDiffusion
 from dpt.unet_features import parse_feature
-from dpt.validation import PAPER_TIMESTEP, itm_records, rec_records
+from dpt.validation import PAPER_TIMESTEP, evenly_spread, itm_records, rec_records
 
 CONTROL_NAMES = {
     "none": "the probe",
@@ -217,7 +217,7 @@ class ProbeMap(nn.Module):
         size = self.config.optim.batch_size
         for task, samples in tasks.items():
             passes = [(0, 0), (0, 1), (1, 0)] if task == "itm" else [(0, None)]
-            chosen = np.linspace(0, len(samples) - 1, min(num_samples, len(samples))).round().astype(int)
+            chosen = evenly_spread(len(samples), num_samples)
             for start in range(0, len(chosen), size):
                 batch = [samples.get(int(index), 0) for index in chosen[start : start + size]]
                 batch = [sample for sample in batch if task == "itm" or len(sample.boxes)]

@@ -219,6 +219,11 @@ def test_stable_diffusion_from_prompts_to_a_chosen_picture(tmp_path, golden, pro
     assert [one["steps"] for one in record["candidates"]].count(1) == 3
 
 
+def test_an_epoch_goes_once_over_the_prompts(tmp_path, drawn):
+    assert train(tmp_path, drawn, "optim.epochs=2", "data.prompts_per_step=4") == 0
+    assert max(row["step"] for row in metrics(tmp_path)) == 5  # twice nine prompts, four a step
+
+
 def test_patience_ends_a_run(tmp_path, drawn):
     words = ["optim.lr=0", "optim.steps=20", "validation.every=1", "validation.patience=2"]
     assert train(tmp_path, drawn, *words) == 0
