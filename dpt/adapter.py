@@ -1,10 +1,10 @@
-"""The discriminative adapter (Qu et al. 2024, section 3.2): a DETR-style reader of U-Net features with two heads.
+"""The discriminative adapter (Qu et al. 2024, section 3.2): a DETR-style reader of U-Net features.
 
-Shapes: B batch, Q queries (those for ITM first, then those for REC), D width, H W map, P pooled text width,
-L text tokens, R width of the REC text encoder, K width of the contrastive space.
+Its heads are those of the tasks in `dpt.tasks`.
+
+Shapes: B batch, Q queries (those for ITM first, then those for REC), D width, H W map, P pooled text width.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,8 @@ from torch import nn
 
 from dpt.config import AdapterConfig
 from dpt.embeddings import LearnedPositionEmbedding, SinePositionEmbedding, TimestepEmbedder
+from dpt.tasks import tasks_of
 from dpt.transformer import Transformer
-
-NUM_TOKEN_SLOTS = 255  # REC's classes are the expression's token positions, and one for "no object"
 
 
 class FeatureFusion(nn.Module):
@@ -30,44 +29,6 @@ class FeatureFusion(nn.Module):
         """Maps (B, C_k, H_k, W_k) to (B, dim, size, size)."""
         maps = [projection(feature) for projection, feature in zip(self.projections, features, strict=True)]
         return torch.stack([F.interpolate(x, (self.size, self.size), mode="nearest") for x in maps]).sum(0)
-
-
-class ItmHead(nn.Module):
-    """Image-text matching: query outputs in the space of the pooled text, and a learned temperature."""
-
-    def __init__(self, dim: int, text_dim: int):
-        super().__init__()
-        self.projection = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, text_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-
-    def forward(self, queries: torch.Tensor) -> torch.Tensor:
-        """(..., Q, D) to (..., Q, P)."""
-        return self.projection(queries)
-
-
-class RecHead(nn.Module):
-    """Referring expressions: token-slot logits, boxes, and a space shared with the expression's token states."""
-
-    def __init__(self, dim: int, rec_text_dim: int, contrastive_dim: int):
-        super().__init__()
-        self.class_embed = nn.Linear(dim, NUM_TOKEN_SLOTS + 1)
-        self.bbox_embed = nn.Sequential(
-            nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4)
-        )
-        self.query_projection = nn.Linear(dim, contrastive_dim)
-        self.token_projection = nn.Linear(rec_text_dim, contrastive_dim)
-
-    def forward(self, queries: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(B, Q, D) to `pred_logits` (B, Q, 256), `pred_boxes` (B, Q, 4) cxcywh in [0, 1], `proj_queries` (B, Q, K)."""
-        return {
-            "pred_logits": self.class_embed(queries),
-            "pred_boxes": self.bbox_embed(queries).sigmoid(),
-            "proj_queries": F.normalize(self.query_projection(queries), dim=-1),
-        }
-
-    def project_tokens(self, token_states: torch.Tensor) -> torch.Tensor:
-        """Token states (B, L, R) to unit vectors (B, L, K)."""
-        return F.normalize(self.token_projection(token_states), dim=-1)
 
 
 class DiscriminativeAdapter(nn.Module):
@@ -96,8 +57,8 @@ class DiscriminativeAdapter(nn.Module):
             value_positions=config.value_positions,
         )
         self.query_embed = nn.Embedding(config.num_queries_itm + config.num_queries_rec, dim)
-        self.itm_head = ItmHead(dim, config.text_dim)
-        self.rec_head = RecHead(dim, config.rec_text_dim, config.contrastive_dim)
+        for task in tasks_of(config):
+            self.add_module(f"{task.name}_head", task.head(config))
 
     def forward(self, features: list[torch.Tensor], timesteps: torch.Tensor) -> torch.Tensor:
         """Outputs of all queries after each decoder layer, (layers, B, Q, D).
@@ -141,19 +102,8 @@ class DiscriminativeAdapter(nn.Module):
         return self.itm_head(hs[layer][:, : self.config.num_queries_itm])
 
     def rec_outputs(self, hs: torch.Tensor, layer: int = -1) -> dict[str, torch.Tensor]:
-        """What `RecHead` says of the REC queries after a decoder layer, by default the last."""
+        """Outputs of `RecHead` for the REC queries after a decoder layer, by default the last."""
         return self.rec_head(hs[layer][:, self.config.num_queries_itm :])
-
-
-def itm_score(itm_embeddings: torch.Tensor, pooled_prompt_embeds: torch.Tensor) -> torch.Tensor:
-    """s(z_t, y): the largest cosine between a query and the pooled text, (B,) float32.
-
-    Args:
-        itm_embeddings: (B, Q, P); pooled_prompt_embeds: (B, P).
-    """
-    with torch.autocast(itm_embeddings.device.type, enabled=False):  # half precision would tie scores of minimal edits
-        queries, text = (F.normalize(x.float(), dim=-1) for x in (itm_embeddings, pooled_prompt_embeds))
-        return torch.einsum("bqp,bp->bq", queries, text).amax(1)
 
 
 @dataclass(frozen=True)

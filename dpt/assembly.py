@@ -4,11 +4,12 @@ import torch
 
 from dpt.adapter import DiscriminativeAdapter
 from dpt.checkpoint import DPTCheckpoint
-from dpt.config import AdapterConfig, DPTConfig, LossSettings, TrainConfig
+from dpt.config import AdapterConfig, DPTConfig, TrainConfig
 from dpt.lora import add_lora, load_lora, lora_state
 from dpt.model import DPT
 from dpt.rec_text import RecTextEncoder
 from dpt.stable_diffusion import StableDiffusion
+from dpt.tasks import all_tasks
 from dpt.unet_features import block_channels, parse_feature, set_cpu_attention
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -27,21 +28,14 @@ def adapter_config(config: TrainConfig, unet_config, *, text_dim: int, rec_text_
     )
 
 
-def rec_options(loss: LossSettings) -> dict:
-    """What `rec_losses` is told of the settings."""
-    costs = {name: getattr(loss, name) for name in ("cost_class", "cost_bbox", "cost_giou")}
-    return {"eos_coef": loss.eos_coef, "temperature": loss.temperature, "matcher_costs": costs}
-
-
 def encode_options(config: TrainConfig, sd: StableDiffusion) -> dict:
     """What `encode_batch` is told of the settings in training."""
-    noise, loss, final = config.noise, config.loss, sd.scheduler.config.num_train_timesteps - 1
+    noise, final = config.noise, sd.scheduler.config.num_train_timesteps - 1
     return {
         "seed": config.seed,
         "timesteps": (noise.first_timestep, final if noise.last_timestep is None else noise.last_timestep),
         "noise_offset": noise.offset,
-        "normalize_positive_map": loss.normalize_positive_map,
-        "align_to_padding": loss.align_to_padding,
+        "tasks": all_tasks(config.loss),
         "posterior": config.data.latent_sample == "posterior",
     }
 
@@ -76,18 +70,14 @@ def make_model(
     if stage == "tune":
         _add_lora(config, sd, start)
         set_cpu_attention(sd.unet)
-    loss = config.loss
     return DPT(
         sd.unet,
         adapter.requires_grad_(not config.lora.only).to(sd.device),
         parse_feature(config.model.feature, sd.unet.config),
         sd.scheduler,
         train_unet=stage == "tune",
-        weights=loss.weights,
-        snr_gamma=loss.snr_gamma,
-        rec_options=rec_options(loss),
+        loss=config.loss,
         itm_layer=start.config.itm_layer if start else -1,
-        auxiliary=loss.auxiliary,
     )
 
 

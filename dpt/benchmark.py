@@ -35,7 +35,7 @@ from dpt.adapter import DiscriminativeAdapter, Scorer
 from dpt.config import AdapterConfig
 from dpt.guidance.self_correction import SelfCorrection
 from dpt.lora import add_lora
-from dpt.memory import estimate_step, peak_mb, reset_peak
+from dpt.memory import peak_mb, reset_peak
 from dpt.model import DPT
 from dpt.sampling import ClassifierFreeGuidance
 from dpt.schedulers import make_scheduler, set_timesteps
@@ -262,28 +262,11 @@ PEAK_KINDS = ("batched", "tune", "tune_checkpointed")
 
 
 def training_peaks(name: str, kinds: tuple[str, ...] = PEAK_KINDS) -> dict:
-    """Peak memory of steps at `TUNE_BATCH_SIZES`, each kind in a process of its own, and the dry run's estimates."""
+    """Peak memory of steps at `TUNE_BATCH_SIZES`, each kind in a process of its own."""
     batch_size = TUNE_BATCH_SIZES[name]
     peaks = {f"{kind}_peak_mb": _peak_mb("training", name, batch_size, kind) for kind in kinds}
     share = peaks["tune_checkpointed_peak_mb"] / peaks["tune_peak_mb"]
-    return {"peaks_batch_size": batch_size, "checkpointed_share": share} | peaks | _estimates_mb(name, batch_size)
-
-
-def _estimates_mb(name: str, batch_size: int) -> dict[str, float]:
-    """What a dry run says of the same steps of the U-Net and the adapter: weights, what training keeps, activations."""
-    unet, _, config, num_tokens = make_unet(name)
-    options = {"batched": {"early_passes": 6, "full_passes": 0}}
-    options["tune"] = {"early_passes": 5, "full_passes": 1, "lora_rank": 4}
-    options["tune_checkpointed"] = options["tune"] | {"gradient_checkpointing": True}
-    estimates = {}
-    for kind, option in options.items():
-        step = estimate_step(
-            unet.config, config, (FEATURE,), batch_size=batch_size, dtype=unet.dtype, text_length=num_tokens, **option
-        )
-        trained = step["adapter_parameters"] + step["lora_parameters"]
-        total = step["unet_parameters"] * unet.dtype.itemsize + trained * 4 * 5 + step["step_bytes"]
-        estimates[f"{kind}_estimate_mb"] = total / 2**20
-    return estimates
+    return {"peaks_batch_size": batch_size, "checkpointed_share": share} | peaks
 
 
 def _peak_mb(what: str, name: str, batch_size: int, kind: str) -> float:
@@ -320,7 +303,5 @@ def sentence_of(what: str, result: dict, threads: int) -> str:
         f"{result['loss_sequential']:.5f}. A tune step takes {result['tune_step_s']:.2f} s, with gradient "
         f"checkpointing {result['tune_checkpointed_step_s']:.2f} s. Peaks at batch {result['peaks_batch_size']}: probe "
         f"{result['batched_peak_mb']:.0f} MB, tune {result['tune_peak_mb']:.0f} MB, with gradient checkpointing "
-        f"{result['tune_checkpointed_peak_mb']:.0f} MB ({result['checkpointed_share']:.2f} x); a dry run's estimates, "
-        f"for a GPU and without the libraries' own memory: {result['batched_estimate_mb']:.0f}, "
-        f"{result['tune_estimate_mb']:.0f} and {result['tune_checkpointed_estimate_mb']:.0f} MB"
+        f"{result['tune_checkpointed_peak_mb']:.0f} MB ({result['checkpointed_share']:.2f} x)"
     )

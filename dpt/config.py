@@ -10,6 +10,7 @@ import yaml
 from dpt.bounds import bounded, check_bounds, one_of
 from dpt.files import in_words, read_text, write_text
 from dpt.settings import Sampling
+from dpt.tasks import LossWeights
 from dpt.typed_yaml import read_document, read_override
 
 T = TypeVar("T")
@@ -183,6 +184,8 @@ class AdapterSettings:
     """standardise each channel of the features by its mean and deviation, measured before training begins"""
     num_queries_itm: int = bounded(10, at_least=1, at_most=2048)
     num_queries_rec: int = bounded(100, at_least=1, at_most=2048)
+    heads: list[str] = field(default_factory=lambda: ["itm", "rec"])
+    """names of the tasks that have a head; see `dpt.tasks`"""
     contrastive_dim: int = bounded(64, at_least=1, at_most=8192)
     fusion_dim: int = bounded(1280, at_least=1, at_most=16_384)
     fusion_size: int = bounded(16, at_least=1, at_most=512)
@@ -247,32 +250,6 @@ class DPTConfig:
 # Training
 
 NEGATIVE_KINDS = ("attribute", "count", "relation", "size")
-
-
-@dataclass
-class LossWeights:
-    """What each named loss is multiplied by; a group at 0 is not computed."""
-
-    itm_i2t: float = bounded(1.0, at_least=0)
-    itm_t2i: float = bounded(1.0, at_least=0)
-    ce: float = bounded(1.0, at_least=0)
-    bbox: float = bounded(5.0, at_least=0)
-    giou: float = bounded(2.0, at_least=0)
-    contrastive_align: float = bounded(1.0, at_least=0)
-    denoise: float = bounded(1.0, at_least=0)
-    rank: float = bounded(1.0, at_least=0)
-
-    def total(self, losses: dict):
-        """The weighted sum of `loss_*` values."""
-        return sum(getattr(self, name.removeprefix("loss_")) * value for name, value in losses.items())
-
-    @property
-    def itm(self) -> bool:
-        return bool(self.itm_i2t or self.itm_t2i)
-
-    @property
-    def rec(self) -> bool:
-        return bool(self.ce or self.bbox or self.giou or self.contrastive_align)
 
 
 @dataclass

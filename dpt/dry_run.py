@@ -2,20 +2,24 @@
 
 from pathlib import Path
 
+import torch
+from diffusers import UNet2DConditionModel
+
+from dpt.adapter import DiscriminativeAdapter
 from dpt.assembly import DTYPES, adapter_config
 from dpt.checkpoint import checkpoints, load_checkpoint
 from dpt.config import TrainConfig, check_stage
-from dpt.memory import estimate_step
-from dpt.model import EARLY_PASSES
+from dpt.lora import add_lora
 from dpt.stable_diffusion import architecture
-from dpt.unet_features import parse_feature
+from dpt.tasks import tasks_of
+from dpt.unet_features import LATENTS, block_channels, parse_feature
 
-ROBERTA_WIDTH, ROBERTA_BYTES = 768, 125_000_000 * 4
+ROBERTA_WIDTH, ROBERTA_PARAMETERS = 768, 125_000_000
 NUM_TRAIN_TIMESTEPS = 1000  # of all models known here
 
 
 def report(config: TrainConfig, stage: str) -> str:
-    """What a run would train, its batches, an estimate of its memory, and what it starts from.
+    """What a run would train, its batches, the memory that it can't do without, and what it starts from.
 
     Loads no weights but those of `init_from`.
 
@@ -28,49 +32,54 @@ def report(config: TrainConfig, stage: str) -> str:
     if config.init_from not in (None, "new"):
         start = load_checkpoint(config.init_from).source
     unet_config, width, other = architecture(config.model.name)
-    tune, optim, weights = stage == "tune", config.optim, config.loss.weights
-    blocks = parse_feature(config.model.feature, unet_config)
-    adapter = adapter_config(
-        config,
-        unet_config,
-        text_dim=width,
-        rec_text_dim=width if config.model.rec_text_encoder == "clip" else ROBERTA_WIDTH,
-    )
-    full = tune and bool(weights.denoise)
-    passes = sum(bool(weights.rec if text is None else weights.itm) for _, text in EARLY_PASSES)
-    dtype = DTYPES[optim.mixed_precision]
-    estimate = estimate_step(
-        unet_config,
-        adapter,
-        blocks,
-        batch_size=optim.batch_size,
-        dtype=dtype,
-        early_passes=passes + bool(weights.itm and not full),
-        full_passes=full * (3 if config.loss.denoise_negatives else 1),
-        lora_rank=config.lora.rank if tune else 0,
-        lora_blocks=tuple(config.lora.blocks),
-        gradient_checkpointing=tune and config.model.gradient_checkpointing,
-    )
-    trained = estimate["adapter_parameters"] * (not config.lora.only) + estimate["lora_parameters"]
-    frozen = (estimate["unet_parameters"] + other) * dtype.itemsize
-    frozen += ROBERTA_BYTES * (config.model.rec_text_encoder != "clip" and bool(weights.contrastive_align))
-    state = trained * 4 * 5  # float32 weights, gradients, DDP's copy of them and AdamW's two moments
-    total = frozen + state + estimate["step_bytes"]
+    blocks, optim = parse_feature(config.model.feature, unet_config), config.optim
+    rec_text_dim = width if config.model.rec_text_encoder == "clip" else ROBERTA_WIDTH
+    wanted = adapter_config(config, unet_config, text_dim=width, rec_text_dim=rec_text_dim)
+    with torch.device("meta"):
+        unet, adapter = UNet2DConditionModel.from_config(unet_config), DiscriminativeAdapter(wanted)
+        frozen = _count(unet) + other
+        if stage == "tune":
+            add_lora(unet.requires_grad_(False), rank=config.lora.rank, alpha=1.0, blocks=tuple(config.lora.blocks))
+    lora = _count(unet) + other - frozen
+    if config.model.rec_text_encoder != "clip" and config.loss.weights.contrastive_align:
+        frozen += ROBERTA_PARAMETERS
+    trained = lora + _count(adapter) * (not config.lora.only)
+    weights = config.loss.weights
+    passes = {
+        p for task in tasks_of(wanted) if any(getattr(weights, name) for name in task.losses) for p in task.passes
+    }
     joint = optim.batch_size * optim.gradient_accumulation_steps
     length = f"{optim.steps:,} steps" if optim.epochs is None else f"{optim.epochs} epochs"
+    dtype = DTYPES[optim.mixed_precision]
+    kept = sum(_cells(block, unet_config) for block in blocks) * optim.batch_size * len(passes)
     return "\n".join(
         [
-            f"{stage}: {trained:,} parameters to train (adapter {estimate['adapter_parameters']:,}"
-            f"{' as it is' if config.lora.only else ''}, LoRA {estimate['lora_parameters']:,})",
+            f"{stage}: {trained:,} parameters to train (adapter {_count(adapter):,}"
+            f"{' as it is' if config.lora.only else ''}, LoRA {lora:,})",
             f"batches: {optim.batch_size} samples x {optim.gradient_accumulation_steps} accumulated = {joint} a "
             f"process and step; {length}; 8 processes: {8 * joint} a step",
-            f"memory a process, about: frozen weights {_gib(frozen)}, trained ones with gradients and moments "
-            f"{_gib(state)}, a step's activations {_gib(estimate['step_bytes'])}: {_gib(total)} "
-            "(text encoders' and autoencoder's activations, and the libraries' own, come on top)",
+            "memory a process, at least (activations come on top; `python -m dpt.benchmark training` measures them):",
+            f"  frozen weights                 {_gib(frozen * dtype.itemsize)}  {frozen:,} in {dtype}",
+            f"  trained weights and gradients  {_gib(trained * 4 * 2)}  {trained:,} in torch.float32",
+            f"  AdamW's two moments            {_gib(trained * 4 * 2)}",
+            f"  features that are read         {_gib(kept * 4)}  {optim.batch_size} samples x {len(passes)} passes",
             f"starts from: {start}",
         ]
     )
 
 
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _cells(block: str, unet_config) -> int:
+    """Values of a block's feature map; a block's output is sampled down or up already, but for the last one's."""
+    last = len(unet_config.block_out_channels) - 1
+    halvings = {LATENTS: 0, "mid": last}
+    halvings |= {f"down{i}": min(i + 1, last) for i in range(last + 1)}
+    halvings |= {f"up{i}": max(last - 1 - i, 0) for i in range(last + 1)}
+    return block_channels(block, unet_config) * (unet_config.sample_size >> halvings[block]) ** 2
+
+
 def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"
+    return f"{count / 2**30:8.2f} GiB"

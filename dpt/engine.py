@@ -52,6 +52,7 @@ from dpt.runs import (
     versions,
 )
 from dpt.stable_diffusion import load_stable_diffusion
+from dpt.tasks.task import EXPRESSION, TRUE_PAIR
 from dpt.validation import PAPER_TIMESTEP, measure, measure_ranking, summarize, summarize_ranking
 
 STAGES = ("probe", "tune")
@@ -324,7 +325,7 @@ class Trainer:
         with self.accelerator.autocast(), torch.no_grad():
             if self.data is not None:
                 batch = collate([self.data.get(index, 0) for index in range(min(MEASURED, len(self.data)))])
-                features, _ = self.model.features(self._encode(batch), [(0, 0), (0, None)], with_full=False)
+                features, _ = self.model.features(self._encode(batch), [TRUE_PAIR, EXPRESSION], with_full=False)
             else:
                 ranked = [self.ranked.get(index, 0) for index in range(min(MEASURED // 8, len(self.ranked)))]
                 features = self.model.ranked_features(encode_ranked(ranked, self.sd))
@@ -376,7 +377,7 @@ class Trainer:
         for k, (part, ranked) in enumerate(parts):
             inputs = self._encode(part) | {"num_boxes": num_boxes or 1.0} if part else {}
             inputs |= {"ranked": encode_ranked(ranked, self.sd)} if ranked else {}
-            inputs["without_itm"] = self.step % config.loss.itm_every != 0
+            inputs["left_out"] = () if self.step % config.loss.itm_every == 0 else ("itm",)
             torch.manual_seed(hash((config.seed, self.step, k, accelerator.process_index)) % 2**63)  # dropout
             last = k == len(parts) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
@@ -436,21 +437,23 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """ITM accuracy and REC precision on the val sets; see `dpt.validation`."""
         settings, records = self.config.validation, {}
-        for name, samples in self.val_sets.items():
-            with self.accelerator.autocast():
-                part = measure(
-                    self.model,
-                    self.sd,
-                    self.rec_text,
-                    samples,
-                    task=name.split("_")[0],
-                    timesteps=sorted({*settings.timesteps, PAPER_TIMESTEP}),
-                    num_samples=settings.num_samples,
-                    batch_size=self.config.optim.batch_size,
-                    shard=(self.accelerator.process_index, self.accelerator.num_processes),
-                    control=self.config.control,
-                )
-            records[name] = gather_object(part)
+        for task in self.model.tasks if self.val_sets else ():
+            own = {name: samples for name, samples in self.val_sets.items() if name.split("_")[0] == task.name}
+            for name, samples in (own or {task.name: self.val_sets["itm"]}).items():
+                with self.accelerator.autocast():
+                    part = measure(
+                        self.model,
+                        self.sd,
+                        self.rec_text,
+                        samples,
+                        task=task.name,
+                        timesteps=sorted({*settings.timesteps, PAPER_TIMESTEP}),
+                        num_samples=settings.num_samples,
+                        batch_size=self.config.optim.batch_size,
+                        shard=(self.accelerator.process_index, self.accelerator.num_processes),
+                        control=self.config.control,
+                    )
+                records[name] = gather_object(part)
         figures = summarize(records, mean_over=settings.timesteps)
         if self.val_ranked is not None:
             shard = self.accelerator.process_index, self.accelerator.num_processes

@@ -6,8 +6,9 @@ Shapes: B images, C latent channels, (h, w) latent size, P pooled text width.
 import torch
 from diffusers import UNet2DConditionModel
 
-from dpt.adapter import Scorer, itm_score
+from dpt.adapter import Scorer
 from dpt.sampling import ClassifierFreeGuidance
+from dpt.tasks.itm import itm_score
 from dpt.unet_features import Conditioning, unet_features
 
 HALF_GRADIENT_SCALE = 2.0**10  # keeps float16 gradients of the score, about 1e-4, from underflowing

@@ -4,9 +4,6 @@ Shapes: N expressions, Q queries.
 """
 
 import numpy as np
-import torch
-
-from dpt.boxes import box_iou, cxcywh_to_xyxy, generalized_box_iou
 
 Interval = tuple[float, float, float]
 """a mean, and the low and high end of its 95 % interval"""
@@ -88,35 +85,6 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p))
         adjusted[name] = largest
     return {name: adjusted[name] for name in p_values}
-
-
-def objectness(pred_logits: torch.Tensor) -> torch.Tensor:
-    """1 - P(no object), by which REC's boxes are ranked: (..., 256) to (...)."""
-    return 1 - pred_logits.float().softmax(-1)[..., -1]
-
-
-def rec_hits(
-    pred_logits: torch.Tensor,
-    pred_boxes: torch.Tensor,
-    boxes: torch.Tensor,
-    *,
-    ks: tuple[int, ...] = (1, 5, 10),
-    generalized: bool = False,
-) -> torch.Tensor:
-    """Whether one of the k surest boxes overlaps the true one by at least 0.5, (N, len(ks)) bool.
-
-    Args:
-        pred_logits: (N, Q, 256); pred_boxes: (N, Q, 4) normalised cxcywh.
-        boxes: one true box an expression, (N, 4) normalised cxcywh.
-        generalized: threshold the generalised IoU, as the reference does, instead of the IoU.
-    """
-    overlap = generalized_box_iou if generalized else box_iou
-    order = objectness(pred_logits).argsort(dim=1, descending=True)
-    hits = []
-    for ranking, predicted, box in zip(order, pred_boxes.float(), boxes.to(pred_boxes), strict=True):
-        overlaps = overlap(cxcywh_to_xyxy(box[None].float()), cxcywh_to_xyxy(predicted[ranking]))[0]
-        hits.append(torch.stack([(overlaps[:k] >= 0.5).any() for k in ks]))
-    return torch.stack(hits)
 
 
 def area_within_prompts(scores: np.ndarray, values: np.ndarray) -> np.ndarray:

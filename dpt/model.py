@@ -1,7 +1,7 @@
 """DPT: the module that DDP wraps. One forward is one training step's losses.
 
 Shapes: B samples, C latent channels, (h, w) latent size, L text tokens, E context width, P pooled text width,
-T expression tokens, R width of the REC text encoder.
+T expression tokens, R width of the REC text encoder, D adapter width, Q queries.
 """
 
 import contextlib
@@ -10,14 +10,14 @@ import torch
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import nn
 
-from dpt.adapter import DiscriminativeAdapter, itm_score
-from dpt.config import LossWeights
-from dpt.losses import denoising_loss, itm_loss, ranking_loss, rec_losses
+from dpt.adapter import DiscriminativeAdapter
+from dpt.config import LossSettings
+from dpt.tasks import tasks_of
+from dpt.tasks.denoising import denoising_of_step
+from dpt.tasks.itm import itm_score
+from dpt.tasks.ranking import ranking_loss
+from dpt.tasks.task import TRUE_PAIR, Pass, Task, in_order
 from dpt.unet_features import Conditioning, unet_features
-
-# The passes after (image, caption): which of (image, negative, random) is conditioned on which of (caption, negative,
-# random); None is the referring expression.
-EARLY_PASSES = ((0, None), (0, 1), (0, 2), (1, 0), (2, 0))
 
 
 class DPT(nn.Module):
@@ -25,10 +25,10 @@ class DPT(nn.Module):
 
     Args:
         blocks: the probed blocks; see `unet_features`.
-        train_unet: whether gradients reach the U-Net (tune) or stop at its features (probe).
         scheduler: says what timesteps mean to the denoising loss.
-        rec_options: further arguments of `rec_losses`.
-        auxiliary: add up REC's losses over all decoder layers.
+        train_unet: whether gradients reach the U-Net (tune) or stop at its features (probe).
+        loss: settings of the losses; by default the paper's.
+        itm_layer: the decoder layer that ITM reads.
     """
 
     def __init__(
@@ -39,17 +39,14 @@ class DPT(nn.Module):
         scheduler: SchedulerMixin,
         *,
         train_unet: bool,
-        weights: LossWeights | None = None,
-        snr_gamma: float | None = None,
-        rec_options: dict | None = None,
+        loss: LossSettings | None = None,
         itm_layer: int = -1,
-        auxiliary: bool = False,
     ):
         super().__init__()
         self.unet, self.adapter, self.blocks, self.scheduler = unet, adapter, blocks, scheduler
-        self.train_unet, self.weights = train_unet, weights or LossWeights()
-        self.snr_gamma, self.rec_options, self.itm_layer = snr_gamma, rec_options or {}, itm_layer
-        self.auxiliary = auxiliary
+        loss = loss or LossSettings()
+        self.train_unet, self.weights, self.snr_gamma = train_unet, loss.weights, loss.snr_gamma
+        self.tasks, self.itm_layer = tasks_of(adapter.config, loss, itm_layer=itm_layer), itm_layer
 
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """The losses of one step.
@@ -61,8 +58,8 @@ class DPT(nn.Module):
                 `rec_losses` takes them, and `token_states` (B, T, R) where there is contrastive alignment, and
                 `token_valid` (B, T) where padding is left out of it; for denoising `noise_target` (B, C, h, w); to
                 denoise the other images too, `negative_context` (B, 2, L, E), of captions of their own, and
-                `negative_noise_target` (B, 2, C, h, w); for a control `itm_labels`, see `itm_loss`. `without_itm` is
-                true where this step leaves matching out. `ranked` holds half-drawn pictures of G prompts, N of each:
+                `negative_noise_target` (B, 2, C, h, w); for a control `itm_labels`, see `itm_loss`. `left_out` names
+                tasks that this step leaves out. `ranked` holds half-drawn pictures of G prompts, N of each:
                 `noisy_latents` (G * N, C, h, w), `timesteps` (G * N,), their prompts' `context` (G * N, L, E) and
                 `pooled` (G * N, P), and `values` (G, N), as `ranking_loss` takes them. It may stand alone.
 
@@ -72,35 +69,43 @@ class DPT(nn.Module):
         ranked = self._ranking(batch["ranked"]) if "ranked" in batch else {}
         if "noisy_latents" not in batch:
             return ranked
-        with_itm = self.weights.itm and not batch.get("without_itm", False)
-        passes = self.early_passes(with_itm=with_itm)
+        passes = in_order({p for task in self.active(batch) for p in task.passes})
         denoises = self.train_unet and bool(self.weights.denoise)
-        if with_itm and denoises:
-            passes.remove((0, 0))  # the full pass has it
+        if denoises and TRUE_PAIR in passes:
+            passes.remove(TRUE_PAIR)  # the full pass has it
         features, noise_pred = self.features(batch, passes, with_full=denoises)
-        return self.losses(features, noise_pred, passes + [(0, 0)] * denoises, batch) | ranked
+        return self.losses(features, noise_pred, passes + [TRUE_PAIR] * denoises, batch) | ranked
 
-    def early_passes(self, *, with_itm: bool) -> list[tuple[int, int | None]]:
-        """The passes that the weighted losses of the adapter need."""
-        passes = [p for p in EARLY_PASSES if (self.weights.rec if p[1] is None else with_itm)]
-        return passes + [(0, 0)] * with_itm
+    def active(self, batch: dict) -> list[Task]:
+        """The tasks with a loss of weight above 0 that the step does not leave out."""
+        tasks = [task for task in self.tasks if any(getattr(self.weights, name) for name in task.losses)]
+        return [task for task in tasks if task.name not in batch.get("left_out", ())]
 
     def losses(
-        self, features: list[torch.Tensor], noise_pred: torch.Tensor | None, passes: list, batch: dict
+        self, features: list[torch.Tensor], noise_pred: torch.Tensor | None, passes: list[Pass], batch: dict
     ) -> dict[str, torch.Tensor]:
-        """What `forward` returns, of the features of `passes` put together, and the noise prediction, if any."""
-        weights, losses = self.weights, {}
-        with_itm = any(text is not None and (image, text) != (0, 0) for image, text in passes)
-        if with_itm or weights.rec:
-            hs = self.adapter(features, batch["timesteps"].repeat(len(passes)))
-            hs = dict(zip(passes, hs.chunk(len(passes), dim=1), strict=True))
-        if with_itm:
-            losses |= self._itm(hs, batch)
-        if weights.rec:
-            losses |= self._rec(hs[0, None], batch)
+        """The losses that `forward` returns, from features of `passes` put together and the noise prediction."""
+        losses, tasks = {}, self.active(batch)
+        if tasks:
+            hs = self.read(features, passes, batch["timesteps"])
+        for task in tasks:
+            losses |= task.loss(self.adapter, hs, batch)
         if noise_pred is not None:
-            losses |= self._denoising(noise_pred, batch)
-        return {name: value for name, value in losses.items() if getattr(weights, name.removeprefix("loss_"))}
+            losses |= denoising_of_step(self.unet, noise_pred, batch, self.scheduler, snr_gamma=self.snr_gamma)
+        return {name: value for name, value in losses.items() if getattr(self.weights, name.removeprefix("loss_"))}
+
+    def read(
+        self, features: list[torch.Tensor], passes: list[Pass], timesteps: torch.Tensor
+    ) -> dict[Pass, torch.Tensor]:
+        """The adapter's queries (layers, B, Q, D) by pass, from features of `passes` put together."""
+        hs = self.adapter(features, timesteps.repeat(len(passes)))
+        return dict(zip(passes, hs.chunk(len(passes), dim=1), strict=True))
+
+    @torch.no_grad()
+    def queries(self, batch: dict, passes: tuple[Pass, ...]) -> dict[Pass, torch.Tensor]:
+        """The adapter's queries by pass, of a batch as `forward` takes it, without gradients."""
+        features, _ = self.features(batch, list(passes), with_full=False)
+        return self.read(features, list(passes), batch["timesteps"])
 
     def features(self, batch, passes, *, with_full):
         """Feature maps of the early passes as one batch, followed by those of the full pass, if there is one."""
@@ -122,49 +127,6 @@ class DPT(nn.Module):
                 parts.append(features)
         return [torch.cat(maps) for maps in zip(*parts, strict=True)], noise_pred
 
-    def _denoising(self, noise_pred, batch):
-        target, timesteps = batch["noise_target"], batch["timesteps"]
-        if "negative_context" in batch:
-            latents, context = batch["noisy_latents"][:, 1:], batch["negative_context"]
-            timesteps = torch.cat([timesteps, timesteps.repeat_interleave(2)])
-            pairs = latents.flatten(0, 1), timesteps[len(target) :], Conditioning(context.flatten(0, 1))
-            _, others = unet_features(self.unet, (), *pairs, with_noise_pred=True)
-            noise_pred = torch.cat([noise_pred, others])
-            target = torch.cat([target, batch["negative_noise_target"].flatten(0, 1)])
-        return denoising_loss(noise_pred, target, timesteps, self.scheduler, snr_gamma=self.snr_gamma)
-
-    def _itm(self, hs, batch):
-        pooled = batch["caption_pooled"]
-
-        def embeddings(passes):
-            return torch.stack([self.adapter.itm_embeddings(hs[p], self.itm_layer) for p in passes], dim=1)
-
-        return itm_loss(
-            embeddings([(0, 0), (0, 1), (0, 2)]),
-            pooled,
-            embeddings([(0, 0), (1, 0), (2, 0)]),
-            pooled[:, 0],
-            self.adapter.itm_head.logit_scale.exp(),
-            batch.get("itm_labels"),
-        )
-
-    def _rec(self, hs, batch):
-        proj_tokens = None
-        if self.weights.contrastive_align:
-            proj_tokens = self.adapter.rec_head.project_tokens(batch["token_states"])
-        layers = [
-            rec_losses(
-                self.adapter.rec_outputs(hs, layer),
-                batch["targets"],
-                proj_tokens=proj_tokens,
-                token_valid=batch.get("token_valid"),
-                num_boxes=batch.get("num_boxes"),
-                **self.rec_options,
-            )
-            for layer in (range(len(hs)) if self.auxiliary else [-1])
-        ]
-        return {name: sum(losses[name] for losses in layers) for name in layers[0]}
-
     def _ranking(self, ranked):
         """The ranking loss of half-drawn pictures."""
         scores = self.rank_scores(ranked).unflatten(0, ranked["values"].shape)
@@ -180,29 +142,3 @@ class DPT(nn.Module):
         latents, context = ranked["noisy_latents"], Conditioning(ranked["context"])
         with contextlib.nullcontext() if self.train_unet else torch.no_grad():
             return unet_features(self.unet, self.blocks, latents, ranked["timesteps"], context)[0]
-
-    @torch.no_grad()
-    def evaluate(self, batch: dict, *, itm: bool = True, rec: bool = True) -> tuple[torch.Tensor | None, dict | None]:
-        """What the adapter says of a batch as `forward` takes it.
-
-        Returns:
-            With `itm`, matching scores (B, 3): of image and caption, of the image and the negative caption, of the
-            negative image and the caption. With `rec`, REC outputs of the image under the expression; see `RecHead`.
-        """
-        passes = [(0, 0), (0, 1), (1, 0)] * itm + [(0, None)] * rec
-        features, _ = self.features(batch, passes, with_full=False)
-        return self.outputs(features, passes, batch)
-
-    @torch.no_grad()
-    def outputs(
-        self, features: list[torch.Tensor], passes: list, batch: dict
-    ) -> tuple[torch.Tensor | None, dict | None]:
-        """What `evaluate` returns, of the features of `passes` put together."""
-        chunks = self.adapter(features, batch["timesteps"].repeat(len(passes))).chunk(len(passes), dim=1)
-        scores = [
-            itm_score(self.adapter.itm_embeddings(hs, self.itm_layer), batch["caption_pooled"][:, text])
-            for hs, (_, text) in zip(chunks, passes, strict=True)
-            if text is not None
-        ]
-        rec = self.adapter.rec_outputs(chunks[passes.index((0, None))]) if (0, None) in passes else None
-        return torch.stack(scores, dim=1) if scores else None, rec

@@ -15,7 +15,6 @@ from dpt.drawing import Artist, without_correction
 from dpt.files import check_text
 from dpt.hub import is_hub_id
 from dpt.images import to_pixels, with_boxes
-from dpt.metrics import objectness
 from dpt.sampling import initial_noise
 from dpt.settings import SEED_LIMIT, Sampling
 from dpt.stable_diffusion import (
@@ -24,6 +23,7 @@ from dpt.stable_diffusion import (
     load_stable_diffusion,
     usable_device,
 )
+from dpt.tasks.rec import objectness
 from dpt.unet_features import Conditioning, unet_features
 
 GROUNDING_TIMESTEP = 200

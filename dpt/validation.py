@@ -11,14 +11,15 @@ import torch
 from dpt.controls import control_batch, control_inputs
 from dpt.data.collate import Sample, as_latents, collate, encode_batch
 from dpt.data.trajectories import RankedPrompts, encode_ranked
-from dpt.metrics import area_within_prompts, bootstrap_interval, objectness, rec_hits
+from dpt.metrics import bootstrap_interval
 from dpt.model import DPT
 from dpt.rec_text import RecTextEncoder
 from dpt.stable_diffusion import StableDiffusion
+from dpt.tasks import all_tasks
+from dpt.tasks.ranking import ranking_areas
 
 PAPER_TIMESTEP = 500
-KS = (1, 5, 10)
-FIGURES = ("text", "image", *(f"{name}_at_{k}" for name in ("precision", "giou_precision") for k in KS))
+FIGURES = tuple(figure for task in all_tasks() for figure in task.figures)
 
 
 class Samples(Protocol):
@@ -47,35 +48,31 @@ def measure(
     shard: tuple[int, int] = (0, 1),
     control: str = "none",
 ) -> list[dict]:
-    """One record a sample and timestep, with the sample's id and its index in the set.
-
-    For `itm` it says whether the positive beats the hard-negative text, and image, and the negative's kind; for `rec`
-    whether one of the k surest boxes hits, by IoU and by generalised IoU, and the surest: its objectness and cxcywh.
+    """One record a sample and timestep: the sample's id, its index in the set, and the task's `records`.
 
     Args:
-        task: itm or rec.
+        task: the name of a task of the model.
         num_samples: evenly spread over the set.
         shard: (k, n): this process's share.
-        control: what the model is deprived of; see `dpt.controls`.
+        control: what is taken from the model; see `dpt.controls`.
     """
     model.eval()
+    task = next(one for one in model.tasks if one.name == task)
+    num_images = 1 + max(one.image for one in task.measured)
     chosen, records = evenly_spread(len(samples), num_samples, shard), []
     for start in range(0, len(chosen), batch_size):
         pairs = [(int(index), samples.get(int(index), 0)) for index in chosen[start : start + batch_size]]
-        if task == "rec":
-            pairs = [(index, sample) for index, sample in pairs if len(sample.boxes)]
+        pairs = [(index, sample) for index, sample in pairs if task.takes(sample)]
         if not pairs:
             continue
         indices, batch = zip(*pairs, strict=True)
         joined = collate(batch)
-        needed = joined.images[:, : 2 if task == "itm" else 1]  # random images are compared with nothing
-        joined.images = as_latents(needed, sd)  # once for all timesteps
+        joined.images = as_latents(joined.images[:, :num_images], sd)  # once for all timesteps
         joined = control_batch(control, joined, sd)
         for timestep in timesteps:
             inputs = encode_batch(joined, sd, rec_text, seed=0, timesteps=(timestep, timestep))
             inputs = control_inputs(control, inputs, joined, sd, training=False)
-            scores, outputs = model.evaluate(inputs, itm=task == "itm", rec=task == "rec")
-            found = itm_records(scores, batch) if task == "itm" else rec_records(outputs, batch)
+            found = task.records(model.adapter, model.queries(inputs, task.measured), inputs, batch)
             records += [
                 {"id": sample.id, "timestep": timestep, "index": index} | record
                 for index, sample, record in zip(indices, batch, found, strict=True)
@@ -98,11 +95,9 @@ def measure_ranking(
     for index in evenly_spread(len(prompts), num_samples, shard):
         ranked = [prompts.at(index, k) for k in range(len(prompts.about.steps))]
         inputs = encode_ranked(ranked, sd)
-        scores = model.rank_scores(inputs).unflatten(0, inputs["values"].shape).double().cpu().numpy()
-        areas = area_within_prompts(scores, inputs["values"].double().cpu().numpy())
+        areas = ranking_areas(model.rank_scores(inputs).unflatten(0, inputs["values"].shape), inputs["values"])
         records += [
-            {"id": int(index), "step": step, "auc": float(area)}
-            for step, area in zip(prompts.about.steps, areas, strict=True)
+            {"id": int(index), "step": step, "auc": area} for step, area in zip(prompts.about.steps, areas, strict=True)
         ]
     return records
 
@@ -116,34 +111,6 @@ def summarize_ranking(records: list[dict]) -> dict[str, float]:
     for step in dict.fromkeys(key[1] for key in rows):
         figures[f"rank_auc_step_{step}"] = float(np.mean([auc for key, auc in rows.items() if key[1] == step]))
     return figures
-
-
-def itm_records(scores: torch.Tensor, batch: tuple[Sample, ...]) -> list[dict]:
-    """Of matching scores (B, 3), as `DPT.evaluate` gives them: whether the truth wins, and the negative's kind."""
-    won = wins(scores[:, :1] - scores[:, 1:])
-    return [
-        {"text": text, "image": image, "kind": sample.negative_kind}
-        for (text, image), sample in zip(won.tolist(), batch, strict=True)
-    ]
-
-
-def wins(ahead: torch.Tensor) -> torch.Tensor:
-    """1 where the truth is ahead, 0 where it is behind; who can't tell is right half of the time."""
-    return (ahead > 0) + 0.5 * (ahead == 0)
-
-
-def rec_records(outputs: dict, batch: tuple[Sample, ...]) -> list[dict]:
-    """Of REC outputs: whether one of the k surest boxes hits, and the surest."""
-    logits, boxes = outputs["pred_logits"].float().cpu(), outputs["pred_boxes"].float().cpu()
-    truth = torch.stack([sample.boxes[0] for sample in batch])
-    records = [{} for _ in batch]
-    for name, generalized in (("precision", False), ("giou_precision", True)):
-        for record, row in zip(records, rec_hits(logits, boxes, truth, ks=KS, generalized=generalized), strict=True):
-            record |= {f"{name}_at_{k}": hit for k, hit in zip(KS, row.tolist(), strict=True)}
-    for record, sureness, found in zip(records, objectness(logits), boxes, strict=True):
-        best = sureness.argmax()
-        record["surest"] = [round(value, 3) for value in (sureness[best].item(), *found[best].tolist())]
-    return records
 
 
 def figures_of(records: list[dict]) -> list[str]:

@@ -23,7 +23,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from tqdm import tqdm
 
-from dpt.adapter import Scorer, itm_score
+from dpt.adapter import Scorer
 from dpt.base_models import recommended
 from dpt.benchmark import guided_step_kinds
 from dpt.checkpoint import DPTCheckpoint, load_checkpoint
@@ -34,13 +34,15 @@ from dpt.images import make_grid, to_pixels
 from dpt.lora import lora_state
 from dpt.matching_score import score_gradient
 from dpt.memory import peak_mb, reset_peak
-from dpt.metrics import bootstrap_interval, rec_hits
+from dpt.metrics import bootstrap_interval
 from dpt.sampling import ClassifierFreeGuidance, initial_noise, sample
 from dpt.schedulers import make_scheduler, set_timesteps
 from dpt.settings import Sampling
 from dpt.shapes.scenes import render
 from dpt.shapes.world import ShapesWorld
 from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion, usable_device
+from dpt.tasks.itm import itm_score
+from dpt.tasks.rec import rec_hits
 from dpt.unet_features import Conditioning, unet_features
 
 TIMESTEP = 500

@@ -1,9 +1,11 @@
 import pytest
 import torch
 
-from dpt.data.collate import Sample, as_latents, collate, encode_batch, positive_map, sample_generator
+from dpt.config import LossSettings
+from dpt.data.collate import Sample, as_latents, collate, encode_batch, sample_generator
 from dpt.rec_text import load_rec_text_encoder
 from dpt.stable_diffusion import load_stable_diffusion
+from dpt.tasks.rec import ReferringExpressions, positive_map
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,9 @@ def test_targets(sd, rec_text):
     assert torch.allclose(first["positive_map"].sum(1), torch.ones(2))
     assert second["boxes"].shape == (0, 4)
     assert second["positive_map"].shape == (0, 256)
-    plain = encode_batch(batch, sd, rec_text, seed=0, normalize_positive_map=False)["targets"][0]
+    plain = encode_batch(
+        batch, sd, rec_text, seed=0, tasks=[ReferringExpressions(LossSettings(normalize_positive_map=False))]
+    )["targets"][0]
     assert plain["positive_map"].sum(1).tolist() == [2, 2]
 
 

@@ -563,14 +563,14 @@ def test_out_of_memory_says_what_to_lower(tmp_path, cache, capsys, monkeypatch):
     def exhausted(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("dpt.model.itm_loss", exhausted)
+    monkeypatch.setattr("dpt.tasks.itm.itm_loss", exhausted)
     assert run("probe", tmp_path, cache) == 2
     assert "out of memory: lower optim.batch_size" in capsys.readouterr().err
 
     def broken(*args):
         raise NotImplementedError("no such kernel")
 
-    monkeypatch.setattr("dpt.model.itm_loss", broken)
+    monkeypatch.setattr("dpt.tasks.itm.itm_loss", broken)
     with pytest.raises(NotImplementedError):
         run("probe", tmp_path / "other", cache)
 

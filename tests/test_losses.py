@@ -7,9 +7,10 @@ import torch
 from diffusers import DDIMScheduler
 from transformers import AutoTokenizer
 
-from dpt.data.collate import positive_map, token_mask
-from dpt.losses import denoising_loss, itm_loss, rec_losses, signal_to_noise_ratio
-from dpt.matcher import hungarian_matcher
+from dpt.tasks.denoising import denoising_loss, signal_to_noise_ratio
+from dpt.tasks.itm import itm_loss
+from dpt.tasks.matcher import hungarian_matcher
+from dpt.tasks.rec import positive_map, rec_losses, token_mask
 
 WEIGHTS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0, "loss_contrastive_align": 1.0}
 

@@ -4,7 +4,8 @@ import torch
 from pycocotools import mask as coco_mask
 
 from dpt.boxes import box_iou, cxcywh_to_xyxy
-from dpt.metrics import bootstrap_interval, objectness, rec_hits
+from dpt.metrics import bootstrap_interval
+from dpt.tasks.rec import objectness, rec_hits
 
 
 def test_golden_rec_precision(golden):

@@ -5,9 +5,9 @@ import shutil
 import pytest
 import torch
 
-from dpt.data.collate import token_mask
 from dpt.rec_text import load_rec_text_encoder
 from dpt.stable_diffusion import load_stable_diffusion
+from dpt.tasks.rec import token_mask
 
 
 @pytest.fixture(scope="module")

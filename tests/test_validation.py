@@ -42,8 +42,8 @@ def test_what_is_compared_shares_its_noise(parts):
     sample.images[1] = sample.images[0]
     sample.captions = (sample.captions[0],) * 3
     inputs = encode_batch(collate([sample]), sd, rec_text, seed=0, timesteps=(500, 500))
-    scores, outputs = model.eval().evaluate(inputs, rec=False)
-    assert outputs is None
+    itm = model.eval().tasks[0]
+    scores = itm.scores(model.adapter, model.queries(inputs, itm.measured), inputs)
     torch.testing.assert_close(scores, scores[:, :1].expand(-1, 3), rtol=1e-5, atol=1e-6)
 
 

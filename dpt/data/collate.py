@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from transformers import BatchEncoding
 
-from dpt.adapter import NUM_TOKEN_SLOTS
 from dpt.rec_text import RecTextEncoder
 from dpt.stable_diffusion import StableDiffusion
+from dpt.tasks import all_tasks
+from dpt.tasks.task import Task
 
 
 @dataclass
@@ -67,38 +67,6 @@ def collate(samples: list[Sample], epochs: list[int] | None = None) -> Batch:
     )
 
 
-def token_mask(encoding: BatchEncoding, index: int, spans: list[tuple[int, int]], length: int) -> torch.Tensor:
-    """The tokens that character spans of text `index` cover, (length,) bool.
-
-    A span that begins or ends on a blank is narrowed to the words inside (the reference looks them up in another text
-    of the batch then).
-
-    Args:
-        encoding: of a fast tokenizer.
-        spans: [begin, end) pairs of characters.
-        length: of the mask; tokens beyond it are left out.
-    """
-    mask = torch.zeros(length, dtype=torch.bool)
-    for begin, end in spans:
-        tokens = [encoding.char_to_token(index, character) for character in range(begin, end)]
-        tokens = [token for token in tokens if token is not None and token < length]
-        if tokens:
-            mask[min(tokens) : max(tokens) + 1] = True
-    return mask
-
-
-def positive_map(masks: torch.Tensor, *, normalize: bool = True) -> torch.Tensor:
-    """Class targets of boxes, (N, 256), of their token masks (N, T).
-
-    Args:
-        normalize: rows sum to one, as MDETR means it; without it they are 0/1, which is what the reference trains on.
-    """
-    slots = torch.zeros(len(masks), NUM_TOKEN_SLOTS + 1)
-    width = min(masks.shape[1], NUM_TOKEN_SLOTS)
-    slots[:, :width] = masks[:, :width].float()
-    return slots / (slots.sum(1, keepdim=True) + 1e-6) if normalize else slots
-
-
 def sample_generator(seed: int, sample_id: int, epoch: int, purpose: str) -> torch.Generator:
     """The random numbers of one sample in one epoch, whatever batch, rank or run it is in.
 
@@ -135,8 +103,7 @@ def encode_batch(
     seed: int,
     timesteps: tuple[int, int] | None = None,
     noise_offset: float = 0.0,
-    normalize_positive_map: bool = True,
-    align_to_padding: bool = False,
+    tasks: tuple[Task, ...] | None = None,
     denoise_negatives: bool = False,
     posterior: bool = False,
 ) -> dict:
@@ -148,7 +115,7 @@ def encode_batch(
         rec_text: without a model there are no `token_states`.
         timesteps: drawn from [first, last]; by default from the whole schedule.
         noise_offset: weight of noise that is constant over a channel.
-        align_to_padding: leave `token_valid` out, so that contrastive alignment counts padding as the reference does.
+        tasks: whose targets are made; by default all, with the paper's settings.
         posterior: draw the latents of pixels from the autoencoder's posterior, by (seed, sample, epoch).
         denoise_negatives: give what denoising the other two images under captions of their own needs.
     """
@@ -187,18 +154,6 @@ def encode_batch(
         inputs["negative_context"] = negative_context.unflatten(0, (-1, 2))
         targets = [sd.noise_target(latents[:, k], noise, drawn) for k in (1, 2)]
         inputs["negative_noise_target"] = torch.stack(targets, dim=1)
-    encoding = rec_text.tokenize(batch.expressions)
-    length = encoding.input_ids.shape[1]
-    if rec_text.model is not None:
-        inputs["token_states"] = rec_text.encode(encoding)
-        if not align_to_padding:
-            inputs["token_valid"] = encoding.attention_mask.bool().to(device)
-    inputs["targets"] = []
-    for k, (boxes, spans) in enumerate(zip(batch.boxes, batch.tokens_positive, strict=True)):
-        masks = torch.zeros(len(boxes), length, dtype=torch.bool)
-        for n, box_spans in enumerate(spans):
-            masks[n] = token_mask(encoding, k, box_spans, length)
-        classes = positive_map(masks, normalize=normalize_positive_map)
-        target = {"boxes": boxes.float(), "positive_map": classes, "token_mask": masks}
-        inputs["targets"].append({name: value.to(device) for name, value in target.items()})
+    for task in all_tasks() if tasks is None else tasks:
+        inputs |= task.targets(batch, rec_text, device)
     return inputs

@@ -19,7 +19,8 @@ from dpt.data.sources import validation_samples
 from dpt.evaluation import probes
 from dpt.evaluation.probes import Measured
 from dpt.stable_diffusion import StableDiffusion, weights_fingerprint
-from dpt.validation import PAPER_TIMESTEP, Samples, evenly_spread, wins
+from dpt.tasks.itm import wins
+from dpt.validation import PAPER_TIMESTEP, Samples, evenly_spread
 
 ZERO_SHOT = "denoising error"
 

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from dpt.adapter import DiscriminativeAdapter
-from dpt.assembly import adapter_config, encode_options, rec_options
+from dpt.assembly import adapter_config, encode_options
 from dpt.config import AdapterConfig, TrainConfig, load_config, save_config
 from dpt.controls import control_batch, control_inputs, control_unet
 from dpt.data.collate import as_latents, collate, encode_batch
@@ -40,8 +40,9 @@ from dpt.rec_text import load_rec_text_encoder
 from dpt.results import check_replaceable, figure_beside, record_section
 from dpt.shapes.training import train_stage
 from dpt.stable_diffusion import StableDiffusion
+from dpt.tasks.task import in_order
 from dpt.unet_features import parse_feature
-from dpt.validation import PAPER_TIMESTEP, evenly_spread, itm_records, rec_records
+from dpt.validation import PAPER_TIMESTEP, evenly_spread
 
 CONTROL_NAMES = {
     "none": "the probe",
@@ -177,9 +178,8 @@ class ProbeMap(nn.Module):
         )
 
     def _reader(self, control: str, adapter: DiscriminativeAdapter, blocks: tuple[str, ...]) -> DPT:
-        unet, scheduler, loss = self.bases[control].unet, self.sd.scheduler, self.config.loss
-        options = rec_options(loss)
-        return DPT(unet, adapter, blocks, scheduler, train_unet=False, weights=loss.weights, rec_options=options)
+        unet, scheduler = self.bases[control].unet, self.sd.scheduler
+        return DPT(unet, adapter, blocks, scheduler, train_unet=False, loss=self.config.loss)
 
     def _inputs(self, batch, *, training: bool, timesteps: tuple[int, int] | None = None):
         """For each control: the inputs of its adapters, and what the maps of its passes are read from."""
@@ -204,7 +204,7 @@ class ProbeMap(nn.Module):
     def losses(self, batch) -> dict[str, torch.Tensor]:
         """The weighted sum of each adapter's losses."""
         weights = self.config.loss.weights
-        passes = self.readers["none"].early_passes(with_itm=weights.itm)
+        passes = in_order({p for task in self.readers["none"].active({}) for p in task.passes})
         return {
             f"loss_{control}_{block}": weights.total(model.losses([feature], None, passes, inputs))
             for control, block, model, feature, inputs in self._each_map(batch, passes, training=True)
@@ -215,12 +215,13 @@ class ProbeMap(nn.Module):
         self.eval()
         records: dict[tuple, list[dict]] = {}
         size = self.config.optim.batch_size
-        for task, samples in tasks.items():
-            passes = [(0, 0), (0, 1), (1, 0)] if task == "itm" else [(0, None)]
+        for name, samples in tasks.items():
+            task = next(one for one in self.readers["none"].tasks if one.name == name)
+            passes = list(task.measured)
             chosen = evenly_spread(len(samples), num_samples)
             for start in range(0, len(chosen), size):
                 batch = [samples.get(int(index), 0) for index in chosen[start : start + size]]
-                batch = [sample for sample in batch if task == "itm" or len(sample.boxes)]
+                batch = [sample for sample in batch if task.takes(sample)]
                 if not batch:
                     continue
                 joined = collate(batch)
@@ -231,9 +232,9 @@ class ProbeMap(nn.Module):
                         for control, block, model, feature, inputs in self._each_map(
                             joined, passes, training=False, timesteps=window
                         ):
-                            scores, outputs = model.outputs([feature], passes, inputs)
-                            found = itm_records(scores, batch) if task == "itm" else rec_records(outputs, batch)
-                            records.setdefault((control, block, timestep, task), []).extend(found)
+                            hs = model.read([feature], passes, inputs["timesteps"])
+                            found = task.records(model.adapter, hs, inputs, batch)
+                            records.setdefault((control, block, timestep, name), []).extend(found)
         return self._summary(records, timesteps)
 
     def _summary(self, records: dict, timesteps: list[int]) -> dict:

@@ -18,9 +18,9 @@ from dpt.data.__main__ import main
 from dpt.data.trajectories import RankedPrompts, read_shards
 from dpt.drawing import Artist
 from dpt.files import read_json_lines
-from dpt.losses import ranking_loss
 from dpt.sampling import initial_noise
 from dpt.stable_diffusion import load_stable_diffusion
+from dpt.tasks.ranking import ranking_loss
 from tests.evaluation.test_scorers import save_tiny_blip
 
 PROMPTS = [f"a {color} circle" for color in ("red", "blue", "green", "black", "purple", "cyan", "orange", "yellow")]

@@ -21,7 +21,7 @@ from dpt.evaluation.scorers import METRICS
 from dpt.lora import load_external_lora
 from dpt.shapes.samples import ShapesSamples
 from dpt.stable_diffusion import load_stable_diffusion
-from dpt.validation import wins
+from dpt.tasks.itm import wins
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

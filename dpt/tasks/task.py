@@ -1,0 +1,73 @@
+"""The interface of a task that reads the adapter's queries, and the passes of the U-Net that tasks ask for.
+
+Shapes: B batch, Q queries, D width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from dpt.adapter import DiscriminativeAdapter
+    from dpt.config import AdapterConfig
+    from dpt.data.collate import Batch, Sample
+    from dpt.rec_text import RecTextEncoder
+
+
+class Pass(NamedTuple):
+    """An image under a text, through the U-Net up to the probed block."""
+
+    image: int
+    """0 the image of the pair, 1 its hard negative, 2 a random one"""
+    text: int | None
+    """0 the caption of the pair, 1 its hard negative, 2 a random one; None the referring expression"""
+
+
+TRUE_PAIR, EXPRESSION = Pass(0, 0), Pass(0, None)
+
+
+class Task:
+    """A task that reads the adapter's queries. Loss `loss_x` is multiplied by the setting `loss.weights.x`.
+
+    In all methods `hs` are the queries after each decoder layer, (layers, B, Q, D), by pass.
+    """
+
+    name: str
+    losses: tuple[str, ...]
+    """names of the losses, without `loss_`"""
+    passes: tuple[Pass, ...]
+    """that the losses compare"""
+    measured: tuple[Pass, ...]
+    """that the metric compares"""
+    figures: tuple[str, ...]
+    """the numbers of a record, 0 to 1"""
+
+    def head(self, config: AdapterConfig) -> nn.Module:
+        """The task's part of an adapter, which calls it `<name>_head`."""
+        raise NotImplementedError
+
+    def takes(self, sample: Sample) -> bool:
+        """Whether the metric can be had of a sample."""
+        return True
+
+    def targets(self, batch: Batch, rec_text: RecTextEncoder, device: torch.device) -> dict:
+        """What the losses compare with, to be added to the input of `DPT.forward`."""
+        return {}
+
+    def loss(self, adapter: DiscriminativeAdapter, hs: dict[Pass, torch.Tensor], inputs: dict) -> dict:
+        """The losses, unweighted: `loss_<name>` of each of `losses`."""
+        raise NotImplementedError
+
+    def records(
+        self, adapter: DiscriminativeAdapter, hs: dict[Pass, torch.Tensor], inputs: dict, samples: tuple[Sample, ...]
+    ) -> list[dict]:
+        """One record a sample: its figures, and whatever else is worth keeping."""
+        raise NotImplementedError
+
+
+def in_order(passes: set[Pass]) -> list[Pass]:
+    """The passes as one batch has them: the expression first, the true pair last, where a whole pass can stand in."""
+    return sorted(passes, key=lambda p: (p == TRUE_PAIR, p.text is not None, p.image, p.text or 0))
