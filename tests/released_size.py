@@ -7,9 +7,10 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from dpt.adapter import DiscriminativeAdapter
-from dpt.checkpoint import adapter_key, load_checkpoint, main
+from dpt.checkpoint import load_checkpoint, main
 from dpt.config import AdapterConfig
 from dpt.lora import load_lora
+from dpt.released import adapter_key
 
 keys_file, folder = sys.argv[1:]
 with torch.device("meta"):

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from dpt.adapter import DiscriminativeAdapter
-from dpt.checkpoint import adapter_key, infer_adapter_config
 from dpt.config import AdapterConfig
+from dpt.released import adapter_key, infer_adapter_config
 from dpt.tasks.itm import itm_score
 from dpt.transformer import attend
 from dpt.unet_features import Conditioning, block_channels, parse_feature, unet_features

@@ -6,9 +6,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
-from dpt.checkpoint import adapter_key, load_checkpoint
+from dpt.checkpoint import load_checkpoint
 from dpt.lora import ADAPTER_NAME, lora_key
 from dpt.model import DPT
+from dpt.released import adapter_key
 from dpt.stable_diffusion import load_stable_diffusion
 from dpt.tasks import LossWeights
 from tests.test_adapter import load_golden_adapter

@@ -9,9 +9,9 @@ from PIL import Image
 import txt2img
 from dpt.adapter import DiscriminativeAdapter
 from dpt.base_models import CKPT_FOLDER
-from dpt.checkpoint import adapter_key
 from dpt.config import AdapterConfig
 from dpt.images import read_metadata
+from dpt.released import adapter_key
 from dpt.stable_diffusion import load_stable_diffusion
 from dpt.unet_features import block_channels
 
