@@ -7,24 +7,20 @@ if it had never stopped, and several processes train as one does with the joint 
 import contextlib
 import itertools
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from dpt.adapter import Scorer
+from dpt.accelerator import learning_rate_factor, make_accelerator, schedule_stretch
 from dpt.assembly import DTYPES, encode_options, make_model, trained_weights
-from dpt.base_models import recommended
 from dpt.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from dpt.config import (
-    DPTConfig,
     OptimSettings,
     TrainConfig,
     check_resumption,
@@ -38,8 +34,6 @@ from dpt.data.collate import Batch, collate, encode_batch
 from dpt.data.loader import micro_batches
 from dpt.data.sources import ranked_prompts, training_samples, validation_samples
 from dpt.data.trajectories import encode_ranked
-from dpt.drawing import Artist, without_correction
-from dpt.images import make_grid
 from dpt.memory import peak_mb
 from dpt.rec_text import load_rec_text_encoder
 from dpt.runs import (
@@ -51,64 +45,13 @@ from dpt.runs import (
     set_damaged_aside,
     versions,
 )
+from dpt.sample_grid import draw_grid
 from dpt.stable_diffusion import load_stable_diffusion
 from dpt.tasks.task import EXPRESSION, TRUE_PAIR
-from dpt.validation import PAPER_TIMESTEP, measure, measure_ranking, summarize, summarize_ranking
+from dpt.validation import validate
 
 STAGES = ("probe", "tune")
 MEASURED = 64  # samples whose features are standardised by
-DEVICE_VARIABLES = ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE", "ACCELERATE_CPU_AFFINITY")
-"""what `accelerate launch` says of where to run; the config says all else"""
-
-
-def learning_rate_factor(step: int, *, steps: float, warmup_steps: float, schedule: str) -> float:
-    """What the learning rate is multiplied by: linear warm-up, then constant, linear or cosine to zero at `steps`.
-
-    Beyond `steps` a cosine rises again, as the reference's does with more processes than accumulated batches.
-    """
-    if step < warmup_steps:
-        return min(1.0, (step + 1) / warmup_steps)
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    cosine = (1 + math.cos(math.pi * progress)) / 2
-    return {"constant": 1.0, "linear": max(0.0, 1 - progress), "cosine": cosine}[schedule]
-
-
-def schedule_stretch(optim: OptimSettings, processes: int) -> float:
-    """How many times as long as the run its schedule is: the reference counts micro-batches, and steps a process."""
-    return optim.gradient_accumulation_steps / processes if optim.schedule_length == "reference" else 1
-
-
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate, set up by the config alone: of the environment's ACCELERATE_* only those that name devices count.
-
-    Raises:
-        ValueError: a precision or a tracker that cannot be used here.
-    """
-    # with a loss off, the parameters that only it reaches have no gradient
-    some_off = not all(vars(config.loss.weights).values()) or config.loss.itm_every > 1
-    some_off = some_off or config.data.kind == "trajectories"
-    cpu = not torch.accelerator.is_available()
-    if cpu and config.optim.mixed_precision == "fp16":
-        raise ValueError("optim.mixed_precision is fp16; a CPU trains in bf16 or no (float32)")
-    ignored = [name for name in os.environ if name.startswith("ACCELERATE_") and name not in DEVICE_VARIABLES]
-    hidden = {name: os.environ.pop(name) for name in ignored}
-    try:
-        accelerator = Accelerator(
-            cpu=cpu,  # else several processes on CPUs would not find each other
-            mixed_precision=config.optim.mixed_precision,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=some_off)],
-            log_with=config.tracker,
-            project_dir=str(Path(config.output_folder) / config.run_name),
-        )
-        if config.tracker and not accelerator.log_with:
-            raise ValueError("it is not installed")
-    except (ValueError, ImportError) as error:
-        raise ValueError(
-            f"tracker {config.tracker!r} or mixed precision cannot be used: {' '.join(str(error).split())[:160]}"
-        ) from error
-    finally:
-        os.environ.update(hidden)
-    return accelerator
 
 
 class Trainer:
@@ -124,47 +67,17 @@ class Trainer:
         self.config, self.stage = config, stage
         self.accelerator = make_accelerator(config)
         self.folder, self.log = Path(config.output_folder) / config.run_name, None
+        self.step, self.skipped, self.best = 0, 0, (None, 0)  # best: the highest figure, and validations since
         check_run(self.folder, resume=config.resume)
         if config.resume and self.accelerator.is_main_process:
             set_damaged_aside(self.folder, self._say)
         self.accelerator.wait_for_everyone()
-        newest = load_newest(self.folder) if config.resume else None
-        if config.resume and newest is None:
-            self._say(f"resume=true: {self.folder} has no checkpoint to go on from, so this run starts anew")
-        self.step, self.skipped = (newest[2]["step"], newest[2]["skipped"]) if newest else (0, 0)
-        self.best = tuple(newest[2].get("best", (None, 0))) if newest else (None, 0)
-        if newest:
-            if newest[2]["stage"] != stage:
-                raise ValueError(
-                    f"{self.folder} is a {newest[2]['stage']}; resume it with train_{newest[2]['stage']}.py"
-                )
-            saved = load_config(TrainConfig, self.folder / "config.yaml")
-            check_resumption(config, saved)
-            self._check_joint_batch(newest[2].get("samples_per_step"), saved.optim)
+        newest = self._newest() if config.resume else None
         given = config.init_from not in (None, "new")
         start = newest[0] if newest else load_checkpoint(config.init_from) if given else None
         set_seed(config.seed)
-        self.sd = load_stable_diffusion(
-            config.model.name,
-            revision=config.model.revision,
-            local_files_only=config.model.local_files_only,
-            dtype=DTYPES[config.optim.mixed_precision],
-            device=self.accelerator.device,
-            notice=self._say,
-        )
-        check_stage(config, stage, self.sd.scheduler.config.num_train_timesteps, goes_on=newest is not None)
-        control_unet(config.control, self.sd)
-        self.rec_text = load_rec_text_encoder(
-            config.model.rec_text_encoder,
-            self.sd,
-            with_model=bool(config.loss.weights.contrastive_align) and config.data.kind != "trajectories",
-            local_files_only=config.model.local_files_only,
-        )
-        with self.accelerator.main_process_first():
-            self.data = training_samples(config.data, self.sd, seed=config.seed, notice=self._say)
-            self.val_sets = validation_samples(config.data, self.sd, num_samples=config.validation.num_samples)
-        self.ranked = ranked_prompts(config.data, self.sd, held_out=False, seed=config.seed)
-        self.val_ranked = ranked_prompts(config.data, self.sd, held_out=True)
+        self._load_base(goes_on=newest is not None)
+        self._load_data()
         self.model = make_model(config, stage, self.sd, self.rec_text, start)
         if config.adapter.normalize_features and start is None:
             self._measure_features()
@@ -178,18 +91,66 @@ class Trainer:
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         if newest and self.accelerator.scaler is not None and newest[2].get("scaler"):
             self.accelerator.scaler.load_state_dict(newest[2]["scaler"])
-        self.steps = optim.steps
-        if optim.epochs is not None:
-            self.steps = self._steps_of(optim.epochs)
+        self.steps = optim.steps if optim.epochs is None else self._steps_of(optim.epochs)
         if self.accelerator.is_main_process:
-            self.log = RunLog(self.folder, self.step)
-            save_config(config, self.folder / "config.yaml")
-            count = sum(p.numel() for p in parameters.values())
-            self._say(f"{stage} {config.run_name} from step {self.step}, {self.accelerator.num_processes} process(es)")
-            self._say(versions())
-            samples = [] if self.data is None else [f"{len(self.data)} samples"]
-            samples += [] if self.ranked is None else [f"trajectories of {len(self.ranked)} prompts"]
-            self._say(f"{count:,} parameters to train, {', '.join(samples)}, {self.steps} steps")
+            self._begin_log(sum(p.numel() for p in parameters.values()))
+
+    def _newest(self) -> tuple | None:
+        """Weights, optimiser's tensors and state of the run's last checkpoint; None where there is none.
+
+        Raises:
+            ValueError: it is a run of the other stage, or of other settings.
+        """
+        newest = load_newest(self.folder)
+        if newest is None:
+            self._say(f"resume=true: {self.folder} has no checkpoint to go on from, so this run starts anew")
+            return None
+        state = newest[2]
+        self.step, self.skipped, self.best = state["step"], state["skipped"], tuple(state.get("best", self.best))
+        if state["stage"] != self.stage:
+            raise ValueError(f"{self.folder} is a {state['stage']}; resume it with train_{state['stage']}.py")
+        saved = load_config(TrainConfig, self.folder / "config.yaml")
+        check_resumption(self.config, saved)
+        self._check_joint_batch(state.get("samples_per_step"), saved.optim)
+        return newest
+
+    def _load_base(self, *, goes_on: bool) -> None:
+        """The frozen models: Stable Diffusion, and the text encoder that REC is aligned with."""
+        config = self.config
+        self.sd = load_stable_diffusion(
+            config.model.name,
+            revision=config.model.revision,
+            local_files_only=config.model.local_files_only,
+            dtype=DTYPES[config.optim.mixed_precision],
+            device=self.accelerator.device,
+            notice=self._say,
+        )
+        check_stage(config, self.stage, self.sd.scheduler.config.num_train_timesteps, goes_on=goes_on)
+        control_unet(config.control, self.sd)
+        self.rec_text = load_rec_text_encoder(
+            config.model.rec_text_encoder,
+            self.sd,
+            with_model=bool(config.loss.weights.contrastive_align) and config.data.kind != "trajectories",
+            local_files_only=config.model.local_files_only,
+        )
+
+    def _load_data(self) -> None:
+        data, seed = self.config.data, self.config.seed
+        with self.accelerator.main_process_first():
+            self.data = training_samples(data, self.sd, seed=seed, notice=self._say)
+            self.val_sets = validation_samples(data, self.sd, num_samples=self.config.validation.num_samples)
+        self.ranked = ranked_prompts(data, self.sd, held_out=False, seed=seed)
+        self.val_ranked = ranked_prompts(data, self.sd, held_out=True)
+
+    def _begin_log(self, num_parameters: int) -> None:
+        self.log = RunLog(self.folder, self.step)
+        save_config(self.config, self.folder / "config.yaml")
+        processes = self.accelerator.num_processes
+        self._say(f"{self.stage} {self.config.run_name} from step {self.step}, {processes} process(es)")
+        self._say(versions())
+        samples = [] if self.data is None else [f"{len(self.data)} samples"]
+        samples += [] if self.ranked is None else [f"trajectories of {len(self.ranked)} prompts"]
+        self._say(f"{num_parameters:,} parameters to train, {', '.join(samples)}, {self.steps} steps")
 
     def _check_joint_batch(self, before: int | None, saved: OptimSettings) -> None:
         """Raises ValueError where a run that goes on would have other samples a step, or another schedule.
@@ -436,33 +397,15 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """ITM accuracy and REC precision on the val sets; see `dpt.validation`."""
-        settings, records = self.config.validation, {}
-        for task in self.model.tasks if self.val_sets else ():
-            own = {name: samples for name, samples in self.val_sets.items() if name.split("_")[0] == task.name}
-            for name, samples in (own or {task.name: self.val_sets["itm"]}).items():
-                with self.accelerator.autocast():
-                    part = measure(
-                        self.model,
-                        self.sd,
-                        self.rec_text,
-                        samples,
-                        task=task.name,
-                        timesteps=sorted({*settings.timesteps, PAPER_TIMESTEP}),
-                        num_samples=settings.num_samples,
-                        batch_size=self.config.optim.batch_size,
-                        shard=(self.accelerator.process_index, self.accelerator.num_processes),
-                        control=self.config.control,
-                    )
-                records[name] = gather_object(part)
-        figures = summarize(records, mean_over=settings.timesteps)
-        if self.val_ranked is not None:
-            shard = self.accelerator.process_index, self.accelerator.num_processes
-            with self.accelerator.autocast():
-                part = measure_ranking(
-                    self.model, self.sd, self.val_ranked, num_samples=settings.num_samples, shard=shard
-                )
-            figures |= summarize_ranking(gather_object(part))
-        return figures
+        return validate(
+            self.model,
+            self.sd,
+            self.rec_text,
+            self.val_sets,
+            self.val_ranked,
+            self.config,
+            self.accelerator,
+        )
 
     def _record(self, figures: dict[str, float]) -> None:
         if self.log:
@@ -490,35 +433,13 @@ class Trainer:
         )
 
     def _draw_samples(self) -> None:
-        """A grid of the fixed prompts and seeds, each seed plain and with self-correction."""
-        settings, rows = self.config.samples, []
-        if settings.every < 0:
+        if self.config.samples.every < 0:
             return
         try:
-            self._draw_grid(settings, rows)
+            with self.accelerator.autocast():
+                draw_grid(self.sd, self.model, self.config, self._grid_path())
         except FloatingPointError as error:
             self._say(f"no pictures at step {self.step}: {error}")
-
-    def _draw_grid(self, settings, rows) -> None:
-        self.model.eval()
-        artist = Artist(self.sd, Scorer(self.model.adapter, self.model.blocks, self.model.itm_layer))
-        corrected = recommended(self.config.model.name, DPTConfig()).changed(
-            guidance_scale=settings.guidance_scale,
-            num_inference_steps=settings.num_inference_steps,
-            correction_factor=settings.correction_factor,
-        )
-        seeds = [settings.seed + k for k in range(settings.num_images)]
-        for prompt in settings.prompts:
-            with self.accelerator.autocast():
-                drawn = [
-                    artist.draw([prompt] * len(seeds), seeds, s) for s in (without_correction(corrected), corrected)
-                ]
-            images = [drawing.image for half in drawn for drawing in half]
-            rows.append((f"{prompt} ({settings.num_images} plain, {settings.num_images} corrected)", images))
-        path = self._grid_path()
-        path.parent.mkdir(exist_ok=True)
-        make_grid(rows).save(path.with_suffix(".tmp"), "PNG")
-        path.with_suffix(".tmp").replace(path)
 
     def _grid_path(self) -> Path:
         return self.folder / f"samples/step_{self.step:07d}.png"

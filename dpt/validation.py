@@ -7,7 +7,10 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
+from dpt.config import TrainConfig
 from dpt.controls import control_batch, control_inputs
 from dpt.data.collate import Sample, as_latents, collate, encode_batch
 from dpt.data.trajectories import RankedPrompts, encode_ranked
@@ -78,6 +81,48 @@ def measure(
                 for index, sample, record in zip(indices, batch, found, strict=True)
             ]
     return records
+
+
+def validate(
+    model: DPT,
+    sd: StableDiffusion,
+    rec_text: RecTextEncoder,
+    val_sets: dict[str, Samples],
+    ranked: RankedPrompts | None,
+    config: TrainConfig,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """Figures of all tasks on the val sets, and of ranking, from all processes.
+
+    Args:
+        val_sets: by task, such as `itm` or `rec_refcoco`; a task without one is measured on ITM's.
+        ranked: trajectories that are held out.
+    """
+    settings, records = config.validation, {}
+    shard = (accelerator.process_index, accelerator.num_processes)
+    for task in model.tasks if val_sets else ():
+        own = {name: samples for name, samples in val_sets.items() if name.split("_")[0] == task.name}
+        for name, samples in (own or {task.name: val_sets["itm"]}).items():
+            with accelerator.autocast():
+                part = measure(
+                    model,
+                    sd,
+                    rec_text,
+                    samples,
+                    task=task.name,
+                    timesteps=sorted({*settings.timesteps, PAPER_TIMESTEP}),
+                    num_samples=settings.num_samples,
+                    batch_size=config.optim.batch_size,
+                    shard=shard,
+                    control=config.control,
+                )
+            records[name] = gather_object(part)
+    figures = summarize(records, mean_over=settings.timesteps)
+    if ranked is not None:
+        with accelerator.autocast():
+            part = measure_ranking(model, sd, ranked, num_samples=settings.num_samples, shard=shard)
+        figures |= summarize_ranking(gather_object(part))
+    return figures
 
 
 @torch.no_grad()
