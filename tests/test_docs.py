@@ -109,6 +109,10 @@ def test_pages_and_tables_can_be_read(page):
         assert len(page.read_text().splitlines()) <= MOST_LINES.get(name_of(page), 200)
 
 
+def test_the_method_figure_is_small():
+    assert (ROOT / "docs/method.png").stat().st_size < 150_000
+
+
 def test_every_page_is_reached_from_the_readme():
     reached, todo = set(), [ROOT / "README.md"]
     while todo:
