@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Every number from one command: pictures of arms, their scores, tables.
 
-python evaluate.py generate --arms configs/shapes/arms/base.yaml --prompts shapes:val --outdir outputs/evaluation
+python evaluate.py generate --arms configs/shapes/arms.yaml:base --prompts shapes:val --outdir outputs/evaluation
 python evaluate.py align outputs/evaluation/base --metrics oracle
 python evaluate.py table outputs/evaluation/base --output outputs/evaluation/tables
 python evaluate.py experiment configs/shapes/experiment.yaml

@@ -27,7 +27,7 @@ from dpt.checkpoint import checkpoints
 from dpt.config import TrainConfig, check_finished, load_config
 from dpt.engine import STAGES
 from dpt.evaluation import align, generate, itm, quality, rec, scorers, table
-from dpt.evaluation.arms import Arm, check_names, differing_settings, load_arm
+from dpt.evaluation.arms import Arm, check_names, differing_settings, load_arms
 from dpt.evaluation.figures import read_arm, read_packed
 from dpt.evaluation.flags import FLAGS, STEPS, add_align
 from dpt.evaluation.prompts import load_prompt_set
@@ -83,9 +83,12 @@ class Experiment:
     runs: dict[str, Run] = field(default_factory=dict)
     measure: Measurement | None = None
     arms: list[str] = field(default_factory=list)
-    """files of `dpt.evaluation.arms`"""
+    """files of `dpt.evaluation.arms`, or FILE:NAME"""
     more_arms: dict[str, Arm] = field(default_factory=dict)
     """by name, in this file"""
+    weights: dict[str, str] = field(default_factory=dict)
+    """beginnings of the arms' `dpt` and `lora` -> what takes their place, such as "{folder}/" for weights that this
+    experiment trains; the first that fits holds, and the rest of the path stays"""
     prompts: str = "shapes:val"
     """a prompt set of `dpt.evaluation.prompts`"""
     per_category: int | None = bounded(None, at_least=1)
@@ -191,8 +194,7 @@ def chosen(experiment: Experiment, args: argparse.Namespace) -> tuple[dict[str, 
     Raises:
         ValueError: names that are not there, or that do not go together.
     """
-    more = [replace(arm, name=name) for name, arm in experiment.more_arms.items()]
-    arms = check_names([*map(load_arm, experiment.arms), *more])
+    arms = arms_of(experiment)
     if unknown := set(args.only or ()) - experiment.runs.keys() - arms.keys():
         raise ValueError(f"--only names {sorted(unknown)[0]!r}; there are {', '.join([*experiment.runs, *arms])}")
     if arms and experiment.against not in arms:
@@ -205,6 +207,21 @@ def chosen(experiment: Experiment, args: argparse.Namespace) -> tuple[dict[str, 
         )
     runs = {name: one for name, one in experiment.runs.items() if not args.only or name in args.only}
     return runs, {name: arm for name, arm in arms.items() if not args.only or name in args.only}
+
+
+def arms_of(experiment: Experiment) -> dict[str, Arm]:
+    """All its arms by name. Raises ValueError where a file cannot be read, or two arms have one name."""
+    arms = [arm for place in experiment.arms for arm in load_arms(place)]
+    arms += [replace(arm, name=name) for name, arm in experiment.more_arms.items()]
+    return check_names([_with_own_weights(arm, experiment.weights) for arm in arms])
+
+
+def _with_own_weights(arm: Arm, weights: dict[str, str]) -> Arm:
+    path = arm.dpt or arm.lora or ""
+    for beginning, own in weights.items():
+        if path.startswith(beginning):
+            return replace(arm, dpt=own + path.removeprefix(beginning), lora=None)
+    return arm
 
 
 def packed_arms(experiment: Experiment, arms: list[Arm], prompt_set: str) -> dict[str, dict]:

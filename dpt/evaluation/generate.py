@@ -1,6 +1,6 @@
 """`evaluate.py generate`: arms x prompts x seeds -> pictures with a manifest.
 
-    python evaluate.py generate --arms configs/shapes/arms/base.yaml --prompts shapes:val --outdir outputs/evaluation
+    python evaluate.py generate --arms configs/shapes/arms.yaml:base --prompts shapes:val --outdir outputs/evaluation
 
 Writes OUTDIR/<arm>/{arm.json, metadata.jsonl, samples/}. A picture that is there is not drawn again: after a kill give
 the same command. Under `accelerate launch` every process draws its share. A folder holds one arm with one set of
@@ -28,7 +28,7 @@ from dpt.checkpoint import load_checkpoint
 from dpt.choosing import candidate_seeds
 from dpt.drawing import Artist, Drawing, counted_passes
 from dpt.evaluation import controls
-from dpt.evaluation.arms import SETTINGS_FILE, Arm, Settings, check_names, differing_settings, load_arm, read_settings
+from dpt.evaluation.arms import SETTINGS_FILE, Arm, Settings, check_names, differing_settings, load_arms, read_settings
 from dpt.evaluation.flags import SEEDS_APART
 from dpt.evaluation.prompts import Prompt, load_prompt_set
 from dpt.files import write_text
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> dict:
     Raises:
         ValueError: arms, prompts or a folder that cannot be used; it is named.
     """
-    arms = [load_arm(path, args.set) for path in args.arms]
+    arms = [arm for place in args.arms for arm in load_arms(place, args.set)]
     return draw_arms(
         [one for arm in check_names(arms).values() for one in arm.each_seed(args.folder)],
         args.prompts,

@@ -11,7 +11,7 @@ from PIL import Image
 
 import evaluate
 from dpt.evaluation.align import score, score_lines
-from dpt.evaluation.arms import Arm
+from dpt.evaluation.arms import Arm, load_arms
 from dpt.evaluation.figures import read_arm
 from dpt.evaluation.prompts import load_prompt_set
 from dpt.evaluation.quality import frechet_distance, render_prompt, spread
@@ -594,3 +594,13 @@ def test_an_arm_stands_for_one_set_of_weights_a_training_seed(kind):
     (single,) = Arm(name="own", **{kind: "{folder}/weights"}).each_seed("runs")
     assert (single.name, getattr(single, kind)) == ("own", "runs/weights")
     assert Arm(name="base").each_seed("runs") == [Arm(name="base")]
+
+
+def test_a_file_of_several_arms_gives_all_or_one_by_name(tmp_path):
+    place = tmp_path / "arms.yaml"
+    place.write_text("arms:\n  base: &base {guidance_scale: 5}\n  plain-7.5: {<<: *base, dtype: bfloat16}\n")
+    assert [(arm.name, arm.dtype) for arm in load_arms(place)] == [("base", "float32"), ("plain-7.5", "bfloat16")]
+    (one,) = load_arms(f"{place}:plain-7.5", ["guidance_scale=2"])
+    assert (one.name, one.guidance_scale, one.dtype) == ("plain-7.5", 2, "bfloat16")
+    with pytest.raises(ValueError, match="there is no arm 'own'; the arms are base, plain-7.5"):
+        load_arms(f"{place}:own")
