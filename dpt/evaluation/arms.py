@@ -6,6 +6,7 @@ A YAML file holds one arm, or several by name under `arms`; configs/shapes/arms.
 of the training runs.
 """
 
+import argparse
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import msgspec
 from dpt.base_models import DTYPE_NAMES
 from dpt.bounds import bounded, one_of
 from dpt.config import differences
+from dpt.evaluation.flags import SEEDS_APART
 from dpt.files import in_words, read_json, read_text
 from dpt.settings import Sampling, values
 from dpt.typed_yaml import read_document, read_override
@@ -154,6 +156,19 @@ def _built(name: str, entry: dict, overrides: list[str]) -> Arm:
         settings |= read_override(override, Arm)
     arm = msgspec.convert(settings, Arm)
     return arm if arm.name else replace(arm, name=name)
+
+
+def check(args: argparse.Namespace) -> bool:
+    """Loads the arms of `generate` into `args`, by name; whether there is anything to do."""
+    args.arms = check_names([arm for place in args.arms for arm in load_arms(place, args.set)])
+    check_seeds(args.seeds, "--seeds")
+    return True
+
+
+def check_seeds(seeds: list[int], name: str) -> None:
+    """Raises ValueError unless there are seeds, each once, below `SEEDS_APART`; `name` is what they are called."""
+    if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < SEEDS_APART for seed in seeds):
+        raise ValueError(f"{name} is {seeds}; it must hold different seeds from 0 to {SEEDS_APART - 1}")
 
 
 def check_names(arms: list[Arm]) -> dict[str, Arm]:

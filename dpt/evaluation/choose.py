@@ -27,10 +27,11 @@ from dpt.base_models import recommended
 from dpt.checkpoint import load_checkpoint
 from dpt.choosing import best, candidate_seeds, rounds, stop_of, with_numbers
 from dpt.drawing import Artist, Drawing
+from dpt.evaluation.flags import judge_options
 from dpt.evaluation.generate import noise_seed, process_state
 from dpt.evaluation.prompts import Prompt, load_prompt_set
-from dpt.evaluation.scorers import METRICS, value_of
-from dpt.evaluation.table import APART
+from dpt.evaluation.scorers import make_judge, value_of
+from dpt.evaluation.table import APART, markdown
 from dpt.files import read_json_lines, write_text
 from dpt.images import append_line, to_images
 from dpt.matching_score import score_of_features
@@ -103,10 +104,10 @@ def draw_missing(args: argparse.Namespace, prompts: list[Prompt], there: list[Ca
         if checkpoint.lora:
             raise ValueError(f"--dpt {name} holds a LoRA; only the first adapter's LoRA can draw: name it first")
     scorers = {name: checkpoint.attach(sd) for name, checkpoint in reversed(adapters.items())}
-    judge = METRICS[args.scorer](args)
+    judge = make_judge(args.scorer, **judge_options(args))
     sampling = recommended(args.model).changed(guidance_scale=args.scale, num_inference_steps=args.steps)
     weights = weights_fingerprint(sd.text_encoder, sd.vae, sd.unet, *(s.adapter for s in scorers.values()))
-    predicted = args.predicted and METRICS[args.predicted](args)
+    predicted = make_judge(args.predicted, **judge_options(args)) if args.predicted else None
     asked = {stop_of(share, sampling.num_inference_steps) - 1 for share in args.where} if predicted else set()
     scoring = [[scorer.name, scorer.fingerprint] for scorer in (judge, predicted) if scorer]
     drawing = [weights, sampling.guidance_scale, sampling.num_inference_steps, args.dtype]
@@ -252,31 +253,26 @@ def share_correct(values: np.ndarray) -> list[float]:
 
 def as_markdown(tables: dict) -> str:
     """The grid, and the areas under the curve at the steps where it chooses, as Markdown."""
-    choosers, num_steps = list(tables["auc"]), tables["steps"]
-    names = [*choosers, RANDOM, CEILING]
-    lines = [
+    choosers, grid = list(tables["auc"]), []
+    for row in tables["grid"]:
+        shown = {name: f"{100 * row[name][0]:.1f}; {_points(row['gain'][name])}" for name in choosers}
+        shown |= {name: _points(row[name]) for name in (RANDOM, CEILING)}
+        shares = ", ".join(f"{share:g}" for share in row["choose_at"])
+        grid.append([str(row["candidates"]), shares, f"{row['cost']:.2f}", *shown.values()])
+    steps = sorted({stop_of(share, tables["steps"]) for row in tables["grid"] for share in row["choose_at"]})
+    areas = [
+        [name, group, *("{:.2f} ({:.2f} to {:.2f})".format(*row[s - 1]) if row[s - 1] else "-" for s in steps)]
+        for name, groups in tables["auc"].items()
+        for group, row in groups.items()
+    ]
+    return (
         f"{tables['prompts']} prompts x {tables['candidates']} candidates. Percent that the judge finds correct "
         "(95 % intervals over prompts), and of choosers the points above a random choice, paired by prompt; cost in "
-        "passes of one plain picture.",
-        "",
-        f"| candidates | choose_at | cost | {' | '.join(names)} |",
-        f"|{'---|' * (3 + len(names))}",
-    ]
-    for row in tables["grid"]:
-        cells = [
-            f"{100 * row[name][0]:.1f}; {_points(row['gain'][name])}" if name in row["gain"] else _points(row[name])
-            for name in names
-        ]
-        shares = ", ".join(f"{share:g}" for share in row["choose_at"])
-        lines.append(f"| {row['candidates']} | {shares} | {row['cost']:.2f} | {' | '.join(cells)} |")
-    steps = sorted({stop_of(share, num_steps) for row in tables["grid"] for share in row["choose_at"]})
-    lines += ["", "Area under the curve within prompts, after so many steps:", ""]
-    lines += [f"| chooser | category | {' | '.join(map(str, steps))} |", f"|{'---|' * (2 + len(steps))}"]
-    for name in choosers:
-        for group, areas in tables["auc"][name].items():
-            cells = ["-" if areas[s - 1] is None else "{:.2f} ({:.2f} to {:.2f})".format(*areas[s - 1]) for s in steps]
-            lines.append(f"| {name} | {group} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        "passes of one plain picture.\n\n"
+        + markdown(["candidates", "choose_at", "cost", *choosers, RANDOM, CEILING], grid)
+        + "\nArea under the curve within prompts, after so many steps:\n\n"
+        + markdown(["chooser", "category", *map(str, steps)], areas)
+    )
 
 
 def _points(values: list[float]) -> str:

@@ -28,7 +28,7 @@ from dpt.checkpoint import load_checkpoint
 from dpt.choosing import candidate_seeds
 from dpt.drawing import Artist, Drawing, counted_passes
 from dpt.evaluation import controls
-from dpt.evaluation.arms import SETTINGS_FILE, Arm, Settings, check_names, differing_settings, load_arms, read_settings
+from dpt.evaluation.arms import SETTINGS_FILE, Arm, Settings, differing_settings, read_settings
 from dpt.evaluation.flags import SEEDS_APART
 from dpt.evaluation.prompts import Prompt, load_prompt_set
 from dpt.files import write_text
@@ -57,12 +57,11 @@ ASIDE = "unrecorded"  # begins the names of folders for pictures that a kill lef
 def run(args: argparse.Namespace) -> dict:
     """Draws what is missing; returns how many pictures there are and how many are new, arm by arm.
 
-    Raises:
-        ValueError: arms, prompts or a folder that cannot be used; it is named.
+    Args:
+        args: as `dpt.evaluation.arms.check` leaves them.
     """
-    arms = [arm for place in args.arms for arm in load_arms(place, args.set)]
     return draw_arms(
-        [one for arm in check_names(arms).values() for one in arm.each_seed(args.folder)],
+        [one for arm in args.arms.values() for one in arm.each_seed(args.folder)],
         args.prompts,
         args.seeds,
         args.outdir,
@@ -82,9 +81,12 @@ def draw_arms(
     batch_size: int = 32,
     compbench: bool = False,
 ) -> dict:
-    """`run`, of arms that are loaded already, one for each set of weights."""
+    """Draws what of the arms is missing, one for each set of weights; see `generate` for what is returned, by arm.
+
+    Raises:
+        ValueError: prompts or a folder that cannot be used; it is named.
+    """
     prompts = load_prompt_set(prompt_set, per_category=per_category)
-    check_seeds(seeds, "--seeds")
     for arm in arms:
         check_folder(outdir / arm.name, arm.settings())
     shared = [prompt.text for prompt in prompts if len(prompt.categories) > 1]
@@ -95,12 +97,6 @@ def draw_arms(
         arm.name: generate(arm, prompts, seeds, outdir / arm.name, batch_size=batch_size, compbench=compbench)
         for arm in arms
     }
-
-
-def check_seeds(seeds: list[int], name: str) -> None:
-    """Raises ValueError unless there are seeds, each once, below `SEEDS_APART`; `name` is what they are called."""
-    if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < SEEDS_APART for seed in seeds):
-        raise ValueError(f"{name} is {seeds}; it must hold different seeds from 0 to {SEEDS_APART - 1}")
 
 
 def process_state() -> PartialState:

@@ -13,9 +13,9 @@ import evaluate
 from dpt.evaluation.align import score, score_lines
 from dpt.evaluation.arms import Arm, load_arms
 from dpt.evaluation.figures import read_arm
+from dpt.evaluation.frechet import frechet_distance, render_prompt, spread
 from dpt.evaluation.prompts import load_prompt_set
-from dpt.evaluation.quality import frechet_distance, render_prompt, spread
-from dpt.evaluation.scorers import Scorer
+from dpt.evaluation.scorers import Judge
 from dpt.evaluation.table import draw_arms
 from dpt.images import read_metadata
 from dpt.metrics import bootstrap_interval, bootstrap_p, crossed_bootstrap, holm
@@ -528,9 +528,9 @@ def test_bad_pictures_and_scores_are_one_line(drawn, tmp_path, capsys):
     assert evaluate.main(["align", str(folder), "--metrics", "oracle"]) == 2
     assert f"1 pictures are missing, such as {name}; generate them again" in capsys.readouterr().err
     shutil.copy(root / "out/base" / name, folder / name)
-    scorer = Scorer("oracle", "no number", lambda images, prompts: [{"score": float("nan")} for _ in images])
+    judge_of_nothing = Judge("oracle", "no number", lambda images, prompts: [{"score": float("nan")} for _ in images])
     with pytest.raises(ValueError, match=f"{folder}.*oracle gives no number for score"):
-        score(folder, scorer, 8)
+        score(folder, judge_of_nothing, 8)
 
 
 def test_prompt_sets(tmp_path):

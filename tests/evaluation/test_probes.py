@@ -11,11 +11,12 @@ import evaluate
 from dpt.checkpoint import LORA_FILE, DPTCheckpoint, load_checkpoint, save_checkpoint
 from dpt.config import TrainConfig, load_config
 from dpt.data.collate import collate, encode_batch
-from dpt.evaluation.experiment import Experiment, arms_of, published_table, run_settings
+from dpt.evaluation.experiment import published_table
+from dpt.evaluation.flags import METRICS
 from dpt.evaluation.itm import denoising_matches
+from dpt.evaluation.plan import Experiment, arms_of, run_settings
 from dpt.evaluation.probe_map import ProbeMap
 from dpt.evaluation.probes import Measured, summary
-from dpt.evaluation.scorers import METRICS
 from dpt.lora import load_external_lora
 from dpt.shapes.samples import ShapesSamples
 from dpt.stable_diffusion import load_stable_diffusion
