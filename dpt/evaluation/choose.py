@@ -26,7 +26,7 @@ from tqdm import tqdm
 from dpt.base_models import recommended
 from dpt.checkpoint import load_checkpoint
 from dpt.choosing import best, candidate_seeds, rounds, stop_of, with_numbers
-from dpt.drawing import Artist, Drawing
+from dpt.drawing import Artist
 from dpt.evaluation.flags import judge_options
 from dpt.evaluation.generate import noise_seed, process_state
 from dpt.evaluation.prompts import Prompt, load_prompt_set
@@ -121,14 +121,13 @@ def draw_missing(args: argparse.Namespace, prompts: list[Prompt], there: list[Ca
     path.parent.mkdir(parents=True, exist_ok=True)
     for start in tqdm(range(0, len(jobs), args.batch_size), desc="candidates", mininterval=2):
         batch = jobs[start : start + args.batch_size]
-        texts = [prompt.text for prompt, _ in batch]
-        log: list[dict[str, list[float]]] = []
+        texts, log = [prompt.text for prompt, _ in batch], []
 
         def observe(guidance, sampling, prompts, seeds, _, log=log):
-            picture = predicted and (lambda clean: predicted.metric(list(to_images(sd.decode_latents(clean))), prompts))
-            return Observer(guidance, scorers, log, picture, asked)
+            judged = predicted and (lambda clean: predicted.metric(list(to_images(sd.decode_latents(clean))), prompts))
+            return observing(guidance, scorers, log, judged, asked)
 
-        drawn: list[Drawing] = artist.draw(texts, [seed for _, seed in batch], sampling, method=observe)
+        drawn = artist.draw(texts, [seed for _, seed in batch], sampling, method=observe)
         values = [value_of(record) for record in judge.metric([d.image for d in drawn], texts)]
         for b, (prompt, seed) in enumerate(batch):
             scores = {name: [_rounded(step[name][b]) for step in log] for name in log[0]}
@@ -140,34 +139,34 @@ def _rounded(score: float | None) -> float | None:
     return None if score is None else round(score, 5)
 
 
-class Observer:
+def observing(guidance, scorers: dict, log: list[dict], judged=None, asked: set[int] = frozenset()):
     """A `Denoiser` that notes after each pass what each chooser says of the batch's images.
 
     Args:
-        picture: maps predicted clean latents to a scorer's records; asked: at which steps.
+        judged: maps predicted clean latents to a judge's records.
+        asked: the steps at which it is asked.
     """
+    guidance.watched = tuple(dict.fromkeys(block for scorer in scorers.values() for block in scorer.blocks))
 
-    def __init__(self, guidance, scorers: dict, log: list[dict], picture=None, asked: set[int] = frozenset()):
-        self.guidance, self.scorers, self.log, self.picture, self.asked = guidance, scorers, log, picture, asked
-        guidance.watched = tuple(dict.fromkeys(block for scorer in scorers.values() for block in scorer.blocks))
-
-    def __call__(self, latents, timestep, step):
-        result, guidance, said = self.guidance(latents, timestep, step), self.guidance, {}
+    def denoise(latents, timestep, step):
+        result, said = guidance(latents, timestep, step), {}
         features = dict(zip(guidance.watched, guidance.features, strict=True))
         pooled = guidance.conditioning.pooled_prompt_embeds
-        for name, scorer in self.scorers.items():
+        for name, scorer in scorers.items():
             own = [features[block] for block in scorer.blocks]
             said[name] = score_of_features(scorer, own, timestep, pooled).tolist()
         if guidance.halves is not None:
             negative, positive = guidance.halves
             said[CFG] = (positive - negative).flatten(1).norm(dim=1).tolist()
-        if self.picture is not None:
+        if judged is not None:
             said[PREDICTED] = [None] * len(latents)
-            if step in self.asked:
+            if step in asked:
                 clean = predicted_clean(guidance.scheduler, result[0], timestep, latents)
-                said[PREDICTED] = [value_of(record) for record in self.picture(clean)]
-        self.log.append(said)
+                said[PREDICTED] = [value_of(record) for record in judged(clean)]
+        log.append(said)
         return result
+
+    return denoise
 
 
 def analyse(found: list[Candidate], count: int, num_steps: int, where: tuple[float, ...]) -> dict:
@@ -198,21 +197,19 @@ def analyse(found: list[Candidate], count: int, num_steps: int, where: tuple[flo
     }
     points = [(n, (share,)) for n in (2, 3, 4, 8) if n <= count for share in where]
     early = [share for share in where if share < 1]
-    points += [(n, (early[0], early[-1])) for n in (4, 8) if n <= count and len(early) > 1]
+    if early and stop_of(early[0], num_steps) < stop_of(early[-1], num_steps):
+        points += [(n, (early[0], early[-1])) for n in (4, 8) if n <= count]
     grid = []
     for n, shares in points:
-        if len({stop_of(share, num_steps) for share in shares}) < len(shares):
-            continue  # of so few steps both are one
-        schedule = rounds(num_steps, n, shares)
-        row = {"candidates": n, "choose_at": list(shares), "cost": cost(schedule, n, num_steps)}
-        row["gain"] = {}
+        schedule, whole = rounds(num_steps, n, shares), values[:, : count // n * n]
+        row = {"candidates": n, "choose_at": list(shares), "cost": cost(schedule, n, num_steps), "gain": {}}
         for name, scores in choosers.items():
             kept = simulate(scores, values, n, schedule)
             row[name] = share_correct(kept)
-            gain = kept.mean(1) - values[:, : count // n * n].mean(1)  # (P,), over a random choice
+            gain = kept.mean(1) - whole.mean(1)  # (P,), over a random choice
             row["gain"][name] = [round(x, 4) for x in bootstrap_interval(gain)]
-        row[RANDOM] = share_correct(values[:, : count // n * n])
-        row[CEILING] = share_correct(values[:, : count // n * n].reshape(len(values), -1, n).max(2))
+        row[RANDOM] = share_correct(whole)
+        row[CEILING] = share_correct(whole.reshape(len(values), -1, n).max(2))
         grid.append(row)
     return {"prompts": len(prompts), "candidates": count, "steps": num_steps, "auc": auc, "grid": grid}
 

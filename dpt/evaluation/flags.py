@@ -49,8 +49,7 @@ def judge_options(args: argparse.Namespace) -> dict:
     return {"clip_model": args.clip_model, "clip_weights": args.clip_weights, "blip": args.blip}
 
 
-def add_generate(add: Callable) -> None:
-    """Arms, prompts, seeds, and where to."""
+def _add_generate(add: Callable) -> None:
     add("--arms", nargs="+", type=Path, required=True, metavar="YAML")
     add("--prompts", **PROMPTS)
     add("--per_category", **PER_CATEGORY)
@@ -62,21 +61,18 @@ def add_generate(add: Callable) -> None:
     add("--folder", default="outputs/experiment", help="what {folder} stands for in the arms' dpt and lora")
 
 
-def add_align(add: Callable) -> None:
-    """Folders and metrics."""
+def _add_align(add: Callable) -> None:
     add("folders", **FOLDERS, help="folders of arms")
     add("--metrics", nargs="+", choices=METRICS, required=True)
     add("--batch_size", **_batch_size(64))
     _add_judges(add)
 
 
-def add_quality(add: Callable) -> None:
-    """Folders."""
+def _add_quality(add: Callable) -> None:
     add("folders", **FOLDERS, help="folders of arms")
 
 
-def add_choose(add: Callable) -> None:
-    """Prompts, adapters, candidates, judges."""
+def _add_choose(add: Callable) -> None:
     fraction, where = number(float, above=0, at_most=1), [0.15, 0.2, 0.25, 0.4, 1.0]
     help_where = "when to choose, as fractions of the steps (default: 0.15 0.2 0.25 0.4 1)"
     help_predicted = "a scorer of the predicted clean picture, decoded, as another chooser"
@@ -99,8 +95,7 @@ def add_choose(add: Callable) -> None:
     _add_judges(add)
 
 
-def add_table(add: Callable) -> None:
-    """Folders, and what is compared."""
+def _add_table(add: Callable) -> None:
     add("folders", **FOLDERS, help="folders of arms, or of an arm's training seeds, or files of `pack`")
     add("--against", help="name of the arm that others are compared with")
     add("--categories", nargs="+", help="only these (default: all but unseen)")
@@ -108,8 +103,7 @@ def add_table(add: Callable) -> None:
     add("--output", **FOLDER, help="a folder")
 
 
-def add_rec(add: Callable) -> None:
-    """Checkpoints, and what they are measured on."""
+def _add_rec(add: Callable) -> None:
     help_timesteps = "noise levels of the mean, beside the paper's 500 (default: 50 100 200 300)"
     add("checkpoints", **FOLDERS, help="runs, weights' folders or released files")
     add("--config", **FOLDER, help="a training config: model, data, precision")
@@ -120,16 +114,14 @@ def add_rec(add: Callable) -> None:
     add("--output", **FOLDER, help="a folder")
 
 
-def add_itm(add: Callable) -> None:
-    """The flags of `rec`, and its own."""
-    add_rec(add)
+def _add_itm(add: Callable) -> None:
+    _add_rec(add)
     negatives = ("mined", "edited")
     add("--negatives", nargs="+", choices=negatives, default=[], help="shapes: each a set of its own")
     add("--zero_shot", action="store_true", help="also by denoising error, without an adapter")
 
 
-def add_probe_map(add: Callable) -> None:
-    """A training config, controls, and what is measured."""
+def _add_probe_map(add: Callable) -> None:
     controls = {"default": MAP_CONTROLS, "choices": ("random_unet", "empty_prompt", *SAME_FEATURES)}
     add("config", type=Path, help="a training config")
     add("overrides", nargs="*", metavar="key=value")
@@ -140,8 +132,7 @@ def add_probe_map(add: Callable) -> None:
     add("--record", **_record("map"))
 
 
-def add_experiment(add: Callable) -> None:
-    """The experiment's file, and what of it is done."""
+def _add_experiment(add: Callable) -> None:
     jobs = {"type": number(int, at_least=1, at_most=1000), "default": 1}
     help_jobs = "trainings side by side, the cores shared out (default: 1): on a CPU faster than in turn"
     add("config", type=Path, help="a YAML file: what differs from the defaults of `Experiment`")
@@ -154,14 +145,12 @@ def add_experiment(add: Callable) -> None:
     add("--dry-run", action="store_true", help="print the commands that it stands for, and stop")
 
 
-def add_pack(add: Callable) -> None:
-    """Folders, and the file."""
+def _add_pack(add: Callable) -> None:
     add("folders", **FOLDERS, help="folders of arms, drawn and aligned")
     add("--output", **FOLDER, help="a JSON file, new or of `pack`, to be added to")
 
 
-def add_report(add: Callable) -> None:
-    """Folders, and what is shown beside the pictures."""
+def _add_report(add: Callable) -> None:
     files = {"nargs": "*", "type": Path, "default": []}
     add("folders", **FOLDERS, help="folders of arms, or of an arm's training seeds")
     add("--tables", **files, help="table.json files of `table`")
@@ -173,25 +162,24 @@ def add_report(add: Callable) -> None:
     add("--output", **FOLDER, help="the page")
 
 
-def add_pareto(add: Callable) -> None:
-    """Folders, and the figure."""
+def _add_pareto(add: Callable) -> None:
     add("folders", **FOLDERS, help="folders of arms, or files of `pack`")
     add("--ceiling", help="the arm of several noise seeds from which the oracle chooses")
     add("--output", **FOLDER, help="a PNG")
 
 
 FLAGS: dict[str, tuple[str, Callable[[Callable], None]]] = {
-    "generate": ("generate", add_generate),
-    "align": ("align", add_align),
-    "quality": ("frechet", add_quality),
-    "choose": ("choose", add_choose),
-    "table": ("table", add_table),
-    "itm": ("itm", add_itm),
-    "rec": ("rec", add_rec),
-    "probe-map": ("probe_map", add_probe_map),
-    "experiment": ("experiment", add_experiment),
-    "pack": ("figures", add_pack),
-    "report": ("report", add_report),
-    "pareto": ("pareto", add_pareto),
+    "generate": ("generate", _add_generate),
+    "align": ("align", _add_align),
+    "quality": ("frechet", _add_quality),
+    "choose": ("choose", _add_choose),
+    "table": ("table", _add_table),
+    "itm": ("itm", _add_itm),
+    "rec": ("rec", _add_rec),
+    "probe-map": ("probe_map", _add_probe_map),
+    "experiment": ("experiment", _add_experiment),
+    "pack": ("figures", _add_pack),
+    "report": ("report", _add_report),
+    "pareto": ("pareto", _add_pareto),
 }
 """subcommand -> the module of `dpt.evaluation` that runs it, and what adds its flags"""
