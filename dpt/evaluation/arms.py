@@ -78,7 +78,7 @@ class Arm(Sampling):
 
     @property
     def sampling(self) -> Sampling:
-        """How it draws."""
+        """Its sampling alone."""
         return Sampling(**values(self))
 
     def each_seed(self, folder: str = "") -> list["Arm"]:

@@ -179,7 +179,7 @@ FLAGS: dict[str, tuple[str, Callable[[Callable], None]]] = {
     "probe-map": ("probe_map", _add_probe_map),
     "experiment": ("experiment", _add_experiment),
     "pack": ("figures", _add_pack),
-    "report": ("report", _add_report),
+    "report": ("page", _add_report),
     "pareto": ("pareto", _add_pareto),
 }
 """subcommand -> the module of `dpt.evaluation` that runs it, and what adds its flags"""

@@ -100,7 +100,7 @@ def draw_arms(
 
 
 def process_state() -> PartialState:
-    """Which of the processes this is; on a machine without accelerators they meet on its CPUs."""
+    """The state of this process among others; on a machine without accelerators they meet on its CPUs."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
@@ -196,7 +196,7 @@ def generate(
 
 
 def said_of(drawing: Drawing) -> dict:
-    """What a record says of a drawing: the scores of corrected steps, and what was chosen from."""
+    """The part of a record that is of choosing and correcting: scores of corrected steps, candidates."""
     scores = [round(record["score"], 4) for record in drawing.trace if record["length"]]
     chosen = {"kept_seed": drawing.seed, "candidates": drawing.candidates} if drawing.candidates else {}
     return ({"scores": scores} if scores else {}) | chosen
