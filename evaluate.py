@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Every number from one command: pictures of arms, their scores, tables.
 
-python evaluate.py generate --arms configs/shapes/arms/base.yaml --prompts shapes:val --outdir outputs/evaluation
+python evaluate.py generate --arms configs/shapes/arms.yaml:base --prompts shapes:val --outdir outputs/evaluation
 python evaluate.py align outputs/evaluation/base --metrics oracle
 python evaluate.py table outputs/evaluation/base --output outputs/evaluation/tables
 python evaluate.py experiment configs/shapes/experiment.yaml
@@ -23,6 +23,8 @@ from dpt.docstrings import docstring_of
 from dpt.evaluation.flags import FLAGS
 from dpt.imports import heavy_imports
 
+LIGHT_CHECKS = {"generate": "arms", "experiment": "plan"}
+"""subcommand -> the module of `dpt.evaluation` whose `check` sees bad files before anything heavy is imported"""
 PRINTED = ("generate", "align", "quality", "choose", "pack", "report", "pareto")
 """subcommands whose result is printed as JSON"""
 
@@ -32,7 +34,8 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, dest="command")
     for name, (module, add_flags) in FLAGS.items():
-        add_flags(commands.add_parser(name, description=docstring_of(f"dpt.evaluation.{module}")))
+        command = commands.add_parser(name, description=docstring_of(f"dpt.evaluation.{module}"))
+        add_flags(command.add_argument)
     return parser
 
 
@@ -40,13 +43,16 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = make_parser().parse_args(argv)
     args.words = sys.argv[1:] if argv is None else argv
-    with heavy_imports():
-        module = importlib.import_module(f"dpt.evaluation.{FLAGS[args.command][0]}")
-        from dpt.memory import keep_freed_memory
-
-    if argv is None:  # a process of its own
-        keep_freed_memory()
+    light = LIGHT_CHECKS.get(args.command)
     try:
+        if light and not importlib.import_module(f"dpt.evaluation.{light}").check(args):
+            return 0
+        with heavy_imports():
+            module = importlib.import_module(f"dpt.evaluation.{FLAGS[args.command][0]}")
+            from dpt.memory import keep_freed_memory
+
+        if argv is None:  # a process of its own
+            keep_freed_memory()
         result = module.run(args)
         if args.command in PRINTED:
             print(json.dumps(result, indent=1))

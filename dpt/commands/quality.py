@@ -14,28 +14,19 @@ from dpt.shapes.settings import SEEDS_APART
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    parser, count = (
-        ArgumentParser(description=docstring_of("dpt.shapes.quality")),
-        number(int, at_least=1, at_most=1_000_000),
-    )
-    parser.add_argument("section", choices=("oracle", "clip", "base", "curve"))
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the Markdown file (default: docs/results.md)")
-    parser.add_argument("--renders", type=count, default=5000, help="oracle: fresh renders")
-    parser.add_argument("--round_trips", type=count, default=5000, help="oracle: of these, sent through the VAE")
-    parser.add_argument(
-        "--guidance",
-        type=number(float, at_least=0, below=1000),
-        nargs="+",
-        default=[2, 3, 4, 5, 7.5],
-        help="base: scales to try",
-    )
-    parser.add_argument("--prompts_for_guidance", type=count, default=20, help="base: prompts a category for that")
-    parser.add_argument(
-        "--seeds", type=number(int, at_least=1, at_most=SEEDS_APART), default=1, help="base: image seeds a prompt"
-    )
-    parser.add_argument(
-        "--run", type=Path, default=Path("outputs/shapes-pretrain"), help="curve: the folder of the pretraining"
-    )
+    count, seeds = number(int, at_least=1, at_most=1_000_000), number(int, at_least=1, at_most=SEEDS_APART)
+    scales = {"type": number(float, at_least=0, below=1000), "nargs": "+", "default": [2, 3, 4, 5, 7.5]}
+    run = Path("outputs/shapes-pretrain")
+    parser = ArgumentParser(description=docstring_of("dpt.shapes.quality"))
+    add = parser.add_argument
+    add("section", choices=("oracle", "clip", "base", "curve"))
+    add("--output", type=Path, default=RESULTS, help="the Markdown file (default: docs/results.md)")
+    add("--renders", type=count, default=5000, help="oracle: fresh renders")
+    add("--round_trips", type=count, default=5000, help="oracle: of these, sent through the VAE")
+    add("--guidance", **scales, help="base: scales to try")
+    add("--prompts_for_guidance", type=count, default=20, help="base: prompts a category for that")
+    add("--seeds", type=seeds, default=1, help="base: image seeds a prompt")
+    add("--run", type=Path, default=run, help="curve: the folder of the pretraining")
     args = parser.parse_args(argv)
     try:
         with heavy_imports():

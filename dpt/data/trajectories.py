@@ -13,7 +13,6 @@ judge each finished picture. A folder holds
 Shapes: P prompts of a shard, N noises a prompt, K kept steps, C latent channels, (h, w) latent size.
 """
 
-import argparse
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
@@ -340,17 +339,16 @@ def _judge(settings: TrajectorySettings):
 
         return settings.scorer, by_file
     from dpt.evaluation.flags import BLIP_FOLDER, METRICS
-    from dpt.evaluation.scorers import METRICS as SCORERS
-    from dpt.evaluation.scorers import value_of
+    from dpt.evaluation.scorers import make_judge, value_of
 
     if settings.scorer not in METRICS:
         raise ValueError(f"scorer is {settings.scorer!r}; it must be {', '.join(METRICS)}, none or a .jsonl file")
-    given = argparse.Namespace(
+    scorer = make_judge(
+        settings.scorer,
         clip_model=settings.clip_model,
         clip_weights=settings.clip_weights and Path(settings.clip_weights),
         blip=Path(settings.blip) if settings.blip else BLIP_FOLDER,
     )
-    scorer = SCORERS[settings.scorer](given)
 
     def by_scorer(pictures, prompts, names):
         return [value_of(record) for record in scorer.metric(pictures, prompts)]

@@ -20,7 +20,8 @@ from typing import Any, Required, TypedDict
 import numpy as np
 from tqdm import tqdm
 
-from dpt.evaluation.scorers import METRICS, Scorer
+from dpt.evaluation.flags import METRICS, judge_options
+from dpt.evaluation.scorers import Judge, make_judge
 from dpt.files import read_json_lines
 from dpt.images import METADATA_FILE, append_line, read_image, read_metadata, read_records
 from dpt.shapes.quality import Label
@@ -42,39 +43,41 @@ class Score(TypedDict, total=False):
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Scores what has no score yet; returns the number of new scores by folder and metric.
+    """Scores what has no score yet; returns the number of new scores by folder and metric."""
+    judges = [make_judge(metric, **judge_options(args)) for metric in args.metrics]
+    return score_folders(args.folders, judges, batch_size=args.batch_size)
+
+
+def score_folders(folders: list[Path], judges: list[Judge], *, batch_size: int = 64) -> dict:
+    """Adds the missing scores of each folder; returns how many they were, by folder and metric.
 
     Raises:
         ValueError: a folder without pictures, a picture that cannot be read, or a score that is no number.
     """
-    scorers = [METRICS[name](args) for name in args.metrics]
-    for folder in args.folders:
+    for folder in folders:
         for note in notes(folder):
             print(f"{folder}: {note}", file=sys.stderr)
-    return {
-        str(folder): {scorer.name: score(folder, scorer, args.batch_size) for scorer in scorers}
-        for folder in args.folders
-    }
+    return {str(folder): {judge.name: score(folder, judge, batch_size) for judge in judges} for folder in folders}
 
 
-def score(folder: Path, scorer: Scorer, batch_size: int) -> int:
+def score(folder: Path, judge: Judge, batch_size: int) -> int:
     """Adds the missing scores of a folder and returns how many they were."""
     records = pictures(folder)
-    path, hashes = folder / f"{scorer.name}.jsonl", file_hashes(folder, records)
+    path, hashes = folder / f"{judge.name}.jsonl", file_hashes(folder, records)
     known = {(r["file"], r["sha256"], r.get("scorer")) for r in score_lines(path)}
-    missing = [r for r in records if (r["file"], hashes[r["file"]], scorer.fingerprint) not in known]
-    for start in tqdm(range(0, len(missing), batch_size), desc=f"{folder.name} {scorer.name}", mininterval=2):
+    missing = [r for r in records if (r["file"], hashes[r["file"]], judge.fingerprint) not in known]
+    for start in tqdm(range(0, len(missing), batch_size), desc=f"{folder.name} {judge.name}", mininterval=2):
         batch = missing[start : start + batch_size]
         images = [read_image(folder / record["file"]) for record in batch]
         try:
-            results = scorer.metric(images, [record["prompt"] for record in batch])
+            results = judge.metric(images, [record["prompt"] for record in batch])
         except ValueError as error:
             raise ValueError(f"{folder}, {batch[0]['file']} and what follows: {error}") from error
         for record, result in zip(batch, results, strict=True):
             bad = [key for key, value in result.items() if isinstance(value, float) and not np.isfinite(value)]
             if bad:
-                raise ValueError(f"{folder / record['file']}: {scorer.name} gives no number for {bad[0]}")
-            identity = {"file": record["file"], "sha256": hashes[record["file"]], "scorer": scorer.fingerprint}
+                raise ValueError(f"{folder / record['file']}: {judge.name} gives no number for {bad[0]}")
+            identity = {"file": record["file"], "sha256": hashes[record["file"]], "scorer": judge.fingerprint}
             append_line(path, identity | result)
     return len(missing)
 
@@ -104,13 +107,14 @@ def score_lines(path: Path) -> list[dict]:
 def read_scores(folder: Path, hashes: dict[str, str]) -> dict[str, dict[str, dict]]:
     """Metric -> file -> its newest score, of the files as `file_hashes` finds them now."""
     paths = [path for path in sorted(folder.glob("*.jsonl")) if path.name != METADATA_FILE]
-    for path in (others := [path for path in paths if path.stem.partition(".")[0] not in METRICS]):
-        print(f"note: {path} is of no metric of `align`, and is passed over", file=sys.stderr)
-    paths = [path for path in paths if path not in others]
-    return {
-        path.stem: {line["file"]: line for line in score_lines(path) if hashes.get(line["file"]) == line["sha256"]}
-        for path in paths
-    }
+    found = {}
+    for path in paths:
+        if path.stem.partition(".")[0] in METRICS:
+            lines = [line for line in score_lines(path) if hashes.get(line["file"]) == line["sha256"]]
+            found[path.stem] = {line["file"]: line for line in lines}
+        else:
+            print(f"note: {path} is of no metric of `align`, and is passed over", file=sys.stderr)
+    return found
 
 
 def pictures(folder: Path) -> list[dict]:
@@ -152,14 +156,11 @@ def _named_pictures(folder: Path) -> list[dict]:
 
 
 def notes(folder: Path) -> list[str]:
-    """What is to be known of a folder's pictures: how their files are numbered, and which are passed over."""
-    files = [Path(record["file"]) for record in pictures(folder)]
-    found, by_place = [], {}
-    for file in files:
-        if match := COMPBENCH_NAME.fullmatch(file.stem):
-            by_place.setdefault(file.parent, []).append(match[2])
-    if by_place:
-        run_on = all(len(set(numbers)) == len(numbers) for numbers in by_place.values())
+    """Remarks on a folder's pictures: how their files are numbered, and which are passed over."""
+    files, found = [Path(record["file"]) for record in pictures(folder)], []
+    numbers = [(file.parent, match[2]) for file in files if (match := COMPBENCH_NAME.fullmatch(file.stem))]
+    if numbers:
+        run_on = len(set(numbers)) == len(numbers)
         found.append(
             "file numbers run on over the prompts, as T2I-CompBench's own scorers read them"
             if run_on

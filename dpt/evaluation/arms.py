@@ -1,18 +1,25 @@
-"""Arms: what is compared. An arm is a YAML file that says which weights draw, and how.
+"""Arms: what is compared. An arm says which weights draw, and how.
 
-A file in configs/shapes/arms names what differs from these defaults; `dpt` and `lora` may hold "{seed}", the training
-seed, and then stand for one set of weights for each of `train_seeds`, and "{folder}", that of the training runs.
+A YAML file holds one arm, or several by name under `arms`; configs/shapes/arms.yaml holds those of the embedded model.
+"FILE:NAME" is one of several. An arm names what differs from the defaults below. Its `dpt` and `lora` may hold
+"{seed}", the training seed, and then stand for one set of weights for each of `train_seeds`, and "{folder}", the folder
+of the training runs.
 """
 
+import argparse
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+
+import msgspec
 
 from dpt.base_models import DTYPE_NAMES
 from dpt.bounds import bounded, one_of
-from dpt.config import differences, load_config
-from dpt.files import read_json
+from dpt.config import differences
+from dpt.evaluation.flags import SEEDS_APART
+from dpt.files import in_words, read_json, read_text
 from dpt.settings import Sampling, values
+from dpt.typed_yaml import read_document, read_override
 
 SETTINGS_FILE = "arm.json"
 Settings = dict[str, str | bool | int | float | None]
@@ -24,7 +31,7 @@ class Arm(Sampling):
     """Weights and sampling; the defaults are the paper's sampling without self-correction."""
 
     name: str = ""
-    """by default the file's"""
+    """by default what the file calls it"""
     about: str = ""
     """a few words for tables"""
     against: str | None = None
@@ -71,7 +78,7 @@ class Arm(Sampling):
 
     @property
     def sampling(self) -> Sampling:
-        """How it draws."""
+        """Its sampling alone."""
         return Sampling(**values(self))
 
     def each_seed(self, folder: str = "") -> list["Arm"]:
@@ -94,7 +101,7 @@ class Arm(Sampling):
         ]
 
     def settings(self) -> dict:
-        """What a picture depends on, but for weights: all fields that are no labels."""
+        """Everything that a picture depends on but its weights: all fields that are no labels."""
         labels = ("name", "about", "against", "train_seeds")
         sampling = [entry.name for entry in fields(Sampling)]
         own = [entry.name for entry in fields(self) if entry.name not in (*labels, *sampling)]
@@ -102,26 +109,66 @@ class Arm(Sampling):
 
 
 def read_settings(folder: Path) -> Settings:
-    """What an arm's folder says that its pictures depend on. Raises ValueError naming file and key."""
+    """The settings in an arm's folder, on which its pictures depend. Raises ValueError naming file and key."""
     return read_json(folder / SETTINGS_FILE, Settings)
 
 
 def differing_settings(before: dict, now: dict) -> list[str]:
-    """What differs between two arms' `settings` (and further keys), in words; a key added since has its default."""
+    """Differences between two arms' `settings` (and further keys), as text; a key added since has its default."""
     return differences((Arm().settings() if before else {}) | before, now)
 
 
-def load_arm(path: Path, overrides: list[str] = ()) -> Arm:
-    """Reads an arm's file.
+@dataclass(frozen=True)
+class ArmFile(Arm):
+    """The keys of a file: those of one arm, or `arms`."""
+
+    arms: dict[str, Arm] = field(default_factory=dict)
+
+
+def load_arms(place: str | Path, overrides: list[str] = ()) -> list[Arm]:
+    """The arms of a file; of "FILE:NAME" the one of that name.
+
+    Args:
+        overrides: "key=value", for each of them.
 
     Raises:
-        ValueError: unreadable, an unknown key or a value that cannot be; the file is named.
+        ValueError: unreadable, no such arm, an unknown key or a value that cannot be; the place is named.
     """
+    path, name = str(place), None
+    if ":" in path and not Path(path).exists():
+        path, _, name = path.rpartition(":")
     try:
-        arm = load_config(Arm, path, list(overrides))
-    except ValueError as error:
-        raise ValueError(f"arm {path}: {error}") from error
-    return arm if arm.name else replace(arm, name=Path(path).stem)
+        document = read_document(read_text(path), ArmFile) or {}
+        if not isinstance(document, dict):
+            raise ValueError("keys and values are expected, not a list or a bare value")
+        entries = msgspec.convert(document.get("arms", {Path(path).stem: document}), dict[str, dict])
+        if name is not None and name not in entries:
+            raise ValueError(f"there is no arm {name!r}; the arms are {', '.join(entries)}")
+        chosen = entries if name is None else {name: entries[name]}
+        return [_built(key, entry, overrides) for key, entry in chosen.items()]
+    except (ValueError, msgspec.ValidationError) as error:
+        raise ValueError(f"arm {place}: {in_words(str(error))}") from error
+
+
+def _built(name: str, entry: dict, overrides: list[str]) -> Arm:
+    settings = asdict(Arm()) | entry
+    for override in overrides:
+        settings |= read_override(override, Arm)
+    arm = msgspec.convert(settings, Arm)
+    return arm if arm.name else replace(arm, name=name)
+
+
+def check(args: argparse.Namespace) -> bool:
+    """Loads the arms of `generate` into `args`, by name; whether there is anything to do."""
+    args.arms = check_names([arm for place in args.arms for arm in load_arms(place, args.set)])
+    check_seeds(args.seeds, "--seeds")
+    return True
+
+
+def check_seeds(seeds: list[int], name: str) -> None:
+    """Raises ValueError unless there are seeds, each once, below `SEEDS_APART`; `name` is what they are called."""
+    if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < SEEDS_APART for seed in seeds):
+        raise ValueError(f"{name} is {seeds}; it must hold different seeds from 0 to {SEEDS_APART - 1}")
 
 
 def check_names(arms: list[Arm]) -> dict[str, Arm]:
@@ -135,5 +182,5 @@ def check_names(arms: list[Arm]) -> dict[str, Arm]:
 
 
 def folder_name(folder: Path) -> str:
-    """What an arm's folder is called: its own name, after its arm's where it is of one training seed."""
+    """The name of an arm's folder, behind the arm's where the folder is of one training seed."""
     return f"{folder.parent.name}/{folder.name}" if folder.name.isdigit() else folder.name

@@ -26,11 +26,12 @@ from tqdm import tqdm
 from dpt.base_models import recommended
 from dpt.checkpoint import load_checkpoint
 from dpt.choosing import best, candidate_seeds, rounds, stop_of, with_numbers
-from dpt.drawing import Artist, Drawing
+from dpt.drawing import Artist
+from dpt.evaluation.flags import judge_options
 from dpt.evaluation.generate import noise_seed, process_state
 from dpt.evaluation.prompts import Prompt, load_prompt_set
-from dpt.evaluation.scorers import METRICS, value_of
-from dpt.evaluation.table import APART
+from dpt.evaluation.scorers import make_judge, value_of
+from dpt.evaluation.table import APART, markdown
 from dpt.files import read_json_lines, write_text
 from dpt.images import append_line, to_images
 from dpt.matching_score import score_of_features
@@ -103,10 +104,10 @@ def draw_missing(args: argparse.Namespace, prompts: list[Prompt], there: list[Ca
         if checkpoint.lora:
             raise ValueError(f"--dpt {name} holds a LoRA; only the first adapter's LoRA can draw: name it first")
     scorers = {name: checkpoint.attach(sd) for name, checkpoint in reversed(adapters.items())}
-    judge = METRICS[args.scorer](args)
+    judge = make_judge(args.scorer, **judge_options(args))
     sampling = recommended(args.model).changed(guidance_scale=args.scale, num_inference_steps=args.steps)
     weights = weights_fingerprint(sd.text_encoder, sd.vae, sd.unet, *(s.adapter for s in scorers.values()))
-    predicted = args.predicted and METRICS[args.predicted](args)
+    predicted = make_judge(args.predicted, **judge_options(args)) if args.predicted else None
     asked = {stop_of(share, sampling.num_inference_steps) - 1 for share in args.where} if predicted else set()
     scoring = [[scorer.name, scorer.fingerprint] for scorer in (judge, predicted) if scorer]
     drawing = [weights, sampling.guidance_scale, sampling.num_inference_steps, args.dtype]
@@ -120,14 +121,13 @@ def draw_missing(args: argparse.Namespace, prompts: list[Prompt], there: list[Ca
     path.parent.mkdir(parents=True, exist_ok=True)
     for start in tqdm(range(0, len(jobs), args.batch_size), desc="candidates", mininterval=2):
         batch = jobs[start : start + args.batch_size]
-        texts = [prompt.text for prompt, _ in batch]
-        log: list[dict[str, list[float]]] = []
+        texts, log = [prompt.text for prompt, _ in batch], []
 
         def observe(guidance, sampling, prompts, seeds, _, log=log):
-            picture = predicted and (lambda clean: predicted.metric(list(to_images(sd.decode_latents(clean))), prompts))
-            return Observer(guidance, scorers, log, picture, asked)
+            judged = predicted and (lambda clean: predicted.metric(list(to_images(sd.decode_latents(clean))), prompts))
+            return observing(guidance, scorers, log, judged, asked)
 
-        drawn: list[Drawing] = artist.draw(texts, [seed for _, seed in batch], sampling, method=observe)
+        drawn = artist.draw(texts, [seed for _, seed in batch], sampling, method=observe)
         values = [value_of(record) for record in judge.metric([d.image for d in drawn], texts)]
         for b, (prompt, seed) in enumerate(batch):
             scores = {name: [_rounded(step[name][b]) for step in log] for name in log[0]}
@@ -139,34 +139,34 @@ def _rounded(score: float | None) -> float | None:
     return None if score is None else round(score, 5)
 
 
-class Observer:
+def observing(guidance, scorers: dict, log: list[dict], judged=None, asked: set[int] = frozenset()):
     """A `Denoiser` that notes after each pass what each chooser says of the batch's images.
 
     Args:
-        picture: maps predicted clean latents to a scorer's records; asked: at which steps.
+        judged: maps predicted clean latents to a judge's records.
+        asked: the steps at which it is asked.
     """
+    guidance.watched = tuple(dict.fromkeys(block for scorer in scorers.values() for block in scorer.blocks))
 
-    def __init__(self, guidance, scorers: dict, log: list[dict], picture=None, asked: set[int] = frozenset()):
-        self.guidance, self.scorers, self.log, self.picture, self.asked = guidance, scorers, log, picture, asked
-        guidance.watched = tuple(dict.fromkeys(block for scorer in scorers.values() for block in scorer.blocks))
-
-    def __call__(self, latents, timestep, step):
-        result, guidance, said = self.guidance(latents, timestep, step), self.guidance, {}
+    def denoise(latents, timestep, step):
+        result, said = guidance(latents, timestep, step), {}
         features = dict(zip(guidance.watched, guidance.features, strict=True))
         pooled = guidance.conditioning.pooled_prompt_embeds
-        for name, scorer in self.scorers.items():
+        for name, scorer in scorers.items():
             own = [features[block] for block in scorer.blocks]
             said[name] = score_of_features(scorer, own, timestep, pooled).tolist()
         if guidance.halves is not None:
             negative, positive = guidance.halves
             said[CFG] = (positive - negative).flatten(1).norm(dim=1).tolist()
-        if self.picture is not None:
+        if judged is not None:
             said[PREDICTED] = [None] * len(latents)
-            if step in self.asked:
+            if step in asked:
                 clean = predicted_clean(guidance.scheduler, result[0], timestep, latents)
-                said[PREDICTED] = [value_of(record) for record in self.picture(clean)]
-        self.log.append(said)
+                said[PREDICTED] = [value_of(record) for record in judged(clean)]
+        log.append(said)
         return result
+
+    return denoise
 
 
 def analyse(found: list[Candidate], count: int, num_steps: int, where: tuple[float, ...]) -> dict:
@@ -197,21 +197,19 @@ def analyse(found: list[Candidate], count: int, num_steps: int, where: tuple[flo
     }
     points = [(n, (share,)) for n in (2, 3, 4, 8) if n <= count for share in where]
     early = [share for share in where if share < 1]
-    points += [(n, (early[0], early[-1])) for n in (4, 8) if n <= count and len(early) > 1]
+    if early and stop_of(early[0], num_steps) < stop_of(early[-1], num_steps):
+        points += [(n, (early[0], early[-1])) for n in (4, 8) if n <= count]
     grid = []
     for n, shares in points:
-        if len({stop_of(share, num_steps) for share in shares}) < len(shares):
-            continue  # of so few steps both are one
-        schedule = rounds(num_steps, n, shares)
-        row = {"candidates": n, "choose_at": list(shares), "cost": cost(schedule, n, num_steps)}
-        row["gain"] = {}
+        schedule, whole = rounds(num_steps, n, shares), values[:, : count // n * n]
+        row = {"candidates": n, "choose_at": list(shares), "cost": cost(schedule, n, num_steps), "gain": {}}
         for name, scores in choosers.items():
             kept = simulate(scores, values, n, schedule)
             row[name] = share_correct(kept)
-            gain = kept.mean(1) - values[:, : count // n * n].mean(1)  # (P,), over a random choice
+            gain = kept.mean(1) - whole.mean(1)  # (P,), over a random choice
             row["gain"][name] = [round(x, 4) for x in bootstrap_interval(gain)]
-        row[RANDOM] = share_correct(values[:, : count // n * n])
-        row[CEILING] = share_correct(values[:, : count // n * n].reshape(len(values), -1, n).max(2))
+        row[RANDOM] = share_correct(whole)
+        row[CEILING] = share_correct(whole.reshape(len(values), -1, n).max(2))
         grid.append(row)
     return {"prompts": len(prompts), "candidates": count, "steps": num_steps, "auc": auc, "grid": grid}
 
@@ -252,31 +250,26 @@ def share_correct(values: np.ndarray) -> list[float]:
 
 def as_markdown(tables: dict) -> str:
     """The grid, and the areas under the curve at the steps where it chooses, as Markdown."""
-    choosers, num_steps = list(tables["auc"]), tables["steps"]
-    names = [*choosers, RANDOM, CEILING]
-    lines = [
+    choosers, grid = list(tables["auc"]), []
+    for row in tables["grid"]:
+        shown = {name: f"{100 * row[name][0]:.1f}; {_points(row['gain'][name])}" for name in choosers}
+        shown |= {name: _points(row[name]) for name in (RANDOM, CEILING)}
+        shares = ", ".join(f"{share:g}" for share in row["choose_at"])
+        grid.append([str(row["candidates"]), shares, f"{row['cost']:.2f}", *shown.values()])
+    steps = sorted({stop_of(share, tables["steps"]) for row in tables["grid"] for share in row["choose_at"]})
+    areas = [
+        [name, group, *("{:.2f} ({:.2f} to {:.2f})".format(*row[s - 1]) if row[s - 1] else "-" for s in steps)]
+        for name, groups in tables["auc"].items()
+        for group, row in groups.items()
+    ]
+    return (
         f"{tables['prompts']} prompts x {tables['candidates']} candidates. Percent that the judge finds correct "
         "(95 % intervals over prompts), and of choosers the points above a random choice, paired by prompt; cost in "
-        "passes of one plain picture.",
-        "",
-        f"| candidates | choose_at | cost | {' | '.join(names)} |",
-        f"|{'---|' * (3 + len(names))}",
-    ]
-    for row in tables["grid"]:
-        cells = [
-            f"{100 * row[name][0]:.1f}; {_points(row['gain'][name])}" if name in row["gain"] else _points(row[name])
-            for name in names
-        ]
-        shares = ", ".join(f"{share:g}" for share in row["choose_at"])
-        lines.append(f"| {row['candidates']} | {shares} | {row['cost']:.2f} | {' | '.join(cells)} |")
-    steps = sorted({stop_of(share, num_steps) for row in tables["grid"] for share in row["choose_at"]})
-    lines += ["", "Area under the curve within prompts, after so many steps:", ""]
-    lines += [f"| chooser | category | {' | '.join(map(str, steps))} |", f"|{'---|' * (2 + len(steps))}"]
-    for name in choosers:
-        for group, areas in tables["auc"][name].items():
-            cells = ["-" if areas[s - 1] is None else "{:.2f} ({:.2f} to {:.2f})".format(*areas[s - 1]) for s in steps]
-            lines.append(f"| {name} | {group} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        "passes of one plain picture.\n\n"
+        + markdown(["candidates", "choose_at", "cost", *choosers, RANDOM, CEILING], grid)
+        + "\nArea under the curve within prompts, after so many steps:\n\n"
+        + markdown(["chooser", "category", *map(str, steps)], areas)
+    )
 
 
 def _points(values: list[float]) -> str:

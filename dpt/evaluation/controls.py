@@ -1,4 +1,4 @@
-"""What self-correction is compared with, which only experiments need: controls of an arm's correction.
+"""Controls of self-correction, which only experiments need.
 
 A control is a `dpt.drawing.Method`: it takes the place of the guidance method that the settings ask for.
 """

@@ -91,7 +91,7 @@ def _encoded(values: list[float]) -> str | list[float]:
 
 
 def read_packed(path: Path) -> dict[str, dict]:
-    """What `write_packed` was given, scores to five places.
+    """The arms that `write_packed` was given, scores to five places.
 
     Raises:
         ValueError: a file that cannot be read as such.
@@ -176,7 +176,7 @@ def read_arm(folder: Path) -> dict:
 
 
 def read_quality(folder: Path, hashes: dict[str, str]) -> dict[str, float]:
-    """What `quality` found of the very pictures of these `file_hashes`; empty where it did not look at them."""
+    """Figures of `quality` for the very pictures of these `file_hashes`; empty where it did not look at them."""
     path = folder / QUALITY_FILE
     if not path.exists():
         return {}

@@ -1,6 +1,6 @@
 """`evaluate.py generate`: arms x prompts x seeds -> pictures with a manifest.
 
-    python evaluate.py generate --arms configs/shapes/arms/base.yaml --prompts shapes:val --outdir outputs/evaluation
+    python evaluate.py generate --arms configs/shapes/arms.yaml:base --prompts shapes:val --outdir outputs/evaluation
 
 Writes OUTDIR/<arm>/{arm.json, metadata.jsonl, samples/}. A picture that is there is not drawn again: after a kill give
 the same command. Under `accelerate launch` every process draws its share. A folder holds one arm with one set of
@@ -28,7 +28,7 @@ from dpt.checkpoint import load_checkpoint
 from dpt.choosing import candidate_seeds
 from dpt.drawing import Artist, Drawing, counted_passes
 from dpt.evaluation import controls
-from dpt.evaluation.arms import SETTINGS_FILE, Arm, Settings, check_names, differing_settings, load_arm, read_settings
+from dpt.evaluation.arms import SETTINGS_FILE, Arm, Settings, differing_settings, read_settings
 from dpt.evaluation.flags import SEEDS_APART
 from dpt.evaluation.prompts import Prompt, load_prompt_set
 from dpt.files import write_text
@@ -57,12 +57,11 @@ ASIDE = "unrecorded"  # begins the names of folders for pictures that a kill lef
 def run(args: argparse.Namespace) -> dict:
     """Draws what is missing; returns how many pictures there are and how many are new, arm by arm.
 
-    Raises:
-        ValueError: arms, prompts or a folder that cannot be used; it is named.
+    Args:
+        args: as `dpt.evaluation.arms.check` leaves them.
     """
-    arms = [load_arm(path, args.set) for path in args.arms]
     return draw_arms(
-        [one for arm in check_names(arms).values() for one in arm.each_seed(args.folder)],
+        [one for arm in args.arms.values() for one in arm.each_seed(args.folder)],
         args.prompts,
         args.seeds,
         args.outdir,
@@ -82,9 +81,12 @@ def draw_arms(
     batch_size: int = 32,
     compbench: bool = False,
 ) -> dict:
-    """`run`, of arms that are loaded already, one for each set of weights."""
+    """Draws what of the arms is missing, one for each set of weights; see `generate` for what is returned, by arm.
+
+    Raises:
+        ValueError: prompts or a folder that cannot be used; it is named.
+    """
     prompts = load_prompt_set(prompt_set, per_category=per_category)
-    check_seeds(seeds, "--seeds")
     for arm in arms:
         check_folder(outdir / arm.name, arm.settings())
     shared = [prompt.text for prompt in prompts if len(prompt.categories) > 1]
@@ -97,14 +99,8 @@ def draw_arms(
     }
 
 
-def check_seeds(seeds: list[int], name: str) -> None:
-    """Raises ValueError unless there are seeds, each once, below `SEEDS_APART`; `name` is what they are called."""
-    if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < SEEDS_APART for seed in seeds):
-        raise ValueError(f"{name} is {seeds}; it must hold different seeds from 0 to {SEEDS_APART - 1}")
-
-
 def process_state() -> PartialState:
-    """Which of the processes this is; on a machine without accelerators they meet on its CPUs."""
+    """The state of this process among others; on a machine without accelerators they meet on its CPUs."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
@@ -200,7 +196,7 @@ def generate(
 
 
 def said_of(drawing: Drawing) -> dict:
-    """What a record says of a drawing: the scores of corrected steps, and what was chosen from."""
+    """The part of a record that is of choosing and correcting: scores of corrected steps, candidates."""
     scores = [round(record["score"], 4) for record in drawing.trace if record["length"]]
     chosen = {"kept_seed": drawing.seed, "candidates": drawing.candidates} if drawing.candidates else {}
     return ({"scores": scores} if scores else {}) | chosen

@@ -25,7 +25,7 @@ from dpt.results import check_replaceable
 
 
 class Point(msgspec.Struct, forbid_unknown_fields=True):
-    """What stands beside the figure under an arm's name."""
+    """The numbers of an arm in the file beside the figure."""
 
     passes: float
     correct: Interval

@@ -48,7 +48,7 @@ def load_prompt_set(name: str, *, per_category: int | None = None) -> list[Promp
     if per_category is not None and per_category < 1:
         raise ValueError(f"per_category is {per_category}; it must be at least 1")
     kind, _, where = name.partition(":")
-    groups = READERS[kind](where) if kind in READERS else _lines("prompts", Path(name))
+    groups = READERS[kind](where) if kind in READERS else {"prompts": _lines(Path(name))}
     categories: dict[str, dict[str, None]] = {}  # of each text, in order, those that it is chosen for
     for category, texts in groups.items():
         for k, text in enumerate(texts):
@@ -68,16 +68,16 @@ def _shapes(split: str) -> dict[str, tuple[str, ...]]:
     return {category: load_prompts(split, category) for category in PROMPT_CATEGORIES}
 
 
-def _lines(category: str, path: Path) -> dict[str, list[str]]:
+def _lines(path: Path) -> list[str]:
     try:
         lines = text_lines(read_text(path))
     except ValueError as error:
         raise ValueError(f"prompts {error}; save it as UTF-8 text") from error
-    return {category: [line.strip() for line in lines if line.strip()]}
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _cc500(where: str) -> dict[str, list[str]]:
-    (texts,) = _lines("", Path(where)).values()
+    texts = _lines(Path(where))
     return {"conjunction": texts[:NUM_CONJUNCTIONS], "other": texts[NUM_CONJUNCTIONS:]}
 
 
@@ -96,11 +96,7 @@ def _nss1k(where: str) -> dict[str, list[str]]:
 
 
 def _compbench(where: str) -> dict[str, list[str]]:
-    return {
-        path.name.removesuffix("_val.txt"): texts
-        for path in _files(where, "*_val.txt")
-        for texts in _lines("", path).values()
-    }
+    return {path.name.removesuffix("_val.txt"): _lines(path) for path in _files(where, "*_val.txt")}
 
 
 def _files(where: str, pattern: str) -> list[Path]:
@@ -116,5 +112,5 @@ READERS = {
     "nss1k": _nss1k,
     "compbench": _compbench,
     "cc500": _cc500,
-    "abc6k": lambda where: _lines("abc6k", Path(where)),
+    "abc6k": lambda where: {"abc6k": _lines(Path(where))},
 }

@@ -102,7 +102,7 @@ def make_tables(
 
 
 def read_tables(path: Path) -> dict[str, dict]:
-    """What `make_tables` wrote into table.json. Raises ValueError naming file and field."""
+    """The tables that `make_tables` wrote into table.json. Raises ValueError naming file and field."""
     parts = read_json(path, dict[str, msgspec.Raw])
     if "arms" not in parts:
         raise ValueError(f"{path}: object is missing required field arms")

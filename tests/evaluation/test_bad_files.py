@@ -10,14 +10,14 @@ import pytest
 from PIL import Image
 
 import evaluate
-from dpt.evaluation.arms import load_arm
+from dpt.evaluation.arms import load_arms
 from dpt.evaluation.figures import read_packed
 from dpt.evaluation.probes import read_kept
 from dpt.evaluation.prompts import load_prompt_set
 from dpt.images import append_metadata, read_image, read_metadata
 
 PROMPTS = ("a red circle", "a blue star")
-ARM = "configs/shapes/arms/base.yaml"
+ARM = "configs/shapes/arms.yaml:base"
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def arm(tmp_path):
     """A whole arm's folder, as `generate`, `align` and `quality` leave it."""
     folder = tmp_path / "out/base"
     (folder / "samples").mkdir(parents=True)
-    settings = load_arm(ARM).settings() | {"weights": "0" * 16}
+    settings = load_arms(ARM)[0].settings() | {"weights": "0" * 16}
     (folder / "arm.json").write_text(json.dumps(settings))
     records, verdicts = [], []
     for number, prompt in enumerate(PROMPTS):

@@ -11,11 +11,11 @@ from PIL import Image
 
 import evaluate
 from dpt.evaluation.align import score, score_lines
-from dpt.evaluation.arms import Arm
+from dpt.evaluation.arms import Arm, load_arms
 from dpt.evaluation.figures import read_arm
+from dpt.evaluation.frechet import frechet_distance, render_prompt, spread
 from dpt.evaluation.prompts import load_prompt_set
-from dpt.evaluation.quality import frechet_distance, render_prompt, spread
-from dpt.evaluation.scorers import Scorer
+from dpt.evaluation.scorers import Judge
 from dpt.evaluation.table import draw_arms
 from dpt.images import read_metadata
 from dpt.metrics import bootstrap_interval, bootstrap_p, crossed_bootstrap, holm
@@ -528,9 +528,9 @@ def test_bad_pictures_and_scores_are_one_line(drawn, tmp_path, capsys):
     assert evaluate.main(["align", str(folder), "--metrics", "oracle"]) == 2
     assert f"1 pictures are missing, such as {name}; generate them again" in capsys.readouterr().err
     shutil.copy(root / "out/base" / name, folder / name)
-    scorer = Scorer("oracle", "no number", lambda images, prompts: [{"score": float("nan")} for _ in images])
+    judge_of_nothing = Judge("oracle", "no number", lambda images, prompts: [{"score": float("nan")} for _ in images])
     with pytest.raises(ValueError, match=f"{folder}.*oracle gives no number for score"):
-        score(folder, scorer, 8)
+        score(folder, judge_of_nothing, 8)
 
 
 def test_prompt_sets(tmp_path):
@@ -594,3 +594,13 @@ def test_an_arm_stands_for_one_set_of_weights_a_training_seed(kind):
     (single,) = Arm(name="own", **{kind: "{folder}/weights"}).each_seed("runs")
     assert (single.name, getattr(single, kind)) == ("own", "runs/weights")
     assert Arm(name="base").each_seed("runs") == [Arm(name="base")]
+
+
+def test_a_file_of_several_arms_gives_all_or_one_by_name(tmp_path):
+    place = tmp_path / "arms.yaml"
+    place.write_text("arms:\n  base: &base {guidance_scale: 5}\n  plain-7.5: {<<: *base, dtype: bfloat16}\n")
+    assert [(arm.name, arm.dtype) for arm in load_arms(place)] == [("base", "float32"), ("plain-7.5", "bfloat16")]
+    (one,) = load_arms(f"{place}:plain-7.5", ["guidance_scale=2"])
+    assert (one.name, one.guidance_scale, one.dtype) == ("plain-7.5", 2, "bfloat16")
+    with pytest.raises(ValueError, match="there is no arm 'own'; the arms are base, plain"):
+        load_arms(f"{place}:own")

@@ -1,6 +1,5 @@
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,12 @@ import evaluate
 from dpt.checkpoint import LORA_FILE, DPTCheckpoint, load_checkpoint, save_checkpoint
 from dpt.config import TrainConfig, load_config
 from dpt.data.collate import collate, encode_batch
-from dpt.evaluation.arms import load_arm
-from dpt.evaluation.experiment import Experiment, published_table, run_settings
+from dpt.evaluation.experiment import published_table
+from dpt.evaluation.flags import METRICS
 from dpt.evaluation.itm import denoising_matches
+from dpt.evaluation.plan import Experiment, arms_of, run_settings
 from dpt.evaluation.probe_map import ProbeMap
 from dpt.evaluation.probes import Measured, summary
-from dpt.evaluation.scorers import METRICS
 from dpt.lora import load_external_lora
 from dpt.shapes.samples import ShapesSamples
 from dpt.stable_diffusion import load_stable_diffusion
@@ -207,7 +206,7 @@ def test_an_experiment_from_training_to_table(tmp_path, capsys):
     ],
 )
 def test_bad_experiments_are_one_line_before_anything_is_trained(tmp_path, capsys, changes, message):
-    (tmp_path / "e.yaml").write_text("runs: {probe: {stage: probe}}\narms: [configs/shapes/arms/base.yaml]\n")
+    (tmp_path / "e.yaml").write_text("runs: {probe: {stage: probe}}\narms: [configs/shapes/arms.yaml:base]\n")
     try:
         code = evaluate.main(["experiment", str(tmp_path / "e.yaml"), f"folder={tmp_path}", *changes])
     except SystemExit as stop:
@@ -235,8 +234,7 @@ def test_every_table_s_config_can_be_read(path):
             assert "|" in published_table(entry)
         return
     experiment = load_config(Experiment, path)
-    arms = {load_arm(path).name: load_arm(path) for path in experiment.arms}
-    arms |= {name: replace(arm, name=name) for name, arm in experiment.more_arms.items()}
+    arms = arms_of(experiment)
     assert experiment.against in arms or not arms
     assert all(arm.against in {None, *arms} for arm in arms.values())
     trained = {f"{name}-{seed}" for name, one in experiment.runs.items() for seed in one.seeds}
@@ -300,9 +298,7 @@ def test_what_shares_a_name_and_a_folder_is_the_same():
             key = (experiment.folder, name)
             settings = run_settings(name, one, experiment, 0)
             assert runs.setdefault(key, (one.stage, one.config, settings)) == (one.stage, one.config, settings), key
-        arms = [load_arm(file) for file in experiment.arms]
-        arms += [replace(arm, name=name) for name, arm in experiment.more_arms.items()]
-        for arm in arms:
+        for arm in arms_of(experiment).values():
             for one in arm.each_seed(experiment.folder):
                 key = (experiment.folder, experiment.prompts, experiment.per_category, one.name)
                 value = (one.settings(), experiment.image_seeds)
@@ -312,7 +308,7 @@ def test_what_shares_a_name_and_a_folder_is_the_same():
 def test_the_committed_weights_are_there_and_fit():
     sd = load_stable_diffusion("shapes")
     experiment = load_config(Experiment, CONFIGS / "shapes/committed.yaml")
-    arms = [one for name, arm in experiment.more_arms.items() for one in replace(arm, name=name).each_seed()]
+    arms = [one for arm in arms_of(experiment).values() for one in arm.each_seed() if one.dpt or one.lora]
     assert {arm.lora or arm.dpt for arm in arms} >= {"ckpt/shapes-dpt", "ckpt/shapes-dpt/seeds/dpt-5"}
     for arm in arms:
         if arm.dpt:

@@ -16,7 +16,7 @@ from typing import get_args, get_origin
 from dpt.bounds import Bounds
 from dpt.config import DPTConfig, TrainConfig
 from dpt.evaluation.arms import Arm
-from dpt.evaluation.experiment import Experiment
+from dpt.evaluation.plan import Experiment
 from dpt.shapes.pretrain import PretrainConfig
 from tests.fuzz import damage
 from tests.fuzz.commands import COMMANDS, Spoil, Target

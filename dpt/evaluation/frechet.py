@@ -10,6 +10,7 @@ pictures and as many fresh renders of the same prompts, in the latent space of t
 import argparse
 import json
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,12 +30,17 @@ RENDER_SEED = 7_000_000
 
 
 def run(args: argparse.Namespace) -> dict:
+    """Writes the figures of every folder; returns them by folder."""
+    return guard_folders(args.folders)
+
+
+def guard_folders(folders: list[Path]) -> dict:
     """Writes every folder's figures, where they are not those of the same pictures; returns them by folder.
 
     Raises:
         ValueError: a folder without pictures, a picture that cannot be read, or a prompt outside the shapes grammar.
     """
-    shown = {folder: sorted(pictures(folder), key=lambda r: (r["prompt"], r["seed"])) for folder in args.folders}
+    shown = {folder: sorted(pictures(folder), key=lambda r: (r["prompt"], r["seed"])) for folder in folders}
     hashes = {folder: file_hashes(folder, records) for folder, records in shown.items()}
     results = {str(folder): read_quality(folder, hashes[folder]) for folder in shown}
     sd, renders = load_stable_diffusion("shapes"), {}

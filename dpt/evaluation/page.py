@@ -14,6 +14,7 @@ import base64
 import io
 import json
 import warnings
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image
@@ -60,8 +61,7 @@ def run(args: argparse.Namespace) -> dict:
     data = {
         "title": args.title,
         "about": f"{len(rows)} prompts and seeds, {len(arms)} arms; {versions()}",
-        "tables": [table for path in args.tables for table in tables(path)]
-        + [table for path in args.probes for table in probe_tables(path)],
+        "tables": [*chain.from_iterable([*map(tables, args.tables), *map(probe_tables, args.probes)])],
         "figures": [{"title": f"{place(path)}: {path.stem}", "source": embedded(path)} for path in args.figures],
         "arms": arms,
         "categories": sorted({row["category"] for row in rows.values()}),
