@@ -89,6 +89,13 @@ def inputs(ax, y=92):
     arrow(ax, (66, 118), (66, y + 15))
 
 
+def learning(ax, label, lora=False):
+    """The inputs, the U-Net and the adapter that learns from it."""
+    inputs(ax)
+    arrow(ax, unet(ax, 92, lora=lora, label=label), (64.5, 60))
+    box(ax, "adapter", 30, 46, 50, 14, TRAINED)
+
+
 def panel(figure, number, title, under):
     """An empty panel with its title and one line below it."""
     ax = figure.add_axes(((number - 1) / 4 + 0.004, 0.01, 0.242, 0.98))
@@ -104,10 +111,7 @@ def panel(figure, number, title, under):
 def probe(figure):
     """The adapter reads a block of the frozen U-Net and answers by two heads."""
     ax = panel(figure, 1, "Probe", "only the adapter learns")
-    inputs(ax)
-    foot = unet(ax, 92, label="U-Net, frozen")
-    arrow(ax, foot, (64.5, 60))
-    box(ax, "adapter", 30, 46, 50, 14, TRAINED)
+    learning(ax, "U-Net, frozen")
     arrow(ax, (42, 46), (30, 36))
     arrow(ax, (68, 46), (72, 36))
     box(ax, "does it\nmatch?", 8, 18, 40, 18, "white")
@@ -117,10 +121,7 @@ def probe(figure):
 def tune(figure):
     """LoRA in the U-Net learns along, and denoising with it."""
     ax = panel(figure, 2, "Tune", "adapter and LoRA learn")
-    inputs(ax)
-    foot = unet(ax, 92, lora=True, label="U-Net + LoRA")
-    arrow(ax, foot, (64.5, 60))
-    box(ax, "adapter", 30, 46, 50, 14, TRAINED)
+    learning(ax, "U-Net + LoRA", lora=True)
     arrow(ax, (42, 46), (22, 36))
     arrow(ax, (56, 46), (52, 36))
     box(ax, "match", 5, 22, 28, 14, "white")

@@ -9,7 +9,7 @@ from dpt.lora import add_lora, load_lora, lora_state
 from dpt.model import DPT
 from dpt.rec_text import RecTextEncoder
 from dpt.stable_diffusion import StableDiffusion
-from dpt.tasks import all_tasks
+from dpt.tasks import tasks_of
 from dpt.unet_features import block_channels, parse_feature, set_cpu_attention
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -35,7 +35,7 @@ def encode_options(config: TrainConfig, sd: StableDiffusion) -> dict:
         "seed": config.seed,
         "timesteps": (noise.first_timestep, final if noise.last_timestep is None else noise.last_timestep),
         "noise_offset": noise.offset,
-        "tasks": all_tasks(config.loss),
+        "tasks": tasks_of(config.adapter, config.loss),
         "posterior": config.data.latent_sample == "posterior",
     }
 

@@ -185,7 +185,7 @@ class AdapterSettings:
     num_queries_itm: int = bounded(10, at_least=1, at_most=2048)
     num_queries_rec: int = bounded(100, at_least=1, at_most=2048)
     heads: list[str] = field(default_factory=lambda: ["itm", "rec"])
-    """names of the tasks that have a head; see `dpt.tasks`"""
+    """names of the tasks that have a head: the paper's two, and further ones of `dpt.tasks`"""
     contrastive_dim: int = bounded(64, at_least=1, at_most=8192)
     fusion_dim: int = bounded(1280, at_least=1, at_most=16_384)
     fusion_size: int = bounded(16, at_least=1, at_most=512)
@@ -193,6 +193,8 @@ class AdapterSettings:
 
     def __post_init__(self):
         check_bounds(self, "adapter.")
+        if not {"itm", "rec"} <= set(self.heads):
+            raise ValueError(f"adapter.heads is {self.heads}; it must hold itm and rec, and may hold further tasks")
         if self.hidden_dim % self.nheads or self.hidden_dim % 4:
             raise ValueError(
                 f"adapter.hidden_dim is {self.hidden_dim}; it must be divisible by 4 and by nheads ({self.nheads})"

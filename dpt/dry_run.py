@@ -12,6 +12,7 @@ from dpt.config import TrainConfig, check_stage
 from dpt.lora import add_lora
 from dpt.stable_diffusion import architecture
 from dpt.tasks import tasks_of
+from dpt.tasks.task import passes_of
 from dpt.unet_features import LATENTS, block_channels, parse_feature
 
 ROBERTA_WIDTH, ROBERTA_PARAMETERS = 768, 125_000_000
@@ -44,10 +45,7 @@ def report(config: TrainConfig, stage: str) -> str:
     if config.model.rec_text_encoder != "clip" and config.loss.weights.contrastive_align:
         frozen += ROBERTA_PARAMETERS
     trained = lora + _count(adapter) * (not config.lora.only)
-    weights = config.loss.weights
-    passes = {
-        p for task in tasks_of(wanted) if any(getattr(weights, name) for name in task.losses) for p in task.passes
-    }
+    passes = passes_of(task for task in tasks_of(wanted) if task.is_weighted(config.loss.weights))
     joint = optim.batch_size * optim.gradient_accumulation_steps
     length = f"{optim.steps:,} steps" if optim.epochs is None else f"{optim.epochs} epochs"
     dtype = DTYPES[optim.mixed_precision]

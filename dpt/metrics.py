@@ -1,7 +1,4 @@
-"""Figures with intervals, and REC precision.
-
-Shapes: N expressions, Q queries.
-"""
+"""Figures with intervals, and areas under the curve within prompts."""
 
 import numpy as np
 

@@ -16,7 +16,7 @@ from dpt.tasks import tasks_of
 from dpt.tasks.denoising import denoising_of_step
 from dpt.tasks.itm import itm_score
 from dpt.tasks.ranking import ranking_loss
-from dpt.tasks.task import TRUE_PAIR, Pass, Task, in_order
+from dpt.tasks.task import TRUE_PAIR, Pass, Task, passes_of
 from dpt.unet_features import Conditioning, unet_features
 
 
@@ -69,7 +69,7 @@ class DPT(nn.Module):
         ranked = self._ranking(batch["ranked"]) if "ranked" in batch else {}
         if "noisy_latents" not in batch:
             return ranked
-        passes = in_order({p for task in self.active(batch) for p in task.passes})
+        passes = passes_of(self.active(batch))
         denoises = self.train_unet and bool(self.weights.denoise)
         if denoises and TRUE_PAIR in passes:
             passes.remove(TRUE_PAIR)  # the full pass has it
@@ -78,8 +78,12 @@ class DPT(nn.Module):
 
     def active(self, batch: dict) -> list[Task]:
         """The tasks with a loss of weight above 0 that the step does not leave out."""
-        tasks = [task for task in self.tasks if any(getattr(self.weights, name) for name in task.losses)]
-        return [task for task in tasks if task.name not in batch.get("left_out", ())]
+        left_out = batch.get("left_out", ())
+        return [task for task in self.tasks if task.is_weighted(self.weights) and task.name not in left_out]
+
+    def task(self, name: str) -> Task:
+        """The task of that name."""
+        return next(task for task in self.tasks if task.name == name)
 
     def losses(
         self, features: list[torch.Tensor], noise_pred: torch.Tensor | None, passes: list[Pass], batch: dict

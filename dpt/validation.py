@@ -60,7 +60,7 @@ def measure(
         control: what is taken from the model; see `dpt.controls`.
     """
     model.eval()
-    task = next(one for one in model.tasks if one.name == task)
+    task = model.task(task)
     num_images = 1 + max(one.image for one in task.measured)
     chosen, records = evenly_spread(len(samples), num_samples, shard), []
     for start in range(0, len(chosen), batch_size):

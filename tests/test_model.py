@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,12 +7,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
+from dpt.adapter import DiscriminativeAdapter
 from dpt.checkpoint import load_checkpoint
+from dpt.config import AdapterConfig
 from dpt.lora import ADAPTER_NAME, lora_key
 from dpt.model import DPT
 from dpt.released import adapter_key
 from dpt.stable_diffusion import load_stable_diffusion
-from dpt.tasks import LossWeights
+from dpt.tasks import LossWeights, all_tasks
+from dpt.tasks.task import TRUE_PAIR, Task
 from tests.test_adapter import load_golden_adapter
 
 GOLDEN_LOSSES = {
@@ -132,6 +136,40 @@ def test_weights_of_zero_switch_losses_off_and_leave_the_others(golden, weights,
     assert some.keys() == names
     for name in names:
         assert some[name].item() == pytest.approx(everything[name].item(), rel=1e-5)
+
+
+class MeanQuery(Task):
+    """A third task, as one would add it."""
+
+    name, losses, passes, figures = "mean", ("mean",), (TRUE_PAIR,), ()
+
+    def head(self, config):
+        return torch.nn.Linear(config.hidden_dim, 1)
+
+    def loss(self, adapter, hs, inputs):
+        return {"loss_mean": adapter.mean_head(hs[TRUE_PAIR][-1]).mean()}
+
+
+def test_a_further_task_has_a_head_and_a_loss_and_leaves_the_others(golden, monkeypatch):
+    _, batch, model = golden_step(golden, 1)
+    before, paper = model.eval()(batch), all_tasks()
+    monkeypatch.setattr("dpt.tasks.all_tasks", lambda *args, **options: (*paper, MeanQuery()))
+    adapter = DiscriminativeAdapter(replace(model.adapter.config, heads=["itm", "rec", "mean"]))
+    found = adapter.load_state_dict(model.adapter.state_dict(), strict=False)
+    assert found.missing_keys == ["mean_head.weight", "mean_head.bias"]
+    more = DPT(model.unet, adapter, model.blocks, model.scheduler, train_unet=False)
+    more.weights.mean = 1.0
+    losses = more.eval()(batch)
+    assert losses.pop("loss_mean").isfinite()
+    assert losses.keys() == before.keys()
+    for name, value in before.items():
+        assert losses[name].item() == pytest.approx(value.item(), rel=1e-5), name
+
+
+@pytest.mark.parametrize("heads", [["itm", "rec", "another"], ["itm"], []])
+def test_heads_that_there_are_not_are_refused(heads):
+    with pytest.raises(ValueError, match=r"adapter\.heads is .* itm"):
+        DiscriminativeAdapter(AdapterConfig(heads=heads))
 
 
 def test_golden_text_encoders_and_autoencoder(golden):

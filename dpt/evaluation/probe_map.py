@@ -40,7 +40,7 @@ from dpt.rec_text import load_rec_text_encoder
 from dpt.results import check_replaceable, figure_beside, record_section
 from dpt.shapes.training import train_stage
 from dpt.stable_diffusion import StableDiffusion
-from dpt.tasks.task import in_order
+from dpt.tasks.task import passes_of
 from dpt.unet_features import parse_feature
 from dpt.validation import PAPER_TIMESTEP, evenly_spread
 
@@ -204,7 +204,7 @@ class ProbeMap(nn.Module):
     def losses(self, batch) -> dict[str, torch.Tensor]:
         """The weighted sum of each adapter's losses."""
         weights = self.config.loss.weights
-        passes = in_order({p for task in self.readers["none"].active({}) for p in task.passes})
+        passes = passes_of(self.readers["none"].active({}))
         return {
             f"loss_{control}_{block}": weights.total(model.losses([feature], None, passes, inputs))
             for control, block, model, feature, inputs in self._each_map(batch, passes, training=True)
@@ -216,7 +216,7 @@ class ProbeMap(nn.Module):
         records: dict[tuple, list[dict]] = {}
         size = self.config.optim.batch_size
         for name, samples in tasks.items():
-            task = next(one for one in self.readers["none"].tasks if one.name == name)
+            task = self.readers["none"].task(name)
             passes = list(task.measured)
             chosen = evenly_spread(len(samples), num_samples)
             for start in range(0, len(chosen), size):

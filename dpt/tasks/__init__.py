@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from dpt.bounds import bounded
 
 if TYPE_CHECKING:
-    from dpt.config import AdapterConfig, LossSettings
+    from dpt.config import AdapterSettings, LossSettings
     from dpt.tasks.task import Task
 
 
@@ -55,7 +55,7 @@ def all_tasks(loss: LossSettings | None = None, *, itm_layer: int = -1) -> tuple
     return ImageTextMatching(itm_layer), ReferringExpressions(loss)
 
 
-def tasks_of(config: AdapterConfig, loss: LossSettings | None = None, *, itm_layer: int = -1) -> tuple[Task, ...]:
+def tasks_of(config: AdapterSettings, loss: LossSettings | None = None, *, itm_layer: int = -1) -> tuple[Task, ...]:
     """The tasks that an adapter has heads for.
 
     Raises:

@@ -5,6 +5,7 @@ Shapes: B batch, Q queries, D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from dpt.config import AdapterConfig
     from dpt.data.collate import Batch, Sample
     from dpt.rec_text import RecTextEncoder
+    from dpt.tasks import LossWeights
 
 
 class Pass(NamedTuple):
@@ -49,6 +51,10 @@ class Task:
         """The task's part of an adapter, which calls it `<name>_head`."""
         raise NotImplementedError
 
+    def is_weighted(self, weights: LossWeights) -> bool:
+        """Whether one of its losses counts."""
+        return any(getattr(weights, name) for name in self.losses)
+
     def takes(self, sample: Sample) -> bool:
         """Whether the metric can be had of a sample."""
         return True
@@ -68,6 +74,10 @@ class Task:
         raise NotImplementedError
 
 
-def in_order(passes: set[Pass]) -> list[Pass]:
-    """The passes as one batch has them: the expression first, the true pair last, where a whole pass can stand in."""
+def passes_of(tasks: Iterable[Task]) -> list[Pass]:
+    """The passes that the tasks' losses compare, each once, in the order of a batch.
+
+    The expression is first. The true pair is last, where a pass through the whole U-Net can stand in for it.
+    """
+    passes = {one for task in tasks for one in task.passes}
     return sorted(passes, key=lambda p: (p == TRUE_PAIR, p.text is not None, p.image, p.text or 0))
