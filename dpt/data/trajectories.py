@@ -33,7 +33,7 @@ from dpt.base_models import DTYPE_NAMES, known_name, recommended
 from dpt.bounds import bounded, check_bounds, one_of
 from dpt.config import differences
 from dpt.data.collate import sample_generator
-from dpt.files import read_json, read_json_lines, write_text
+from dpt.files import read_json, read_json_lines, replacing, write_text
 from dpt.images import append_line, to_images
 from dpt.settings import values
 
@@ -227,13 +227,11 @@ def draw_missing(settings: TrajectorySettings, sd, prompts: list, folder: Path) 
 
 def _write_shard(path: Path, tensors: dict[str, torch.Tensor], prompts: list[DrawnPrompt]) -> Shard:
     """Writes a shard, and its line behind the others' once the file is whole."""
-    temporary = path.with_suffix(".tmp")
     try:
-        save_file(tensors, temporary)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise ValueError(f"{path} cannot be written ({error}); finished shards are kept: free some space") from error
-    temporary.replace(path)
     shard = Shard(path.name, hashlib.sha256(path.read_bytes()).hexdigest(), prompts)
     append_line(path.parent / SHARDS, msgspec.to_builtins(shard))
     return shard

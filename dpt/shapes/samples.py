@@ -1,20 +1,20 @@
 """The `shapes` world as training samples (`dpt.data.collate.Sample`)."""
 
 import hashlib
-import os
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from dpt.arrays import read_array, save_array
 from dpt.base_models import CKPT_FOLDER
 from dpt.data.collate import Sample, sample_generator
 from dpt.data.mining import most_similar
 from dpt.shapes.captions import caption_text
 from dpt.shapes.clip import embed_images, embed_texts, load_clip
 from dpt.shapes.scenes import render
-from dpt.shapes.vae import cache_latents, read_array
+from dpt.shapes.vae import cache_latents
 from dpt.shapes.world import ShapesWorld
 from dpt.stable_diffusion import StableDiffusion
 
@@ -156,8 +156,5 @@ def mine_scenes(world: ShapesWorld, num_samples: int, folder: Path) -> tuple[np.
         captions = torch.cat([embed_texts(clip, tokenizer, [texts[i] for i in part]) for part in parts]).numpy()
     own, count = np.arange(num_samples)[:, None], min(CANDIDATES, num_samples - 1)
     mined = most_similar(captions, own, captions, own, count), most_similar(captions, own, images, own, count)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp.npy")
-    np.save(temporary, np.stack(mined))
-    temporary.replace(path)
+    save_array(path, np.stack(mined))
     return mined

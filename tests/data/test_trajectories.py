@@ -263,6 +263,16 @@ def test_bad_settings_are_one_line(folder, prompts, capsys, change, message):
     assert sorted((path.name, path.read_bytes()) for path in folder.iterdir()) == before
 
 
+def test_settings_may_stand_before_and_behind_flags(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("model: shapes\n")
+    words = ["trajectories", str(tmp_path / "config.yaml"), "seed=1", "--device", "cpu"]
+    assert main([*words, "noises=1"]) == 2
+    assert "noises is 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "noises=2", "--noises"])
+    assert "unrecognized arguments: --noises" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
