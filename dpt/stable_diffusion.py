@@ -30,8 +30,8 @@ from dpt.model_folder import (
     check_kind,
     check_weights,
     choose_variant,
-    read_unet_config,
     weight_files,
+    without_marks,
 )
 from dpt.shapes.captions import parse
 from dpt.weights import read_shapes
@@ -212,9 +212,9 @@ def load_stable_diffusion(
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()  # what fails is said by the error below
     try:
-        with _quiet_fallback():
+        with _quiet_fallback(), without_marks(source) as files:
             pipeline = StableDiffusionPipeline.from_pretrained(
-                source,
+                files,
                 revision=revision,
                 variant=variant,
                 local_files_only=local_files_only,
@@ -289,7 +289,8 @@ def architecture(model: str) -> tuple[FrozenDict, int, int]:
     folder = Path(source)
     if folder.is_dir():
         try:
-            unet = read_unet_config(folder)
+            check_folder(folder)
+            unet = read_json(folder / "unet/config.json", dict)
             width = read_json(folder / "text_encoder/config.json", TextConfig).hidden_size
             variant = choose_variant(folder) or ""
             files = [file for part in ("text_encoder", "vae") for file in weight_files(folder / part).get(variant, [])]
@@ -376,7 +377,7 @@ def _broken_part(folder: Path) -> str:
     for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
         try:
             with torch.device("meta"):
-                expected = kind.from_config(kind.load_config(folder / part)).state_dict()
+                expected = kind.from_config(read_json(folder / part / "config.json", dict)).state_dict()
         except LOADING_ERRORS:
             return f"{part}/config.json: "
         for file in weight_files(folder / part).get("", []):
