@@ -102,7 +102,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(folder, prompts, capsys, monk
         path.write_bytes(b"half of it")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("dpt.data.trajectories.save_file", full)
+    monkeypatch.setattr("dpt.data.draw_trajectories.save_file", full)
     assert draw(folder, prompts) == 2
     assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
     assert (folder / "shards.jsonl").read_text() == lines[0]
