@@ -33,7 +33,7 @@ from dpt.model_folder import (
     weight_files,
     without_marks,
 )
-from dpt.shapes.captions import parse
+from dpt.shapes.grammar import parse
 from dpt.weights import read_shapes
 
 _SD2 = {

@@ -22,7 +22,7 @@ from transformers import AutoProcessor, BlipForImageTextRetrieval
 from dpt.base_models import CKPT_FOLDER
 from dpt.evaluation.flags import OPEN_CLIP_FOLDER, OPEN_CLIP_MODEL
 from dpt.evaluation.generate import process_state
-from dpt.shapes import captions, scenes
+from dpt.shapes import grammar, scenes
 from dpt.shapes import oracle as oracle_module
 from dpt.shapes.clip import embed_images, embed_texts, load_clip
 
@@ -73,7 +73,7 @@ def oracle(args: argparse.Namespace) -> Scorer:
             for verdict in verdicts
         ]
 
-    sources = [Path(inspect.getfile(module)) for module in (oracle_module, captions, scenes)]
+    sources = [Path(inspect.getfile(module)) for module in (oracle_module, grammar, scenes)]
     return Scorer("oracle", fingerprint(*sources), judged)
 
 

@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 from scipy import ndimage
 
-from dpt.shapes.captions import Description, parse
+from dpt.shapes.grammar import Description, parse
 from dpt.shapes.scenes import (
     COLORS,
     IMAGE_SIZE,

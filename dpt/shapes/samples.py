@@ -11,8 +11,8 @@ from dpt.arrays import read_array, save_array
 from dpt.base_models import CKPT_FOLDER
 from dpt.data.collate import Sample, sample_generator
 from dpt.data.mining import most_similar
-from dpt.shapes.captions import caption_text
 from dpt.shapes.clip import embed_images, embed_texts, load_clip
+from dpt.shapes.grammar import caption_text
 from dpt.shapes.scenes import render
 from dpt.shapes.vae import cache_latents
 from dpt.shapes.world import ShapesWorld

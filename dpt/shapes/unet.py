@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from dpt.data.loader import step_indices
-from dpt.shapes.captions import caption_text
+from dpt.shapes.grammar import caption_text
 from dpt.shapes.world import ShapesWorld
 from dpt.stable_diffusion import StableDiffusion
 
