@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dpt.files import read_json_lines, write_text
 from dpt.images import read_image
-from dpt.shapes.quality import Labelled, Verdict, load_labelled
+from dpt.shapes.quality import JudgedPicture, Labelled, load_labelled
 from dpt.shapes.scenes import IMAGE_SIZE
 
 COLUMNS = 20  # of the file of all pictures
@@ -47,7 +47,7 @@ def collect(folders: list[Path], count: int, output: Path) -> None:
         raise ValueError(f"--count is {count}; it must be a multiple of the {len(folders)} folders")
     rng, chosen = np.random.default_rng(0), []
     for folder in folders:
-        records = read_json_lines(folder / "verdicts.jsonl", Verdict)
+        records = read_json_lines(folder / "verdicts.jsonl", JudgedPicture)
         share = count // len(folders)
         if len(records) < share:
             raise ValueError(f"{folder} holds {len(records)} pictures; {share} are wanted of each folder")

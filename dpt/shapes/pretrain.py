@@ -36,7 +36,8 @@ from dpt.shapes.clip import (
     save_clip,
     wording_loss,
 )
-from dpt.shapes.quality import LABELS, judge_prompts
+from dpt.shapes.oracle import LABELS
+from dpt.shapes.quality import judge_prompts
 from dpt.shapes.scenes import render
 from dpt.shapes.settings import IMAGE_SIZE, Optimization, PretrainConfig
 from dpt.shapes.training import read_state, save_folder, train_stage
