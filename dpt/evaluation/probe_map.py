@@ -38,8 +38,8 @@ from dpt.metrics import Interval, bootstrap_interval
 from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
 from dpt.results import check_replaceable, figure_beside, record_section
-from dpt.shapes.training import train_stage
 from dpt.stable_diffusion import StableDiffusion
+from dpt.train_loop import train_stage
 from dpt.unet_features import parse_feature
 from dpt.validation import PAPER_TIMESTEP, evenly_spread, itm_records, rec_records
 

@@ -14,7 +14,7 @@ from dpt.data.mining import most_similar
 from dpt.shapes.clip import embed_images, embed_texts, load_clip
 from dpt.shapes.grammar import caption_text
 from dpt.shapes.scenes import render
-from dpt.shapes.vae import cache_latents
+from dpt.shapes.vae import Latents, cache_latents, scene_latents
 from dpt.shapes.world import ShapesWorld
 from dpt.stable_diffusion import StableDiffusion
 
@@ -54,23 +54,13 @@ class ShapesSamples:
         # made once: drawing them anew for every comparison takes longer than the U-Net's passes
         self._scene, self._example = cache(self.world.scene), cache(self.world.__getitem__)
         self.leave_out, self.draw_seed = leave_out, draw_seed
-        self.scaling_factor = sd.vae.config.scaling_factor
-        self.scenes = cache_latents(
-            sd.vae,
-            lambda i: render(self.world.scene(i)[1]),
-            folder,
-            key=self.world.key(),
-            count=num_samples,
-        )
+        factor = sd.vae.config.scaling_factor
+        self.scenes = Latents(scene_latents(sd.vae, self.world, folder, count=num_samples), factor)
         self.edited = None
         if negatives == "edited":
-            self.edited = cache_latents(
-                sd.vae,
-                lambda i: render(self.world[i].negative.scene),
-                folder,
-                key=f"{self.world.key()} edited (4)",
-                count=num_samples,
-            )
+            key = f"{self.world.key()} edited (4)"
+            draw = lambda i: render(self.world[i].negative.scene)  # noqa: E731
+            self.edited = Latents(cache_latents(sd.vae, draw, folder, key=key, count=num_samples), factor)
         else:
             self.mined = mine_scenes(self.world, num_samples, folder)
 
@@ -87,23 +77,18 @@ class ShapesSamples:
         other_description, _ = self._scene(other)
         if self.edited is not None:
             negative_text = caption_text(example.negative.description, rng)
-            negative_image, shown = self._latents(self.edited, index, generator), example.negative.description
+            negative_image, shown = self.edited.sample([index], generator), example.negative.description
         else:
             texts, images = (rows[index] for rows in self.mined)
             text = int(rng.choice(self._false_of(index, texts, NUM_TEXTS)))
             image = int(rng.choice(self._false_of(index, images, NUM_IMAGES)))
             negative_text = caption_text(self._scene(text)[0], rng)
-            negative_image, shown = self._latents(self.scenes, image, generator), self._scene(image)[0]
+            negative_image, shown = self.scenes.sample([image], generator), self._scene(image)[0]
         expression = example.expressions[int(rng.integers(len(example.expressions)))]
+        own, random = (self.scenes.sample([i], generator) for i in (index, other))
         return Sample(
             id=index,
-            images=torch.stack(
-                [
-                    self._latents(self.scenes, index, generator),
-                    negative_image,
-                    self._latents(self.scenes, other, generator),
-                ]
-            ),
+            images=torch.cat([own, negative_image, random]),
             captions=(caption_text(example.description, rng), negative_text, caption_text(other_description, rng)),
             expression=expression.text,
             boxes=torch.tensor(example.scene.boxes()[[expression.index]], dtype=torch.float32),
@@ -130,11 +115,6 @@ class ShapesSamples:
         if not found:
             raise ValueError(f"sample {index} has no true negative among {len(candidates)} candidates")
         return found
-
-    def _latents(self, posteriors: np.ndarray, index: int, generator: torch.Generator) -> torch.Tensor:
-        mean, logvar = torch.from_numpy(posteriors[index]).float().chunk(2)
-        noise = torch.randn(mean.shape, generator=generator)
-        return (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise) * self.scaling_factor
 
 
 def mine_scenes(world: ShapesWorld, num_samples: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """The autoencoder of the `shapes` world: 8x down, 4 latent channels, trained on crops."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from tqdm import tqdm
 
 from dpt.arrays import read_array, save_array
@@ -154,6 +155,26 @@ def whiten(vae: AutoencoderKL, posteriors: np.ndarray) -> None:
     weight = post.weight[:, :, 0, 0].double()
     post.bias += (weight @ center).float()
     post.weight[:, :, 0, 0] = (weight @ forward.inverse()).float()
+
+
+def scene_latents(vae: AutoencoderKL, world: ShapesWorld, folder: Path, *, count: int) -> np.ndarray:
+    """`cache_latents` of a world's scenes."""
+    return cache_latents(vae, lambda i: render(world.scene(i)[1]), folder, key=world.key(), count=count)
+
+
+class Latents:
+    """Cached posteriors (N, 8, h, w) float16, sampled and scaled on access."""
+
+    def __init__(self, posteriors: np.ndarray, scaling_factor: float):
+        self.posteriors, self.scaling_factor = torch.from_numpy(posteriors), scaling_factor
+
+    def __len__(self) -> int:
+        return len(self.posteriors)
+
+    def sample(self, indices: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+        """Scaled latents (B, 4, h, w) float32."""
+        posterior = DiagonalGaussianDistribution(self.posteriors[indices].float())
+        return posterior.sample(generator) * self.scaling_factor
 
 
 def measure_scaling_factor(latents: np.ndarray) -> float:
