@@ -1,12 +1,11 @@
-"""The training loop of the `shapes` pretraining stages: exact resumption, an average of the weights, a metrics file.
+"""A training loop for models whose batch is a function of the step number alone.
 
-A stage's batch is a function of the step number alone, so weights, optimiser and step are all there is to save.
+Weights, their average, optimiser and step are all there is to save: a run that is killed goes on exactly.
 """
 
 import copy
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,6 @@ from tqdm import tqdm
 
 from dpt.curves import drop_metrics_after
 from dpt.files import replacing
-from dpt.images import numbered
 from dpt.weights import read_pickle
 
 STATE = {"model": dict, "average": dict, "optimizer": dict, "step": int}
@@ -44,32 +42,6 @@ def read_state(path: Path) -> dict:
         if not isinstance(state, dict) or not isinstance(state.get(key), kind):
             raise ValueError(f"{path} is no training's state, it lacks {key}; remove it to begin anew")
     return state
-
-
-def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a folder under a temporary name, then puts it in the place of one of that name.
-
-    What the one before held besides stays, in a folder whose name is printed.
-
-    Raises:
-        ValueError: the folder before is not empty and no model's.
-    """
-    models = any((folder / name).exists() for name in ("config.json", "model_index.json"))
-    if folder.exists() and not models and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there, and no model's folder; name another")
-    temporary, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("tmp", "old"))
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    write(temporary)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    if old.exists() and any(not (folder / path.relative_to(old)).exists() for path in old.rglob("*")):
-        aside = next(path for path in numbered(folder.parent, f"{folder.name}-before-{{}}", 1) if not path.exists())
-        old.rename(aside)
-        print(f"the {folder.name} before held other files too and is now {aside}")
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:

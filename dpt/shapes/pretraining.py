@@ -1,6 +1,7 @@
 """The stages of the embedded model's pretraining. Each leaves what it made in the folder and does nothing twice."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ from dpt.base_models import recommended
 from dpt.config import differences, flatten, load_config, save_config
 from dpt.curves import plot_curves
 from dpt.files import read_json, write_text
+from dpt.images import numbered
 from dpt.shapes import clip as clips
 from dpt.shapes.oracle import LABELS
 from dpt.shapes.quality import judge_prompts
@@ -33,7 +35,7 @@ from dpt.shapes.vae import (
 )
 from dpt.shapes.world import PROMPT_CATEGORIES, ShapesWorld, load_prompts
 from dpt.stable_diffusion import StableDiffusion
-from dpt.train_loop import read_state, save_folder, train_stage
+from dpt.train_loop import read_state, train_stage
 from dpt.unet_features import set_cpu_attention
 
 
@@ -195,6 +197,32 @@ def run_export(config: PretrainConfig, folder: Path) -> None:
     print(f"{config.output}: U-Net of step {state['step']}, scaling factor {scaling_factor:.4f}")
 
 
+def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a folder under a temporary name, then puts it in the place of one of that name.
+
+    What the one before held besides stays, in a folder whose name is printed.
+
+    Raises:
+        ValueError: the folder before is not empty and no model's.
+    """
+    models = any((folder / name).exists() for name in ("config.json", "model_index.json"))
+    if folder.exists() and not models and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there, and no model's folder; name another")
+    temporary, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("tmp", "old"))
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write(temporary)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    if old.exists() and any(not (folder / path.relative_to(old)).exists() for path in old.rglob("*")):
+        aside = next(path for path in numbered(folder.parent, f"{folder.name}-before-{{}}", 1) if not path.exists())
+        old.rename(aside)
+        print(f"the {folder.name} before held other files too and is now {aside}")
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _loop(train: Optimization) -> dict:
     return {name: value for name, value in vars(train).items() if name != "batch_size"}
 
@@ -207,12 +235,12 @@ class Stage(NamedTuple):
     """the keys, or beginnings of keys, of what it depends on"""
 
 
-UNET_SETTINGS = "channels heads num_latents caption_dropout web_noise. train. contrastive wording".split()
+OF_UNET = ("unet.channels", "unet.heads", "unet.num_latents", "unet.caption_dropout", "unet.web_noise.", "unet.train.")
 STAGES = {
     "clip": Stage(run_clip, (), ("clip.", "init_from")),
     "vae": Stage(run_vae, (), ("vae.channels", "vae.crop", "vae.kl_weight", "vae.train.", "init_from")),
     "latents": Stage(run_latents, ("vae",)),
-    "unet": Stage(run_unet, ("clip", "vae"), (*(f"unet.{name}" for name in UNET_SETTINGS), "init_from")),
+    "unet": Stage(run_unet, ("clip", "vae"), (*OF_UNET, "unet.contrastive", "unet.wording", "init_from")),
     "decoder": Stage(run_decoder, ("vae",), ("vae.decoder", "vae.kl_weight")),
     "export": Stage(run_export, ("clip", "vae", "unet.pt")),
 }
