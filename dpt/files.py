@@ -6,6 +6,8 @@ line that names the file, the record and the field.
 
 import codecs
 import contextlib
+import json
+import mmap
 import os
 import re
 from pathlib import Path
@@ -121,3 +123,27 @@ def is_cut_short(line: bytes) -> bool:
     except RecursionError:
         pass
     return False
+
+
+def append_line(path: Path, record: dict) -> None:
+    """Adds a record to a file of JSON lines, in one write; what a kill left of the record before is cut off."""
+    line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+    with path.open("ab") as file:
+        with contextlib.suppress(ImportError, OSError):  # a system, or a file system, without such locks
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)  # else another process's record could be taken for one cut short
+        rest = _last_line(path)
+        if is_cut_short(rest):
+            file.truncate(path.stat().st_size - len(rest))
+        elif rest:
+            line = b"\n" + line
+        file.write(line)
+
+
+def _last_line(path: Path) -> bytes:
+    """The bytes behind a file's last line end."""
+    if path.stat().st_size == 0:
+        return b""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content[content.rfind(b"\n") + 1 :]

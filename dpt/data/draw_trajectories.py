@@ -44,8 +44,8 @@ from dpt.evaluation.generate import noise_seed
 from dpt.evaluation.prompts import load_prompt_set
 from dpt.evaluation.scorers import METRICS as SCORERS
 from dpt.evaluation.scorers import value_of
-from dpt.files import read_json, read_json_lines, replacing, write_text
-from dpt.images import append_line, to_images
+from dpt.files import append_line, read_json, read_json_lines, replacing, write_text
+from dpt.images import to_images
 from dpt.schedulers import make_scheduler, set_timesteps
 from dpt.settings import values
 from dpt.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint

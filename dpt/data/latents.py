@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from dpt.arrays import read_array
 from dpt.data.coco import load_pixels
-from dpt.files import read_json, read_json_lines, write_bytes, write_text
-from dpt.images import append_line
+from dpt.files import append_line, read_json, read_json_lines, write_bytes, write_text
 from dpt.stable_diffusion import StableDiffusion
 
 MANIFEST = "latents.json"

@@ -21,8 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dpt.evaluation.scorers import METRICS, Scorer
-from dpt.files import read_json_lines
-from dpt.images import METADATA_FILE, append_line, read_image, read_metadata, read_records
+from dpt.files import append_line, read_json_lines
+from dpt.images import METADATA_FILE, read_image, read_metadata, read_records
 from dpt.shapes.oracle import Label
 
 COMPBENCH_NAME = re.compile(r"(.+)_(\d{6})", re.DOTALL)
