@@ -25,14 +25,14 @@ from tqdm import tqdm
 from dpt.base_models import CKPT_FOLDER, recommended
 from dpt.curves import plot_curves, read_metrics
 from dpt.drawing import Artist
-from dpt.files import read_json_lines
-from dpt.images import make_grid, read_image, to_images, to_pixels
+from dpt.images import make_grid, to_images, to_pixels
 from dpt.metrics import bootstrap_interval
 from dpt.results import figure_beside, table
 from dpt.settings import Sampling
 from dpt.shapes.clip import load_clip, pooled_cosines, retrieval
-from dpt.shapes.oracle import LABELS, Label, judge
-from dpt.shapes.scenes import IMAGE_SIZE, render
+from dpt.shapes.labelling import LABELLED, JudgedPicture, agreement
+from dpt.shapes.oracle import LABELS, judge
+from dpt.shapes.scenes import render
 from dpt.shapes.settings import LABELLED_FOLDER, SEEDS_APART
 from dpt.shapes.world import PROMPT_CATEGORIES, ShapesWorld, load_prompts
 from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion
@@ -45,36 +45,6 @@ WORD_PAIRS = (
     ("a red circle {} a blue square", "above", "below"),
     ("a red circle to the {} of a blue square", "left", "right"),
 )
-LABELLED = {
-    "early stages": LABELLED_FOLDER,
-    "late stages": LABELLED_FOLDER / "late",
-    "with CLIP trained along": LABELLED_FOLDER / "joint",
-}
-"""pictures labelled by eye: of the oracle's thresholds that of outlines was chosen on the first half of the first set,
-that at the border on the first two, and nothing on the third"""
-
-
-class JudgedPicture(msgspec.Struct):
-    """A line of `verdicts.jsonl`: a picture that `judge_prompts` drew, and the oracle's verdict."""
-
-    category: str
-    prompt: str
-    seed: int
-    label: Label
-    reason: str
-
-
-class Labelled(msgspec.Struct):
-    """A line of `labels.jsonl`: a picture to be labelled by eye, and its label, null until then."""
-
-    stage: str
-    category: str
-    prompt: str
-    seed: int
-    label: Label | None
-
-
-# Pictures of prompts
 
 
 def judge_prompts(
@@ -131,33 +101,6 @@ def shares(records: list[dict]) -> dict[str, tuple[float, float, float]]:
 def _percent(share):
     mean, low, high = (100 * value for value in share)
     return f"{mean:.1f} ({low:.1f} to {high:.1f})"
-
-
-# Labelled pictures
-
-
-def load_labelled(folder: Path) -> list[dict]:
-    """The pictures of a folder that were labelled by eye: image (128, 128, 3) uint8, prompt, label, stage."""
-    sheet = read_image(folder / "pictures.png")
-    rows, columns = (side // IMAGE_SIZE for side in sheet.shape[:2])
-    records = msgspec.to_builtins(read_json_lines(folder / "labels.jsonl", Labelled))
-    if len(records) > rows * columns:
-        raise ValueError(f"{folder / 'pictures.png'} has {rows * columns} pictures, labels.jsonl {len(records)} lines")
-    for k, record in enumerate(records):
-        y, x = (IMAGE_SIZE * v for v in divmod(k, columns))
-        record["image"] = np.ascontiguousarray(sheet[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE])
-    return records
-
-
-def agreement(folder: Path) -> tuple[list[dict], dict[tuple[str, str], int]]:
-    """Where the oracle disagrees with a folder's labels, and counts of (label by eye, oracle's label)."""
-    wrong, counts = [], {}
-    for k, record in enumerate(load_labelled(folder)):
-        verdict = judge(record["image"], record["prompt"])
-        counts[record["label"], verdict.label] = counts.get((record["label"], verdict.label), 0) + 1
-        if verdict.label != record["label"]:
-            wrong.append({"index": k, "label": record["label"], "oracle": verdict.label, "reason": verdict.reason})
-    return wrong, counts
 
 
 # Sections of docs/results.md
