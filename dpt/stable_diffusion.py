@@ -21,7 +21,7 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dpt.base_models import CKPT_FOLDER, DEFAULT_MODEL, MIRRORS, MODELS, check_size, known_name
+from dpt.base_models import CKPT_FOLDER, DEFAULT_MODEL, MIRRORS, MODELS, check_size
 from dpt.files import read_json
 from dpt.model_folder import (
     LOADING_ERRORS,
@@ -33,7 +33,6 @@ from dpt.model_folder import (
     weight_files,
     without_marks,
 )
-from dpt.shapes.grammar import parse
 from dpt.weights import read_shapes
 
 _SD2 = {
@@ -342,18 +341,6 @@ def advice_against_nan(sd: StableDiffusion) -> str:
             "nothing: set it to v_prediction, or rescale_betas_zero_snr to false, in scheduler_config.json"
         )
     return ("" if sd.dtype == torch.float32 else "draw in float32 (--dtype float32), or ") + "draw at a lower --scale"
-
-
-def grammar_note(sd: StableDiffusion, prompts: list[str]) -> str | None:
-    """In words, the first of the prompts that the embedded model does not know; None where it knows all."""
-    if known_name(sd.name) != "shapes":
-        return None
-    for prompt in prompts:
-        try:
-            parse(prompt)
-        except ValueError as error:
-            return f"this model only knows shapes, and {error}"
-    return None
 
 
 def _source(model: str, notice) -> str:

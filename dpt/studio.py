@@ -20,11 +20,11 @@ from dpt.sampling import initial_noise
 from dpt.settings import SEED_LIMIT, Sampling
 from dpt.stable_diffusion import (
     StableDiffusion,
-    grammar_note,
     load_stable_diffusion,
     usable_device,
 )
 from dpt.unet_features import Conditioning, unet_features
+from dpt.worlds import grammar_note
 
 GROUNDING_TIMESTEP = 200
 THREAD = "drawing"
@@ -124,7 +124,7 @@ class Studio:
             raise ValueError(f"candidates is {candidates}; it must be a number from 1 to {MOST_CANDIDATES}")
         if choose_at is None or not 0 < choose_at <= 1:
             raise ValueError(f"choose at is {choose_at}; it must be a fraction of the steps, above 0 and at most 1")
-        images, points, gallery, note = {}, [], [], grammar_note(self.sd, [prompt])
+        images, points, gallery, note = {}, [], [], grammar_note(self.sd.name, [prompt])
         num_steps, fractions = self.sampling.num_inference_steps, (choose_at,) if candidates > 1 else None
         corrected = self.sampling.changed(
             correction_norm=norm, correction_target=target, candidates=candidates, choose_at=fractions

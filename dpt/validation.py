@@ -22,7 +22,7 @@ FIGURES = ("text", "image", *(f"{name}_at_{k}" for name in ("precision", "giou_p
 
 
 class Samples(Protocol):
-    """Random access to samples; `dpt.shapes.samples` and `dpt.data.samples` give it."""
+    """Random access to samples; `dpt.shapes.samples` and `dpt.data.coco_samples` give it."""
 
     def __len__(self) -> int: ...
 

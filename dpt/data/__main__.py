@@ -67,7 +67,7 @@ def run_cache_latents(args: argparse.Namespace) -> int:
 def run_mine_negatives(args: argparse.Namespace) -> int:
     """Writes hard negatives as a folder of items, or as a table where --output ends in .tsv."""
     from dpt.data.coco import load_captions
-    from dpt.data.itm import write_items, write_tsv
+    from dpt.data.hard_negatives import write_items, write_tsv
     from dpt.data.mining import mine
     from dpt.data.open_clip_embedder import load_embedders
 

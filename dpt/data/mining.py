@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dpt.arrays import save_array
 from dpt.data.coco import CaptionedImage
-from dpt.data.itm import ItmItem
+from dpt.data.hard_negatives import ItmItem
 from dpt.files import replacing
 
 Embedder = Callable[[list], torch.Tensor]

@@ -1,6 +1,7 @@
 """The `shapes` world as training samples (`dpt.data.collate.Sample`)."""
 
 import hashlib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from dpt.arrays import read_array, save_array
 from dpt.base_models import CKPT_FOLDER
+from dpt.config import DataSettings
 from dpt.data.collate import Sample, sample_generator
 from dpt.data.mining import most_similar
 from dpt.shapes.clip import embed_images, embed_texts, load_clip
@@ -18,6 +20,7 @@ from dpt.shapes.vae import Latents, cache_latents, scene_latents
 from dpt.shapes.world import ShapesWorld
 from dpt.stable_diffusion import StableDiffusion
 
+NUM_SAMPLES = 10_000  # to train on, where the config names no number
 NEGATIVES = ("edited", "mined")
 NUM_TEXTS, NUM_IMAGES = 20, 4  # mined ones to draw from, as in the paper
 CANDIDATES = 80  # mined, of which those that happen to be true are passed over
@@ -115,6 +118,27 @@ class ShapesSamples:
         if not found:
             raise ValueError(f"sample {index} has no true negative among {len(candidates)} candidates")
         return found
+
+
+def training_samples(data: DataSettings, sd: StableDiffusion, *, seed: int, notice: Callable) -> ShapesSamples:
+    """The scenes that a config trains on."""
+    return ShapesSamples(
+        sd,
+        Path(data.cache_folder),
+        num_samples=NUM_SAMPLES if data.num_samples is None else data.num_samples,
+        negatives=data.negatives,
+        leave_out=tuple(data.leave_out),
+        draw_seed=seed,
+    )
+
+
+def validation_samples(
+    data: DataSettings, sd: StableDiffusion, *, num_samples: int, split: str
+) -> dict[str, ShapesSamples]:
+    """The scenes of val or test, for both tasks."""
+    options = {"num_samples": num_samples, "negatives": data.negatives, "split": split}
+    samples = ShapesSamples(sd, Path(data.cache_folder), **options)
+    return {"itm": samples, "rec_shapes": samples}
 
 
 def mine_scenes(world: ShapesWorld, num_samples: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:
