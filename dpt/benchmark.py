@@ -1,4 +1,4 @@
-"""What a step costs, beside what it should cost.
+"""Seconds and memory of a step, beside what it should cost.
 
     python -m dpt.benchmark sampling [--json] [--model shapes|random-145m] [--batch_size N]
     python -m dpt.benchmark training [--json] [--model shapes|random-145m|random-sd21] [--batch_size N]

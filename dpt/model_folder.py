@@ -29,7 +29,7 @@ STEMS = {"unet": ("diffusion_pytorch_model",) * 2, "vae": ("diffusion_pytorch_mo
 STEMS |= {"text_encoder": ("model", "pytorch_model")}
 """how the names of weights begin, as safetensors and as .bin"""
 LOADING_ERRORS = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, StrictDataclassError)
-"""What diffusers and transformers raise of a folder whose files do not fit each other."""
+"""Errors of diffusers and transformers at a folder whose files do not fit each other."""
 SUPPORTED = "supported is Stable Diffusion 1 and 2 that draws from text alone (StableDiffusionPipeline)"
 
 

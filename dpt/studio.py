@@ -1,4 +1,4 @@
-"""What the demo's page draws with: a model and its adapter, step by step, until nobody waits any more."""
+"""The demo's model and adapter: they draw step by step, until nobody waits any more."""
 
 import queue
 import threading

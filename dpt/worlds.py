@@ -1,4 +1,4 @@
-"""What is known of the prompts of a base model: of the embedded one its grammar, of others nothing."""
+"""Knowledge of the prompts of a base model: the grammar of the embedded one, nothing of the others."""
 
 from dpt.base_models import known_name
 from dpt.shapes.grammar import parse

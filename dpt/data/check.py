@@ -22,7 +22,7 @@ _ENDS = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND\xaeB`\x82"}
 
 @dataclass
 class Findings:
-    """What was found in one file or folder: how much it holds, and its problems by kind with where they are."""
+    """The state of one file or folder: how much it holds, and its problems by kind with where they are."""
 
     name: str
     holds: str = ""

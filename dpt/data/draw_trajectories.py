@@ -53,7 +53,7 @@ from dpt.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerpr
 
 @dataclass
 class TrajectorySettings:
-    """What `python -m dpt.data trajectories` draws; every key of its YAML file."""
+    """Settings of `python -m dpt.data trajectories`: every key of its YAML file."""
 
     output: str = ""
     """the folder that they go to"""

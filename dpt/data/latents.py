@@ -26,7 +26,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 @dataclass
 class Manifest:
-    """What latents depend on."""
+    """The model and size that latents depend on."""
 
     model: str
     vae: list[float]
@@ -142,7 +142,7 @@ def cache_folder(
 
 
 def verify_folder(folder: Path) -> list[str]:
-    """What is wrong with cached latents: files that differ from their checksum or are missing.
+    """Problems of cached latents: files that differ from their checksum or are missing.
 
     A file that was encoded again, in another batch or shard, has several; any of them is right.
 

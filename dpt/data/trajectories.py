@@ -1,9 +1,9 @@
-"""A model's own half-drawn pictures, and what a judge says of the pictures that became of them.
+"""A model's own half-drawn pictures, and a judge's values of the pictures that became of them.
 
 The adapter chooses between half-drawn pictures; here it can learn from such pictures. `python -m dpt.data
 trajectories CONFIG` (`dpt.data.draw_trajectories`) fills a folder:
 
-    trajectories.json    what everything in it depends on
+    trajectories.json    the model and settings that everything in it depends on
     shards.jsonl         a line a shard: its file, SHA-256, prompts, categories and seeds
     00000.safetensors    `latents` (P, N, K, C, h, w) and `final` (P, N, C, h, w), float16
     labels_NAME.jsonl    a line a picture: prompt, seed, the scorer's value, and whose it is; one file a scorer
@@ -30,7 +30,7 @@ MANIFEST, SHARDS = "trajectories.json", "shards.jsonl"
 
 
 class Manifest(Struct):
-    """What all trajectories of a folder depend on."""
+    """The model and settings that all trajectories of a folder depend on."""
 
     model: str
     weights: str

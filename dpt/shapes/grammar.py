@@ -54,7 +54,7 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Description:
-    """What a caption means: phrases, and relations (i, direction, j) between phrases i and j."""
+    """The meaning of a caption: phrases, and relations (i, direction, j) between phrases i and j."""
 
     phrases: tuple[Phrase, ...]
     relations: tuple[tuple[int, str, int], ...] = ()
@@ -271,7 +271,7 @@ def parse(prompt: str) -> Description:
         return ValueError(f"prompt {prompt!r} is outside the shapes grammar: {reason}")
 
     def take(pattern: re.Pattern, expected: str | None = None) -> str | None:
-        """What the pattern finds next, which is passed over; None where it is no part that is expected."""
+        """The words that the pattern finds next, which are passed over; None where it finds none."""
         nonlocal at
         match = pattern.match(text, at)
         if match:
