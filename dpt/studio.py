@@ -18,11 +18,7 @@ from dpt.images import to_pixels, with_boxes
 from dpt.metrics import objectness
 from dpt.sampling import initial_noise
 from dpt.settings import SEED_LIMIT, Sampling
-from dpt.stable_diffusion import (
-    StableDiffusion,
-    load_stable_diffusion,
-    usable_device,
-)
+from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion, usable_device
 from dpt.unet_features import Conditioning, unet_features
 from dpt.worlds import grammar_note
 

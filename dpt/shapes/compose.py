@@ -31,10 +31,7 @@ def compose(description: Description, rng: np.random.Generator) -> Scene:
                 large = rng.random() < LARGE_SHARE[description.num_objects]
                 for _ in range(8):
                     candidate = sample_object(
-                        rng,
-                        color=phrase.color,
-                        shape=phrase.shape,
-                        size=phrase.size or ("large" if large else "small"),
+                        rng, color=phrase.color, shape=phrase.shape, size=phrase.size or ("large" if large else "small")
                     )
                     if layout_is_valid([*objects, candidate]):
                         break
