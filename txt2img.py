@@ -226,13 +226,13 @@ def announce(sd, prompts: list[str], args: argparse.Namespace, sampling: Samplin
     """Says what of the prompts and settings will not be understood or have no effect."""
     from dpt.gallery import GRID_ROWS
     from dpt.images import without_glyph
-    from dpt.stable_diffusion import grammar_note
+    from dpt.worlds import grammar_note
 
     for prompt in dict.fromkeys([*prompts, sampling.negative_prompt]):
         if cut := sd.truncated_part(prompt):
             limit = sd.tokenizer.model_max_length
             print(f"note: {sd.name} reads {limit} tokens a prompt; not read of {prompt[:40]!r}...: {cut[:60]!r}...")
-    if note := grammar_note(sd, prompts):
+    if note := grammar_note(sd.name, prompts):
         print(f"note: {note}")
     if sampling.negative_prompt and sampling.guidance_scale <= 1:
         print("note: --negative_prompt has no effect at a --scale of 1 or less")

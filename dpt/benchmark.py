@@ -1,4 +1,4 @@
-"""What a step costs, beside what it should cost.
+"""Seconds and memory of a step, beside what it should cost.
 
     python -m dpt.benchmark sampling [--json] [--model shapes|random-145m] [--batch_size N]
     python -m dpt.benchmark training [--json] [--model shapes|random-145m|random-sd21] [--batch_size N]
@@ -65,24 +65,24 @@ def make_unet(name: str) -> tuple[UNet2DConditionModel, DDIMScheduler, AdapterCo
         unet = UNet2DConditionModel(**ARCHITECTURES["sd21-base"] | {"sample_size": 32})
         torch.set_default_dtype(torch.float32)
     else:
-        unet = UNet2DConditionModel(
-            sample_size=32,
-            block_out_channels=(128, 256, 512, 512),
-            attention_head_dim=(2, 4, 8, 8),
-            cross_attention_dim=512,
-            use_linear_projection=True,
-        )
+        widths = {"block_out_channels": (128, 256, 512, 512), "attention_head_dim": (2, 4, 8, 8)}
+        unet = UNet2DConditionModel(sample_size=32, cross_attention_dim=512, use_linear_projection=True, **widths)
     unet.eval().requires_grad_(False)
     width = unet.config.cross_attention_dim
     config = AdapterConfig(in_channels=[block_channels(FEATURE, unet.config)], text_dim=width)
     return unet, DDIMScheduler(steps_offset=1, clip_sample=False), config, 77
 
 
-def seconds(function) -> float:
-    """Wall-clock time of a call."""
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
+def median_seconds(kinds: dict[str, Callable], repeats: int) -> dict[str, float]:
+    """Median wall-clock time of calls of each function, one after the other and again, after a warm-up."""
+    times = {name: [] for name in kinds}
+    for k in range(repeats + 1):
+        for name, function in kinds.items():
+            began = time.perf_counter()
+            function()
+            if k:
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def sampling_steps(name: str, batch_size: int) -> dict[str, Callable]:
@@ -110,15 +110,15 @@ def guided_step_kinds(
     plain = ClassifierFreeGuidance(unet, scheduler, conditioning, negative, guidance_scale=7.5)
     inputs = latents.to(unet.dtype)
 
-    @torch.no_grad()
-    def step(denoise=plain):
-        noise_pred, moved = denoise(latents, timestep, 10)
-        return scheduler.step(noise_pred, timestep, moved)
-
-    corrected = {
+    denoisers = {"plain": plain} | {
         name: SelfCorrection(plain, scorer, replace(PAPER, correction_target=target))
         for name, target in CORRECTED.items()
     }
+
+    @torch.no_grad()
+    def step(denoise):
+        noise_pred, moved = denoise(latents, timestep, 10)
+        return scheduler.step(noise_pred, timestep, moved)
 
     @torch.no_grad()
     def whole():
@@ -129,20 +129,13 @@ def guided_step_kinds(
         features, _ = unet_features(unet, scorer.blocks, inputs, timestep, conditioning)
         return scorer.adapter.itm_embeddings(scorer.adapter([f.float() for f in features], timestep))
 
-    steps = {name: functools.partial(step, denoise) for name, denoise in corrected.items()}
-    return {"plain": step, **steps, "whole": whole, "feature": feature}
+    steps = {name: functools.partial(step, denoise) for name, denoise in denoisers.items()}
+    return steps | {"whole": whole, "feature": feature}
 
 
 def time_sampling(name: str, batch_size: int, repeats: int) -> dict:
     """Medians of interleaved runs, and the peak memory of either kind of step in a process of its own."""
-    steps = sampling_steps(name, batch_size)
-    for function in steps.values():
-        function()
-    times = {key: [] for key in steps}
-    for _ in range(repeats):
-        for key, function in steps.items():
-            times[key].append(seconds(function))
-    median = {key: statistics.median(values) for key, values in times.items()}
+    median = median_seconds(sampling_steps(name, batch_size), repeats)
     share = median["feature"] / median["whole"]
     ratio = median["corrected"] / median["plain"]
     return {
@@ -172,14 +165,8 @@ class SequentialDPT(DPT):
         for image, text in passes:
             context = batch["expression_context"] if text is None else batch["caption_context"][:, text]
             with torch.no_grad():
-                features, _ = unet_features(
-                    self.unet,
-                    self.blocks,
-                    batch["noisy_latents"][:, image],
-                    batch["timesteps"],
-                    Conditioning(context),
-                    with_noise_pred=not self.stop_early,
-                )
+                inputs = batch["noisy_latents"][:, image], batch["timesteps"], Conditioning(context)
+                features, _ = unet_features(self.unet, self.blocks, *inputs, with_noise_pred=not self.stop_early)
             parts.append(features)
         return [torch.cat(maps) for maps in zip(*parts, strict=True)], None
 
@@ -240,17 +227,16 @@ def training_steps(name: str, batch_size: int) -> dict:
 
 def time_training(name: str, batch_size: int, repeats: int, kinds: tuple[str, ...] = TRAINING_KINDS) -> dict:
     """Medians of interleaved steps of these kinds, and their losses."""
-    steps, times, losses = training_steps(name, batch_size), {kind: [] for kind in kinds}, {}
+    steps, losses = training_steps(name, batch_size), {}
+
+    def run(kind):
+        torch.manual_seed(2)  # the adapter's dropout
+        losses[kind] = steps[kind]()
+
     tune = [kind for kind in kinds if kind.startswith("tune")]  # after the others: it leaves LoRA on the U-Net
+    median = {}
     for group in ([kind for kind in kinds if kind not in tune], tune):
-        for k in range(repeats + 1):
-            for kind in group:
-                torch.manual_seed(2)  # the adapter's dropout
-                began = time.perf_counter()
-                losses[kind] = steps[kind]()
-                if k:  # the first is a warm-up
-                    times[kind].append(time.perf_counter() - began)
-    median = {kind: statistics.median(values) for kind, values in times.items()}
+        median |= median_seconds({kind: functools.partial(run, kind) for kind in group}, repeats)
     result = {"model": name, "batch_size": batch_size, "repeats": repeats}
     result |= {f"{kind}_step_s": value for kind, value in median.items()}
     result["speedup"] = median["sequential"] / median["batched"]

@@ -119,6 +119,16 @@ class ArgumentParser(argparse.ArgumentParser):
         options.setdefault("allow_abbrev", False)
         super().__init__(*args, **options)
 
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """The arguments; of a command with `overrides`, settings (key=value) may stand behind flags too."""
+        found, rest = self.parse_known_args(args, namespace)
+        if "overrides" in found:
+            found.overrides += [word for word in rest if not word.startswith("-")]
+            rest = [word for word in rest if word.startswith("-")]
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found
+
     def error(self, message: str):
         """Ends the program with exit code 2 and one line."""
         self.exit(2, f"error: {message} ({self.prog} --help lists every flag)\n")

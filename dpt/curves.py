@@ -1,14 +1,13 @@
 """Curves of a metrics file."""
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 from matplotlib.figure import Figure
 
-from dpt.files import read_json_lines, write_text
+from dpt.files import read_json_lines, replacing, write_text
 
 _APART = ("step", "seconds", "grad_norm", "lr", "samples_per_second", "peak_memory_mb", "skipped_steps")
 
@@ -65,6 +64,5 @@ def plot_curves(metrics_path: Path, figure_path: Path) -> None:
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=6)
-    temporary = figure_path.with_name(f".{figure_path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    temporary.replace(figure_path)
+    with replacing(figure_path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")

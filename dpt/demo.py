@@ -16,6 +16,14 @@ from dpt.hub import is_hub_id
 from dpt.settings import CORRECTION_TARGETS, DEFAULT_CHOOSE_AT
 
 LOOPBACK = "127.0.0.1"
+EXAMPLE = "a red circle left of a blue square"
+LABELS = {
+    "norm": "correction's length, as a share of the latent's",
+    "target": "what goes on from the correction",
+    "candidates": "candidates (1 to 8), of which one is kept",
+    "choose_at": "choose at, a fraction of the steps",
+    "gallery": "candidates as predicted at the choice, with their scores",
+}
 KNOWN_ARMS = [(0, None, "plain"), (0, None, "corrected")]  # gradio's plot draws only those that its first value has
 
 
@@ -26,80 +34,52 @@ def make_page(model: str, opening: Future):
 
     def ready():
         try:
-            studio = opening.result()
+            sampling = opening.result().sampling
         except CancelledError:
-            return [gradio.skip()] * 6 + ["the model could not be loaded"]
-        return [
-            gradio.Textbox(interactive=True),
-            gradio.Slider(value=studio.sampling.correction_norm or 0.01, interactive=True),
-            gradio.Dropdown(value=studio.sampling.correction_target, interactive=True),
-            gradio.Number(value=studio.sampling.candidates, interactive=True),
-            gradio.Number(value=(studio.sampling.choose_at or DEFAULT_CHOOSE_AT)[-1], interactive=True),
-            gradio.Button(interactive=True),
-            "ready",
-        ]
+            return [*[gradio.skip()] * len(locked), "the model could not be loaded"]
+        own = {norm: sampling.correction_norm or 0.01, target: sampling.correction_target}
+        own |= {candidates: sampling.candidates, choose_at: (sampling.choose_at or DEFAULT_CHOOSE_AT)[-1]}
+        values = [{"value": own[control]} if control in own else {} for control in locked]
+        return [*(gradio.update(interactive=True, **value) for value in values), "ready"]
 
     def run(prompt, seed, norm, target, phrase, candidates=1, choose_at=DEFAULT_CHOOSE_AT[0]):
         try:
-            steps = opening.result().draw(prompt, seed, norm, target, phrase, candidates, choose_at)
-            for plain, corrected, points, found, say in steps:
-                trace = pandas.DataFrame(KNOWN_ARMS + points, columns=["step", "score", "arm"])
-                yield plain, corrected, trace, found, say
+            for *shown, points, found, say in opening.result().draw(
+                prompt, seed, norm, target, phrase, candidates, choose_at
+            ):
+                yield *shown, pandas.DataFrame(KNOWN_ARMS + points, columns=["step", "score", "arm"]), found, say
         except (ValueError, FloatingPointError, CancelledError) as error:
             say = f"error: {str(error) or 'the model could not be loaded'}"
             yield *[gradio.skip()] * 4, say  # what was drawn stays
 
+    def show_gallery(count):
+        return gradio.update(visible=(count or 0) > 1)
+
+    lock, whole = {"interactive": False}, {"precision": 0}
     with gradio.Blocks(title="dpt") as page:
         gradio.Markdown(f"## {model}, without and with self-correction")
         with gradio.Row():
-            prompt = gradio.Textbox(
-                label="prompt", value="a red circle left of a blue square", elem_id="prompt", scale=3, interactive=False
-            )
-            seed = gradio.Number(label="seed", value=0, precision=0, minimum=0)
+            prompt = gradio.Textbox(EXAMPLE, label="prompt", elem_id="prompt", scale=3, **lock)
+            seed = gradio.Number(0, label="seed", minimum=0, **whole)
             phrase = gradio.Textbox(label="phrase to find", elem_id="phrase")
         with gradio.Row():
-            norm = gradio.Slider(
-                0,
-                0.1,
-                value=0.012,
-                step=0.001,
-                label="correction's length, as a share of the latent's",
-                scale=2,
-                interactive=False,
-            )
-            target = gradio.Dropdown(
-                CORRECTION_TARGETS, value="latent", label="what goes on from the correction", interactive=False
-            )
-            candidates = gradio.Number(
-                label="candidates (1 to 8), of which one is kept",
-                value=1,
-                precision=0,
-                elem_id="count",
-                interactive=False,
-            )
-            choose_at = gradio.Number(
-                label="choose at, a fraction of the steps", value=DEFAULT_CHOOSE_AT[0], step=0.05, interactive=False
-            )
-        button = gradio.Button("draw", variant="primary", elem_id="draw", interactive=False)
+            norm = gradio.Slider(0, 0.1, 0.012, step=0.001, label=LABELS["norm"], scale=2, **lock)
+            target = gradio.Dropdown(CORRECTION_TARGETS, value="latent", label=LABELS["target"], **lock)
+            candidates = gradio.Number(1, label=LABELS["candidates"], elem_id="count", **whole, **lock)
+            choose_at = gradio.Number(DEFAULT_CHOOSE_AT[0], label=LABELS["choose_at"], step=0.05, **lock)
+        button = gradio.Button("draw", variant="primary", elem_id="draw", **lock)
         with gradio.Row():
             plain = gradio.Image(label="without", elem_id="plain")
             corrected = gradio.Image(label="with", elem_id="corrected")
             plot = gradio.LinePlot(x="step", y="score", color="arm", title="matching score", elem_id="trace")
-        status = gradio.Textbox("loading the model", label="status", interactive=False, elem_id="status")
-        gallery = gradio.Gallery(
-            label="candidates as predicted at the choice, with their scores",
-            elem_id="candidates",
-            columns=4,
-            fit_columns=False,
-            height="auto",
-            visible=False,
-        )
+        status = gradio.Textbox("loading the model", label="status", elem_id="status", **lock)
+        layout = {"columns": 4, "fit_columns": False, "height": "auto", "visible": False}
+        gallery = gradio.Gallery(label=LABELS["gallery"], elem_id="candidates", **layout)
         outputs = [plain, corrected, plot, gallery, status]
         inputs = [prompt, seed, norm, target, phrase, candidates, choose_at]
-        page.load(ready, None, [prompt, norm, target, candidates, choose_at, button, status], api_name=False)
-        candidates.change(
-            lambda count: gradio.Gallery(visible=(count or 0) > 1), candidates, gallery, queue=False, api_name=False
-        )
+        locked = [prompt, norm, target, candidates, choose_at, button]
+        page.load(ready, None, [*locked, status], api_name=False)
+        candidates.change(show_gallery, candidates, gallery, queue=False, api_name=False)
         button.click(run, inputs, outputs, concurrency_limit=1)
         prompt.submit(run, inputs, outputs, concurrency_limit=1, api_name=False)
     return page.queue(max_size=20)
@@ -120,7 +100,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     opening, page = Future(), None
     try:
-        check(args)
+        check_text("--model", args.model)
+        if args.dpt and not args.dpt.exists() and not is_hub_id(args.dpt):
+            raise ValueError(f"--dpt {args.dpt} is not there; pass an adapter's folder or file, or a hub id")
         page = make_page(args.model, opening)
         try:
             _, url, _ = page.launch(
@@ -144,13 +126,6 @@ def main(argv: list[str] | None = None) -> int:
         if page:
             page.close(verbose=False)
     return 0
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for what can be told before the page is up."""
-    check_text("--model", args.model)
-    if args.dpt and not args.dpt.exists() and not is_hub_id(args.dpt):
-        raise ValueError(f"--dpt {args.dpt} is not there; pass an adapter's folder or file, or a hub id")
 
 
 def wait_forever() -> None:

@@ -1,10 +1,13 @@
-"""Text files: written whole or not at all, and read with their content checked against a schema.
+"""Files: written whole or not at all, and read with their content checked against a schema.
 
 A schema is a `msgspec.Struct`, or a type built of structs, lists and dicts. What does not fit it is a ValueError of one
 line that names the file, the record and the field.
 """
 
 import codecs
+import contextlib
+import json
+import mmap
 import os
 import re
 from pathlib import Path
@@ -15,13 +18,31 @@ import msgspec
 T = TypeVar("T")
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Writes UTF-8 under a temporary name, then renames; the folder is made where it is missing."""
+@contextlib.contextmanager
+def replacing(path: str | Path):
+    """A temporary name beside `path`: the file written there takes its place when the block ends without an error.
+
+    The folder is made where it is missing.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, "utf-8")
-    temporary.replace(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Writes a file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes UTF-8, whole or not at all."""
+    write_bytes(path, text.encode())
 
 
 def read_text(path: str | Path) -> str:
@@ -36,7 +57,7 @@ def read_text(path: str | Path) -> str:
 def read_bytes(path: str | Path) -> bytes:
     """The bytes of a file without UTF-8's byte-order mark. Raises ValueError naming the file."""
     try:
-        return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+        return Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -86,11 +107,7 @@ def read_json_lines(path: str | Path, schema: type[T]) -> list[T]:
     Raises:
         ValueError: a line that does not fit the schema; it names file, line and field.
     """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    lines = read_bytes(path).split(b"\n")
     if is_cut_short(lines[-1]):
         lines.pop()
     return [decode(line, schema, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
@@ -106,3 +123,27 @@ def is_cut_short(line: bytes) -> bool:
     except RecursionError:
         pass
     return False
+
+
+def append_line(path: Path, record: dict) -> None:
+    """Adds a record to a file of JSON lines, in one write; what a kill left of the record before is cut off."""
+    line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+    with path.open("ab") as file:
+        with contextlib.suppress(ImportError, OSError):  # a system, or a file system, without such locks
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)  # else another process's record could be taken for one cut short
+        rest = _last_line(path)
+        if is_cut_short(rest):
+            file.truncate(path.stat().st_size - len(rest))
+        elif rest:
+            line = b"\n" + line
+        file.write(line)
+
+
+def _last_line(path: Path) -> bytes:
+    """The bytes behind a file's last line end."""
+    if path.stat().st_size == 0:
+        return b""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content[content.rfind(b"\n") + 1 :]

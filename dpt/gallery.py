@@ -73,7 +73,7 @@ class Gallery:
         self.versions["dpt"] = dpt.__version__
 
     def key(self, record: dict) -> str:
-        """What must agree for two pictures to be the same drawing."""
+        """A text that two records share when they are of the same drawing."""
         settings = asdict(Sampling()) | record["settings"]  # a setting that is new has its default in older records
         return json.dumps([record["prompt"], record["seed"], settings], sort_keys=True)
 
@@ -101,7 +101,7 @@ class Gallery:
 
 
 def all_jobs(prompts: list[str], seed: int, per_prompt: int, common: dict) -> Iterator[dict]:
-    """What is to be drawn, in order: prompt, seed, row of the grid, the file's number, and what all share."""
+    """The pictures to draw, in order: prompt, seed, row of the grid, the file's number, and what all share."""
     for row, prompt in enumerate(prompts):
         for k in range(per_prompt):
             yield {"prompt": prompt, "seed": seed + k, "row": row, "number": row * per_prompt + k} | common

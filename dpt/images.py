@@ -3,7 +3,6 @@
 Nothing is ever overwritten, also when several runs write into one folder.
 """
 
-import contextlib
 import functools
 import itertools
 import json
@@ -23,7 +22,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from dpt.boxes import cxcywh_to_xyxy
-from dpt.files import is_cut_short, read_json_lines
+from dpt.files import append_line, read_json_lines
 
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 UNSCALED = ("I", "F")
@@ -139,34 +138,6 @@ def append_metadata(folder: Path, record: dict) -> None:
     append_line(folder / METADATA_FILE, record)
 
 
-def append_line(path: Path, record: dict) -> None:
-    """Adds a record to a file of JSON lines, in one write; what a kill left of the record before is cut off."""
-    line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
-    with path.open("ab") as file:
-        with contextlib.suppress(ImportError, OSError):  # a system, or a file system, without such locks
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)  # else another process's record could be taken for one cut short
-        rest = _last_line(path)
-        if is_cut_short(rest):
-            file.truncate(path.stat().st_size - len(rest))
-        elif rest:
-            line = b"\n" + line
-        file.write(line)
-
-
-def _last_line(path: Path) -> bytes:
-    """What stands behind a file's last line end."""
-    rest = b""
-    with path.open("rb") as file:
-        start = file.seek(0, os.SEEK_END)
-        while start and b"\n" not in rest:
-            size = min(start, 1 << 16)
-            start = file.seek(start - size)
-            rest = file.read(size) + rest
-    return rest.rpartition(b"\n")[2]
-
-
 def read_metadata(folder: Path) -> list[dict]:
     """The records of the folder's metadata file whose pictures are there, as `Picture` says; empty without a file.
 
@@ -250,10 +221,7 @@ def make_grid(rows: list[tuple[str, list[np.ndarray]]], *, cell: int = 192, labe
         lines = textwrap.wrap(legible(label), 26)[: cell // 18 - 1]
         draw.multiline_text((8, r * cell + cell // 2), "\n".join(lines), "black", font, anchor="lm", spacing=4)
         for c, image in enumerate(images):
-            picture = Image.fromarray(image)
-            picture.thumbnail((cell - 4, cell - 4), Image.Resampling.LANCZOS)
-            if max(picture.size) < cell - 4:
-                scale = (cell - 4) / max(picture.size)
-                picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BICUBIC)
+            method = Image.Resampling.LANCZOS if max(image.shape[:2]) > cell - 4 else Image.Resampling.BICUBIC
+            picture = ImageOps.contain(Image.fromarray(image), (cell - 4, cell - 4), method)
             canvas.paste(picture, (label_width + c * cell + 2, r * cell + 2))
     return canvas

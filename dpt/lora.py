@@ -13,6 +13,7 @@ from peft.utils import get_peft_model_state_dict
 from transformers import CLIPTextModel
 
 from dpt.lora_files import read_lora
+from dpt.model_folder import LOADING_ERRORS
 from dpt.stable_diffusion import StableDiffusion
 from dpt.unet_features import parse_feature
 
@@ -54,9 +55,8 @@ def load_lora(
         module = modules.get(path)
         if module is None:
             raise ValueError(f"LoRA tensor {key}: this U-Net has no module {path}")
-        module = getattr(module, "base_layer", module)
-        wanted = module.in_features if ".lora_A." in key else module.out_features
-        found = tensor.shape[1] if ".lora_A." in key else tensor.shape[0]
+        module, is_down = getattr(module, "base_layer", module), ".lora_A." in key
+        wanted, found = (module.in_features, tensor.shape[1]) if is_down else (module.out_features, tensor.shape[0])
         if wanted != found:
             raise ValueError(f"LoRA tensor {key} is for width {found}; this U-Net's {path} has {wanted}")
     remove_lora(unet)
@@ -85,8 +85,6 @@ def load_external_lora(sd: StableDiffusion, path: Path, notice=print) -> None:
     models, notes = {"unet": sd.unet, "text_encoder": sd.text_encoder}, []
     for model in models.values():
         remove_lora(model)
-    load = {"unet": StableDiffusionPipeline.load_lora_into_unet}
-    load["text_encoder"] = StableDiffusionPipeline.load_lora_into_text_encoder
     state, settings = read_lora(path, models, notes.append)
     try:
         with collected_warnings(notes):
@@ -99,16 +97,10 @@ def load_external_lora(sd: StableDiffusion, path: Path, notice=print) -> None:
                 if metadata is not None:
                     targets = sorted({key.removeprefix(f"{part}.").split(".lora_")[0] for key in own})
                     metadata = {f"{part}.{k}": v for k, v in (metadata | {"target_modules": targets}).items()}
-                load[part](own, alphas, model, adapter_name=ADAPTER_NAME, metadata=metadata)
+                load = getattr(StableDiffusionPipeline, f"load_lora_into_{part}")
+                load(own, alphas, model, adapter_name=ADAPTER_NAME, metadata=metadata)
                 model.eval().requires_grad_(False)
-    except (
-        OSError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        re.error,
-    ) as error:  # of libraries, by any content
+    except (*LOADING_ERRORS, re.error) as error:  # of libraries, by any content
         raise ValueError(f"lora {path} does not fit this model: {' '.join(str(error).split())[:200]}") from error
     if not any(ADAPTER_NAME in getattr(model, "peft_config", {}) for model in models.values()):
         raise ValueError(f"lora {path} holds nothing for a U-Net or text encoder")
@@ -154,12 +146,10 @@ def add_lora(unet: UNet2DConditionModel, *, rank: int, alpha: float, blocks: tup
     """
     for block in blocks:
         parse_feature(block, unet.config)
-    prefixes = tuple(_prefix(block) for block in blocks)
-    targets = [
-        name
-        for name, _ in unet.named_modules()
-        if name.endswith(("to_q", "to_k", "to_v", "to_out.0")) and (not prefixes or name.startswith(prefixes))
-    ]
+    # such as up_blocks.1. for up1, and for none at all what every name begins with
+    prefixes = tuple("mid_block." if b == "mid" else re.sub(r"(\d+)$", r"_blocks.\1.", b) for b in blocks) or ("",)
+    projections = ("to_q", "to_k", "to_v", "to_out.0")
+    targets = [n for n, _ in unet.named_modules() if n.endswith(projections) and n.startswith(prefixes)]
     if not targets:
         raise ValueError(f"lora.blocks is {list(blocks)}; there is no attention in them")
     remove_lora(unet)
@@ -169,13 +159,6 @@ def add_lora(unet: UNet2DConditionModel, *, rank: int, alpha: float, blocks: tup
         if ".lora_" in name:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-
-
-def _prefix(block: str) -> str:
-    if block == "mid":
-        return "mid_block."
-    kind = block.rstrip("0123456789")
-    return f"{kind}_blocks.{block.removeprefix(kind)}."
 
 
 def lora_state(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:

@@ -26,7 +26,7 @@ PEFT_CONFIG, PEFT_PREFIX, METADATA = "adapter_config.json", "base_model.model.",
 
 
 class PeftSettings(msgspec.Struct):
-    """What of a `LoraConfig` changes the picture; the rest is for training."""
+    """The settings of a `LoraConfig` that change the picture; the others are for training."""
 
     r: int = 8
     lora_alpha: float = 8
@@ -127,7 +127,7 @@ def _prefixed(key: str) -> str:
 
 
 def _file_settings(file: Path) -> dict[str, PeftSettings]:
-    """What diffusers keeps beside the tensors: `LoraConfig`'s fields, each behind its part's name."""
+    """The metadata that diffusers keeps beside the tensors: `LoraConfig`'s fields, each behind its part's name."""
     with safe_open(file, "pt") as tensors:
         raw = (tensors.metadata() or {}).get(METADATA)
     if not raw:

@@ -1,16 +1,20 @@
 """Folders of base models: what they say of themselves is checked before anything is built from it or read."""
 
+import codecs
+import contextlib
+import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
-import msgspec
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from msgspec import Meta, Struct, field
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from dpt.files import read_json
+from dpt.files import read_bytes, read_json, write_bytes
 from dpt.weights import read_shapes
 
 Size = Annotated[int, Meta(ge=1, le=65_536)]
@@ -25,7 +29,7 @@ STEMS = {"unet": ("diffusion_pytorch_model",) * 2, "vae": ("diffusion_pytorch_mo
 STEMS |= {"text_encoder": ("model", "pytorch_model")}
 """how the names of weights begin, as safetensors and as .bin"""
 LOADING_ERRORS = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, StrictDataclassError)
-"""What diffusers and transformers raise of a folder whose files do not fit each other."""
+"""Errors of diffusers and transformers at a folder whose files do not fit each other."""
 SUPPORTED = "supported is Stable Diffusion 1 and 2 that draws from text alone (StableDiffusionPipeline)"
 
 
@@ -111,7 +115,7 @@ def check_folder(folder: Path) -> None:
         ValueError: another kind of model, or a value that cannot be; file and field are named.
     """
     if (folder / "model_index.json").exists():
-        index = _read(folder / "model_index.json", dict[str, object])
+        index = read_json(folder / "model_index.json", dict[str, object])
         kind = index.get("_class_name")
         if "text_encoder_2" in index or (kind is not None and "unet" not in index):
             raise ValueError(f"{folder} is of {kind}; {SUPPORTED}")
@@ -121,7 +125,7 @@ def check_folder(folder: Path) -> None:
         scheduler = index.get("scheduler", ["diffusers"])
         if not isinstance(scheduler, list) or scheduler[:1] != ["diffusers"]:
             raise ValueError(f"{folder}: its scheduler is {str(scheduler)[:60]}, none of diffusers'")
-    configs = {part: _read(folder / part, schema) for part, schema in CONFIGS.items() if (folder / part).exists()}
+    configs = {part: read_json(folder / part, schema) for part, schema in CONFIGS.items() if (folder / part).exists()}
     unet, vae, text = (configs.get(f"{part}/config.json") for part in CLASSES)
     if unet is not None:
         check_kind(folder, unet, vae or VaeConfig(block_out_channels=[1]))
@@ -161,9 +165,9 @@ def check_weights(folder: Path, variant: str | None) -> None:
 
 
 def _check_text_encoder(folder: Path, shapes: dict[str, list[int]]) -> None:
-    _read(folder / "config.json", TextConfig)
+    read_json(folder / "config.json", TextConfig)
     try:
-        config = CLIPTextConfig.from_dict(msgspec.json.decode((folder / "config.json").read_bytes()))
+        config = CLIPTextConfig.from_dict(read_json(folder / "config.json", dict))
         with torch.device("meta"):
             expected = CLIPTextModel(config).state_dict()
     except LOADING_ERRORS as error:
@@ -197,13 +201,25 @@ def choose_variant(folder: Path) -> str | None:
     return None
 
 
-def _read(path: Path, schema: type):
-    if path.exists() and path.read_bytes()[:3] == b"\xef\xbb\xbf":
-        raise ValueError(f"{path} begins with a byte-order mark, which diffusers cannot read: save it without one")
-    return read_json(path, schema)
+@contextlib.contextmanager
+def without_marks(source: str):
+    """A hub id or folder as it is; a folder whose JSON files begin with byte-order marks, which diffusers cannot read,
+    as one of links to its files and of those without marks."""
+    marked = {path for path in Path(source).rglob("*.json") if path.is_file() and _has_mark(path)}
+    if not marked:
+        yield source
+        return
+
+    def link(source, target):
+        if Path(source) in marked:
+            write_bytes(target, read_bytes(source))
+        else:
+            os.symlink(Path(source).resolve(), target)
+
+    with tempfile.TemporaryDirectory() as links:
+        yield Path(shutil.copytree(source, links, copy_function=link, dirs_exist_ok=True))
 
 
-def read_unet_config(folder: Path) -> dict:
-    """The U-Net's config as it is, its fields checked. Raises ValueError naming file and field."""
-    check_folder(folder)
-    return msgspec.json.decode((folder / "unet/config.json").read_bytes())
+def _has_mark(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(3) == codecs.BOM_UTF8

@@ -2,7 +2,7 @@
 
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from dpt.files import read_text, write_text
@@ -24,6 +24,12 @@ def check_replaceable(path: Path, read: Callable[[Path], object], *figures: Path
             raise ValueError(f"{error}; so {path} is not of this command, choose another --output") from error
     elif others := [other for other in figures if other.exists()]:
         raise ValueError(f"{others[0]} is there, and not of this command; choose another --output")
+
+
+def table(header: list[str], rows: Iterable[Iterable]) -> str:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (header, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
 def figure_beside(path: Path, name: str) -> Path:

@@ -21,7 +21,7 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dpt.base_models import CKPT_FOLDER, DEFAULT_MODEL, MIRRORS, MODELS, check_size, known_name
+from dpt.base_models import CKPT_FOLDER, DEFAULT_MODEL, MIRRORS, MODELS, check_size
 from dpt.files import read_json
 from dpt.model_folder import (
     LOADING_ERRORS,
@@ -30,10 +30,9 @@ from dpt.model_folder import (
     check_kind,
     check_weights,
     choose_variant,
-    read_unet_config,
     weight_files,
+    without_marks,
 )
-from dpt.shapes.captions import parse
 from dpt.weights import read_shapes
 
 _SD2 = {
@@ -212,9 +211,9 @@ def load_stable_diffusion(
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()  # what fails is said by the error below
     try:
-        with _quiet_fallback():
+        with _quiet_fallback(), without_marks(source) as files:
             pipeline = StableDiffusionPipeline.from_pretrained(
-                source,
+                files,
                 revision=revision,
                 variant=variant,
                 local_files_only=local_files_only,
@@ -289,7 +288,8 @@ def architecture(model: str) -> tuple[FrozenDict, int, int]:
     folder = Path(source)
     if folder.is_dir():
         try:
-            unet = read_unet_config(folder)
+            check_folder(folder)
+            unet = read_json(folder / "unet/config.json", dict)
             width = read_json(folder / "text_encoder/config.json", TextConfig).hidden_size
             variant = choose_variant(folder) or ""
             files = [file for part in ("text_encoder", "vae") for file in weight_files(folder / part).get(variant, [])]
@@ -343,18 +343,6 @@ def advice_against_nan(sd: StableDiffusion) -> str:
     return ("" if sd.dtype == torch.float32 else "draw in float32 (--dtype float32), or ") + "draw at a lower --scale"
 
 
-def grammar_note(sd: StableDiffusion, prompts: list[str]) -> str | None:
-    """In words, the first of the prompts that the embedded model does not know; None where it knows all."""
-    if known_name(sd.name) != "shapes":
-        return None
-    for prompt in prompts:
-        try:
-            parse(prompt)
-        except ValueError as error:
-            return f"this model only knows shapes, and {error}"
-    return None
-
-
 def _source(model: str, notice) -> str:
     """The folder or hub id of a model. Raises ValueError for a single file."""
     if Path(model).is_file():
@@ -376,7 +364,7 @@ def _broken_part(folder: Path) -> str:
     for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
         try:
             with torch.device("meta"):
-                expected = kind.from_config(kind.load_config(folder / part)).state_dict()
+                expected = kind.from_config(read_json(folder / part / "config.json", dict)).state_dict()
         except LOADING_ERRORS:
             return f"{part}/config.json: "
         for file in weight_files(folder / part).get("", []):

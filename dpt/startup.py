@@ -45,10 +45,3 @@ def _measure(command: str, code: int, repeats: int) -> dict[str, float]:
             raise ValueError(f"{command} ended with exit code {process.returncode} instead of {code}")
         peaks.append(usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
     return {"seconds": statistics.median(times), "peak_mb": max(peaks)}
-
-
-def table(measured: dict[str, dict[str, float]]) -> str:
-    """The measurements as a Markdown table."""
-    lines = ["| command | seconds | peak memory, MB |", "|---|---|---|"]
-    lines += [f"| `{name}` | {one['seconds']:.2f} | {one['peak_mb']:.0f} |" for name, one in measured.items()]
-    return "\n".join(lines)

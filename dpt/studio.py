@@ -1,4 +1,4 @@
-"""What the demo's page draws with: a model and its adapter, step by step, until nobody waits any more."""
+"""The demo's model and adapter: they draw step by step, until nobody waits any more."""
 
 import queue
 import threading
@@ -17,14 +17,10 @@ from dpt.hub import is_hub_id
 from dpt.images import to_pixels, with_boxes
 from dpt.sampling import initial_noise
 from dpt.settings import SEED_LIMIT, Sampling
-from dpt.stable_diffusion import (
-    StableDiffusion,
-    grammar_note,
-    load_stable_diffusion,
-    usable_device,
-)
+from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion, usable_device
 from dpt.tasks.rec import objectness
 from dpt.unet_features import Conditioning, unet_features
+from dpt.worlds import grammar_note
 
 GROUNDING_TIMESTEP = 200
 THREAD = "drawing"
@@ -124,7 +120,7 @@ class Studio:
             raise ValueError(f"candidates is {candidates}; it must be a number from 1 to {MOST_CANDIDATES}")
         if choose_at is None or not 0 < choose_at <= 1:
             raise ValueError(f"choose at is {choose_at}; it must be a fraction of the steps, above 0 and at most 1")
-        images, points, gallery, note = {}, [], [], grammar_note(self.sd, [prompt])
+        images, points, gallery, note = {}, [], [], grammar_note(self.sd.name, [prompt])
         num_steps, fractions = self.sampling.num_inference_steps, (choose_at,) if candidates > 1 else None
         corrected = self.sampling.changed(
             correction_norm=norm, correction_target=target, candidates=candidates, choose_at=fractions

@@ -26,7 +26,7 @@ FIGURES = tuple(figure for task in all_tasks() for figure in task.figures)
 
 
 class Samples(Protocol):
-    """Random access to samples; `dpt.shapes.samples` and `dpt.data.samples` give it."""
+    """Random access to samples; `dpt.shapes.samples` and `dpt.data.coco_samples` give it."""
 
     def __len__(self) -> int: ...
 

@@ -7,272 +7,44 @@ Writes `report.json` and `pictures.png` to attach to a report; exit code 1 where
 """
 
 import sys
+from pathlib import Path
 
-from dpt.commands.verify import main
+from dpt.bounds import ArgumentParser, fail, number
+from dpt.files import check_text
+from dpt.hub import check_there
+from dpt.imports import heavy_imports
 
-if __name__ == "__main__":  # before the imports below, which take seconds
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--model", default="sd21-base")
+    add("--variant", help="of the files of weights, such as fp16")
+    add("--dpt", type=Path, required=True, help="adapter and LoRA: a path or a hub id")
+    add("--coco", type=Path, help="folder with COCO and REC annotations; without it ITM and REC are left out")
+    add("--device", help="default: the first CUDA device, else the CPU")
+    pairs = number(int, at_least=2, at_most=100_000)
+    add("--num_pairs", type=pairs, default=400, help="images for ITM and for REC (default: 400)")
+    steps = number(int, at_least=1, at_most=500)
+    add("--steps", type=steps, default=20, help="steps of the pictures (default: 20)")
+    add("--local_files_only", "--local-files-only", action="store_true", help="never ask the hub")
+    add("--outdir", type=Path, default=Path("outputs/verify"))
+    args = parser.parse_args(argv)
+    try:
+        if args.coco is not None and not args.coco.is_dir():
+            raise ValueError(f"--coco {args.coco} is no folder; docs/data.md shows what it should hold")
+        check_text("--model", args.model)
+        check_there(args.dpt)
+        with heavy_imports():
+            from dpt.verification import run_checks
+
+        checks = run_checks(args)
+    except (ValueError, OSError) as error:
+        return fail(error)
+    print(f"report: {args.outdir / 'report.json'}, {args.outdir / 'pictures.png'}")
+    return 1 if any(check["passed"] is False for check in checks.values()) else 0
+
+
+if __name__ == "__main__":
     sys.exit(main())
-
-import argparse
-import json
-import statistics
-import time
-
-import numpy as np
-import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
-from tqdm import tqdm
-
-from dpt.adapter import Scorer
-from dpt.base_models import recommended
-from dpt.benchmark import guided_step_kinds
-from dpt.checkpoint import DPTCheckpoint, load_checkpoint
-from dpt.data.coco import load_captions, load_pixels
-from dpt.data.refcoco import load_expressions
-from dpt.drawing import Artist, without_correction
-from dpt.images import make_grid, to_pixels
-from dpt.lora import lora_state
-from dpt.matching_score import score_gradient
-from dpt.memory import peak_mb, reset_peak
-from dpt.metrics import bootstrap_interval
-from dpt.sampling import ClassifierFreeGuidance, initial_noise, sample
-from dpt.schedulers import make_scheduler, set_timesteps
-from dpt.settings import Sampling
-from dpt.shapes.scenes import render
-from dpt.shapes.world import ShapesWorld
-from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion, usable_device
-from dpt.tasks.itm import itm_score
-from dpt.tasks.rec import rec_hits
-from dpt.unet_features import Conditioning, unet_features
-
-TIMESTEP = 500
-PROMPTS = {
-    "shapes": ["a red circle left of a blue square", "two green stars"],
-    "other": ["a red cube on top of a blue sphere", "two dogs and a cat on a green sofa"],
-}
-
-
-class Verification:
-    """A model with its scorer, and the checks; every check returns (passed or None where it could not run, figures)."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
-        self.device = usable_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.half = torch.float16 if self.device.type == "cuda" else torch.bfloat16
-        self.checkpoint = self.load_weights()
-        self.sd, self.scorer = self.load(torch.float32)
-        self.prompts = PROMPTS["shapes" if args.model == "shapes" else "other"]
-
-    def load_weights(self) -> DPTCheckpoint:
-        return load_checkpoint(self.args.dpt, local_files_only=self.args.local_files_only)
-
-    def load(self, dtype: torch.dtype) -> tuple[StableDiffusion, Scorer]:
-        sd = load_stable_diffusion(
-            self.args.model,
-            variant=self.args.variant,
-            local_files_only=self.args.local_files_only,
-            dtype=dtype,
-            device=self.device,
-        )
-        return sd, self.checkpoint.attach(sd)
-
-    def noisy(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents of pixels (B, 3, H, W), noised alike to `TIMESTEP`, and the timestep."""
-        timestep = torch.tensor(TIMESTEP, device=self.device)
-        latents = self.sd.encode_images(pixels)
-        noise = initial_noise([0] * len(latents), tuple(latents.shape[1:])).to(self.device)
-        return self.sd.scheduler.add_noise(latents, noise, timestep[None]), timestep
-
-    @torch.no_grad()
-    def read(self, noisy_latents, timestep, texts: list[str]) -> tuple[torch.Tensor, dict]:
-        """Matching scores (B,) and REC outputs of noisy latents conditioned on texts."""
-        context, pooled = self.sd.encode_prompts(texts)
-        features, _ = unet_features(self.sd.unet, self.scorer.blocks, noisy_latents, timestep, Conditioning(context))
-        hs = self.scorer.adapter(features, timestep)
-        score = itm_score(self.scorer.adapter.itm_embeddings(hs, self.scorer.itm_layer), pooled)
-        return score, self.scorer.adapter.rec_outputs(hs)
-
-    def tensors(self):
-        """Every tensor of the checkpoint is in the model (loading names what is not)."""
-        file = self.load_weights()
-        pairs = [
-            (file.adapter.state_dict(), self.scorer.adapter.state_dict()),
-            (file.lora, lora_state(self.sd.unet)),
-        ]
-        same = all(
-            there.keys() == here.keys() and all(torch.equal(v, here[k].cpu().to(v)) for k, v in there.items())
-            for there, here in pairs
-        )
-        return same, {"adapter": len(pairs[0][0]), "lora": len(pairs[1][0])}
-
-    def stock(self):
-        """With factor 0, latents equal the stock pipeline's."""
-        sd, steps = self.sd, 5
-        noise = initial_noise([0, 1], sd.latent_shape()).to(self.device)
-        scheduler = make_scheduler(sd.scheduler, "ddim")
-        set_timesteps(scheduler, steps, self.device)
-        texts = (Conditioning(*sd.encode_prompts(words)) for words in (self.prompts, [""] * 2))
-        ours = sample(ClassifierFreeGuidance(sd.unet, scheduler, *texts, guidance_scale=7.5), scheduler, noise)
-        pipe = StableDiffusionPipeline(
-            sd.vae, sd.text_encoder, sd.tokenizer, sd.unet, DDIMScheduler.from_config(sd.scheduler.config), None, None,
-            requires_safety_checker=False,
-        )  # fmt: skip
-        pipe.set_progress_bar_config(disable=True)
-        stock = pipe(self.prompts, latents=noise, num_inference_steps=steps, output_type="latent").images
-        difference = (ours - stock).abs().max().item() / stock.abs().max().item()
-        return difference < 1e-4, {"largest_relative_difference": difference}
-
-    def half_precision(self):
-        """Half-precision pictures are like float32's, and the score's gradient points the same way."""
-        half, scorer = self.load(self.half)
-        sampling = Sampling(num_inference_steps=10)
-        drawn = [Artist(sd).draw(self.prompts, [0, 1], sampling) for sd in (self.sd, half)]
-        pictures = [np.stack([drawing.image for drawing in row]).astype(int) for row in drawn]
-        z = initial_noise([0, 1], self.sd.latent_shape()).to(self.device)
-        timestep, gradients = torch.tensor(TIMESTEP, device=self.device), []
-        for sd, s in ((self.sd, self.scorer), (half, scorer)):
-            conditioning = Conditioning(*sd.encode_prompts(self.prompts))
-            gradients.append(score_gradient(sd.unet, s, z, timestep, conditioning)[1])
-        cosine = torch.cosine_similarity(*(g.flatten(1) for g in gradients)).min().item()
-        difference = float(np.abs(pictures[0] - pictures[1]).mean())
-        figures = {"dtype": str(self.half), "mean_pixel_difference": difference, "gradient_cosine": cosine}
-        return difference < 8 and cosine > 0.95, figures
-
-    def score_rises(self):
-        """A small step along the gradient raises every score, one against it lowers them on average.
-
-        The score is the largest of several queries', so that against its gradient another one may take over.
-        """
-        z = initial_noise(list(range(8)), self.sd.latent_shape()).to(self.device)
-        # pure noise is what the U-Net expects at the last timestep
-        timestep = torch.tensor(self.sd.scheduler.config.num_train_timesteps - 1, device=self.device)
-        texts = Conditioning(*self.sd.encode_prompts((self.prompts * 4)[:8]))
-        before, gradient = score_gradient(self.sd.unet, self.scorer, z, timestep, texts)
-        step = 0.001 * z.flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1)
-        move = step[:, None, None, None] * gradient
-        rises = [
-            (score_gradient(self.sd.unet, self.scorer, z + sign * move, timestep, texts)[0] - before).tolist()
-            for sign in (1, -1)
-        ]
-        return min(rises[0]) > 0 > statistics.mean(rises[1]), {"rise_along": rises[0], "rise_against": rises[1]}
-
-    def itm(self):
-        """An image's own caption scores above another's more often than not (95 % interval above 50 %)."""
-        pairs = self._pairs()
-        if not pairs:
-            return None, {"why": "no --coco ROOT with annotations/captions_val2014.json"}
-        right = []
-        for start in tqdm(range(0, len(pairs), 8), desc="itm", leave=False):
-            batch = pairs[start : start + 8]
-            noisy, timestep = self.noisy(torch.stack([pixels for pixels, _ in batch]))
-            own = self.read(noisy, timestep, [caption for _, caption in batch])[0]
-            others = [pairs[(start + k + len(pairs) // 2) % len(pairs)][1] for k in range(len(batch))]
-            right += (own > self.read(noisy, timestep, others)[0]).tolist()
-        mean, low, high = bootstrap_interval(right)
-        return low > 0.5, {"accuracy": mean, "interval": [low, high], "pairs": len(pairs), "chance": 0.5}
-
-    def _pairs(self):
-        if self.args.model == "shapes":
-            world = ShapesWorld("val", seed=5)
-            examples = [world[i] for i in range(self.args.num_pairs)]
-            return [(to_pixels([render(e.scene)])[0], e.caption) for e in examples]
-        annotations = self.args.coco and self.args.coco / "annotations/captions_val2014.json"
-        if not annotations or not annotations.exists():
-            return []
-        captions = load_captions(annotations, self.args.coco / "val2014")
-        chosen = {c.path: c for c in captions}.values()
-        size = self.sd.default_size
-        return [(load_pixels(c.path, size), c.caption) for c in list(chosen)[: self.args.num_pairs]]
-
-    def rec(self):
-        """The surest box overlaps the referred object more often than it overlaps another image's."""
-        expressions = self._expressions()
-        if not expressions:
-            return None, {"why": "no --coco ROOT with annotations/finetune_refcoco_val.json"}
-        predicted, truth = [], []
-        for start in tqdm(range(0, len(expressions), 8), desc="rec", leave=False):
-            batch = expressions[start : start + 8]
-            noisy, timestep = self.noisy(torch.stack([pixels for pixels, _, _ in batch]))
-            _, outputs = self.read(noisy, timestep, [text for _, text, _ in batch])
-            predicted.append({name: value.float().cpu() for name, value in outputs.items()})
-            truth += [box for _, _, box in batch]
-        logits, boxes = (torch.cat([p[name] for p in predicted]) for name in ("pred_logits", "pred_boxes"))
-        others = truth[len(truth) // 2 :] + truth[: len(truth) // 2]
-        hits, chance = (rec_hits(logits, boxes, torch.stack(t), ks=(1,))[:, 0].float() for t in (truth, others))
-        mean, low, high = bootstrap_interval((hits - chance).numpy())
-        figures = {"precision_at_1": hits.mean().item(), "chance": chance.mean().item(), "expressions": len(truth)}
-        return low > 0, figures | {"above_chance": mean, "interval": [low, high]}
-
-    def _expressions(self):
-        if self.args.model == "shapes":
-            world = ShapesWorld("val", seed=6)
-            chosen = [(e, e.expressions[0]) for e in (world[i] for i in range(self.args.num_pairs))]
-            return [
-                (to_pixels([render(e.scene)])[0], x.text, torch.tensor(e.scene.boxes()[x.index]).float())
-                for e, x in chosen
-            ]
-        annotations = self.args.coco and self.args.coco / "annotations/finetune_refcoco_val.json"
-        if not annotations or not annotations.exists():
-            return []
-        referred = load_expressions(annotations, self.args.coco / "train2014")[: self.args.num_pairs]
-        size = self.sd.default_size
-        return [(load_pixels(r.path, size), r.expression, torch.from_numpy(r.boxes[0]).float()) for r in referred]
-
-    def cost(self):
-        """A corrected step costs at most 1.10 x (1 + f) plain ones; f is the share of the scored part of a pass.
-
-        On CUDA its peak memory is at most 1.5 x a plain step's: what the truncated pass keeps comes on top.
-
-        On a CPU a few small steps are timed too roughly for that: 1.5 x there, and `dpt.benchmark` measures it.
-        """
-        sd = self.sd
-        z = initial_noise([0, 1], sd.latent_shape()).to(self.device)
-        texts = (Conditioning(*sd.encode_prompts(words)) for words in (self.prompts, [""] * 2))
-        runs = guided_step_kinds(sd.unet, sd.scheduler, self.scorer, z, *texts)
-        times, peaks, on_cuda = {name: [] for name in runs}, {}, self.device.type == "cuda"
-        for _ in range(6):
-            for name, run in runs.items():
-                if on_cuda:
-                    reset_peak(self.device)
-                began = time.perf_counter()
-                run()
-                if on_cuda:
-                    torch.cuda.synchronize(self.device)
-                    peaks[f"{name}_peak_mb"] = peak_mb(self.device)
-                times[name].append(time.perf_counter() - began)
-        median = {name: statistics.median(values[1:]) for name, values in times.items()}
-        share, ratio = median["feature"] / median["whole"], median["corrected"] / median["plain"]
-        allowed = (1.1 if on_cuda else 1.5) * (1 + share)
-        figures = {"feature_share": share, "ratio": ratio, "allowed_ratio": allowed} | peaks
-        lean = not on_cuda or peaks["corrected_peak_mb"] <= 1.5 * peaks["plain_peak_mb"]
-        return lean and ratio <= allowed, figures | {f"{name}_s": value for name, value in median.items()}
-
-    def pictures(self):
-        """Draws the prompts with and without correction."""
-        rows, artist = [], Artist(self.sd, self.scorer)
-        corrected = recommended(self.args.model, self.checkpoint.config).changed(num_inference_steps=self.args.steps)
-        for prompt in self.prompts:
-            drawn = [artist.draw([prompt] * 2, [0, 1], s) for s in (without_correction(corrected), corrected)]
-            images = [drawing.image for pair in drawn for drawing in pair]
-            rows.append((f"{prompt} (two without correction, two with)", images))
-        make_grid(rows).save(self.args.outdir / "pictures.png")
-        return all(image.std() > 1 for _, images in rows for image in images), {}
-
-
-CHECKS = ("tensors", "stock", "half_precision", "score_rises", "itm", "rec", "cost", "pictures")
-
-
-def run_checks(args: argparse.Namespace) -> dict[str, dict]:
-    """Runs, prints and writes down every check; returns whether it passed and its figures by its name."""
-    args.outdir.mkdir(parents=True, exist_ok=True)
-    verification = Verification(args)
-    report = {"model": args.model, "dpt": str(args.dpt), "torch": torch.__version__, "checks": {}}
-    for name in CHECKS:
-        try:
-            passed, figures = getattr(verification, name)()
-        except (ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
-            passed, figures = False, {"error": str(error)}
-        report["checks"][name] = {"passed": passed} | figures
-        print(f"{ {True: 'passed', False: 'FAILED', None: 'left out'}[passed]:9}{name}: {json.dumps(figures)}")
-        (args.outdir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    return report["checks"]

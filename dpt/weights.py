@@ -20,7 +20,7 @@ UNPICKLING_ERRORS = (
     *(OSError, EOFError, MemoryError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile),
     *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),
 )
-"""What damaged zips raise, and torch's unpickler where an opcode does not find on the stack what it takes from it."""
+"""Errors of damaged zips, and of torch's unpickler at opcodes that do not find their operands on the stack."""
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -38,7 +38,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def check_state(path: Path, state: object) -> dict[str, torch.Tensor]:
-    """What a pickle holds, if that is a flat dict of tensors with values; else ValueError."""
+    """The content of a pickle, if it is a flat dict of tensors with values; else ValueError."""
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds something other than a flat dict of tensors")
     for key, value in state.items():
@@ -65,7 +65,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def read_pickle(path: Path) -> object:
-    """What a `torch.save` file holds, memory-mapped; tensors and plain containers alone, no code is run.
+    """The content of a `torch.save` file, memory-mapped; tensors and plain containers alone, no code is run.
 
     Raises:
         ValueError: unreadable, larger than what it should hold, or something else in it.

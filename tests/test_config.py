@@ -5,7 +5,7 @@ import pytest
 import train_probe
 from dpt.config import AdapterConfig, DPTConfig, TrainConfig, load_config, save_config
 from dpt.evaluation.plan import Experiment
-from dpt.shapes.pretrain import PretrainConfig
+from dpt.shapes.settings import PretrainConfig
 
 
 @pytest.fixture(autouse=True)

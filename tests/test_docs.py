@@ -1,6 +1,5 @@
 """The documentation: links and paths lead somewhere, commands parse, examples run, pages keep their size."""
 
-import argparse
 import importlib
 import re
 import shlex
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dpt.base_models import CKPT_FOLDER, DPT_WEIGHTS, MODELS, config_beside, recommended
+from dpt.bounds import ArgumentParser
 from dpt.config import TrainConfig, check_stage, load_config
 from dpt.evaluation.flags import BLIP_FOLDER, OPEN_CLIP_FOLDER
 from dpt.flags import given_sampling
@@ -210,13 +210,13 @@ def parse(words: list[str], monkeypatch):
     words = words[2:] if words[0] == "accelerate" else words[1:]
     script, words = (words[1], words[2:]) if words[0] == "-m" else (words[0].removesuffix(".py"), words[1:])
     module = importlib.import_module(f"{script}.__main__" if (ROOT / script.replace(".", "/")).is_dir() else script)
-    real = argparse.ArgumentParser.parse_args
+    real = ArgumentParser.parse_args
 
     def parse_and_stop(parser, args=None, namespace=None):
         raise Parsed(real(parser, args, namespace))
 
     with monkeypatch.context() as patched:
-        patched.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        patched.setattr(ArgumentParser, "parse_args", parse_and_stop)
         patched.setattr(sys, "argv", [script, *words])
         try:
             code = module.main(words)
@@ -241,11 +241,11 @@ def check_settings(script: str, args) -> None:
 
         load_config(PretrainConfig, args.config, args.overrides)
     elif script == "dpt.data" and hasattr(args, "overrides"):
-        from dpt.data.trajectories import TrajectorySettings
+        from dpt.data.draw_trajectories import TrajectorySettings
 
         load_config(TrajectorySettings, args.config, args.overrides)
     elif script == "evaluate" and args.command == "experiment":
-        from dpt.evaluation.experiment import Experiment
+        from dpt.evaluation.plan import Experiment
 
         load_config(Experiment, args.config, args.overrides)
     elif script == "evaluate" and args.command in ("itm", "rec", "probe-map"):

@@ -260,7 +260,7 @@ def test_configs_that_cannot_be_name_file_and_field(golden, tmp_path, capfd, fil
         (b"[]", "expected object"),
         (b"[" * 100_000, "nested|expected object"),
         (b"\xff", "not UTF-8"),
-        (b"\xef\xbb\xbf{}", "begins with a byte-order mark"),
+        (b"\xef\xbb\xbf{}", "missing required field"),
     ],
 )
 @pytest.mark.parametrize("file", [UNET, TEXT, VAE])
@@ -269,6 +269,17 @@ def test_configs_that_are_none(golden, tmp_path, capfd, file, content, message):
     error = refused(tmp_path, capfd)
     assert file in error
     assert re.search(message, error)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_config(golden, tmp_path, capfd):
+    for path in copy_of(golden, tmp_path).rglob("*.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    sd, plain = load_stable_diffusion(str(tmp_path)), load_stable_diffusion(str(golden / "sd21"))
+    assert sd.source == str(tmp_path)
+    assert torch.equal(sd.encode_prompts(["a red cube"])[0], plain.encode_prompts(["a red cube"])[0])
+    assert weights_fingerprint(sd.unet, sd.vae) == weights_fingerprint(plain.unet, plain.vae)
+    assert architecture(str(tmp_path)) == architecture(str(golden / "sd21"))
+    assert capfd.readouterr() == ("", "")
 
 
 XL = {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}

@@ -7,8 +7,8 @@ import sys
 from dpt.bounds import ArgumentParser, fail, number
 from dpt.docstrings import docstring_of
 from dpt.imports import heavy_imports
-from dpt.results import RESULTS, record_section
-from dpt.startup import measure_startup, table
+from dpt.results import RESULTS, record_section, table
+from dpt.startup import measure_startup
 
 BATCH_SIZES = {"shapes": 8, "random-145m": 2, "random-sd21": 1}
 CORRECTED = {"corrected": "conditional", "corrected_latent": "latent", "corrected_noise": "noise"}
@@ -39,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
             measured = measure_startup(args.repeats or 5)
         except ValueError as error:
             return fail(error)
-        result, text, section = {"repeats": args.repeats or 5, "commands": measured}, table(measured), "startup"
+        result, section = {"repeats": args.repeats or 5, "commands": measured}, "startup"
+        rows = [(f"`{name}`", f"{one['seconds']:.2f}", f"{one['peak_mb']:.0f}") for name, one in measured.items()]
+        text = table(["command", "seconds", "peak memory, MB"], rows)
     else:
         args.model = args.model or {"sampling": "shapes", "training": "random-145m"}[args.what]
         args.repeats = args.repeats or 7

@@ -67,7 +67,7 @@ def run_cache_latents(args: argparse.Namespace) -> int:
 def run_mine_negatives(args: argparse.Namespace) -> int:
     """Writes hard negatives as a folder of items, or as a table where --output ends in .tsv."""
     from dpt.data.coco import load_captions
-    from dpt.data.itm import write_items, write_tsv
+    from dpt.data.hard_negatives import write_items, write_tsv
     from dpt.data.mining import mine
     from dpt.data.open_clip_embedder import load_embedders
 
@@ -96,7 +96,7 @@ def run_mine_negatives(args: argparse.Namespace) -> int:
 def run_trajectories(args: argparse.Namespace) -> int:
     """Draws and judges half-drawn pictures to learn from; go on after a kill with the same command."""
     from dpt.config import load_config
-    from dpt.data.trajectories import TrajectorySettings, make
+    from dpt.data.draw_trajectories import TrajectorySettings, make
     from dpt.memory import keep_freed_memory
 
     settings = load_config(TrajectorySettings, args.config, args.overrides)
@@ -154,7 +154,9 @@ def main(argv: list[str] | None = None) -> int:
     mining.set_defaults(run=run_mine_negatives)
 
     drawing = commands.add_parser("trajectories", help="draw half-drawn pictures to learn from, and judge them")
-    drawing.add_argument("config", help="a YAML file: what differs from `dpt.data.trajectories.TrajectorySettings`")
+    drawing.add_argument(
+        "config", help="a YAML file: what differs from `dpt.data.draw_trajectories.TrajectorySettings`"
+    )
     drawing.add_argument("overrides", nargs="*", metavar="key=value")
     drawing.add_argument("--device", type=device, help="default: the first CUDA device, else the CPU")
     drawing.set_defaults(run=run_trajectories)

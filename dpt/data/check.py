@@ -9,7 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dpt.data.coco import base_name, read_captions, read_json, stable_id
-from dpt.data.itm import INDEX_FILE, ItmNegatives
+from dpt.data.hard_negatives import INDEX_FILE, ItmNegatives
 from dpt.data.latents import IMAGE_SUFFIXES, MANIFEST, read_manifest, verify_folder
 from dpt.data.refcoco import Expression, ExpressionBox, load_expressions, read_expressions
 from dpt.files import write_text
@@ -22,7 +22,7 @@ _ENDS = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND\xaeB`\x82"}
 
 @dataclass
 class Findings:
-    """What was found in one file or folder: how much it holds, and its problems by kind with where they are."""
+    """The state of one file or folder: how much it holds, and its problems by kind with where they are."""
 
     name: str
     holds: str = ""

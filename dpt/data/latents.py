@@ -7,7 +7,6 @@ Beside them `latents.json` names the autoencoder, and `checksums_*.jsonl` holds 
 import hashlib
 import io
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,8 +15,9 @@ import torch
 from msgspec import Struct
 from tqdm import tqdm
 
+from dpt.arrays import read_array
 from dpt.data.coco import load_pixels
-from dpt.files import read_json, read_json_lines
+from dpt.files import append_line, read_json, read_json_lines, write_bytes, write_text
 from dpt.stable_diffusion import StableDiffusion
 
 MANIFEST = "latents.json"
@@ -26,7 +26,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 @dataclass
 class Manifest:
-    """What latents depend on."""
+    """The model and size that latents depend on."""
 
     model: str
     vae: list[float]
@@ -91,17 +91,12 @@ class LatentFolder:
     def read(self, stem: str) -> torch.Tensor:
         """Scaled latents (C, h, w) float32 of an image. Raises ValueError naming the file where that fails."""
         path = self.folder / f"{stem}.npy"
-        try:
-            latents = np.load(path, mmap_mode="r", allow_pickle=False)  # takes no memory for what its head says
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} cannot be read as latents: {error}") from error
-        if not isinstance(latents, np.ndarray) or latents.dtype.kind != "f":
-            raise ValueError(f"{path} cannot be read as latents: it holds something other than one array of floats")
+        latents = read_array(path, remedy="python -m dpt.data cache-latents makes it")
         if latents.size != np.prod(self.shape) or latents.shape[-3:] != self.shape:
             raise ValueError(f"{path} is {latents.shape}; the model's latents are {self.shape}")
         array = np.array(latents, np.float32).reshape(self.shape)
         if not np.isfinite(array).all():
-            raise ValueError(f"{path} cannot be read as latents: some of its numbers are not finite")
+            raise ValueError(f"{path} holds no latents: some of its numbers are not finite")
         return torch.from_numpy(array)
 
 
@@ -130,28 +125,24 @@ def cache_folder(
     check_manifest(folder, expected)
     if not (folder / MANIFEST).exists() and any(folder.glob("*.npy")):
         raise ValueError(f"{folder} holds latents of an unknown model (no {MANIFEST}): choose another --output")
-    _write(folder / MANIFEST, json.dumps(asdict(expected), indent=1).encode())
+    write_text(folder / MANIFEST, json.dumps(asdict(expected), indent=1))
     k, n = shard
     missing = [path for path in files[k::n] if not (folder / f"{path.stem}.npy").exists()]
     sums = folder / f"checksums_{k}_of_{n}.jsonl"
-    _end_line(sums)
     for start in tqdm(range(0, len(missing), batch_size), desc="latents", mininterval=2):
         part = missing[start : start + batch_size]
         latents = sd.encode_images(torch.stack([load_pixels(path, size) for path in part])).half().cpu().numpy()
         for path, array in zip(part, latents, strict=True):
-            buffer = io.BytesIO()
-            np.save(buffer, array)
+            np.save(buffer := io.BytesIO(), array)
             content = buffer.getvalue()
-            with sums.open("a") as file:  # before the array: a file without a sum can't be
-                file.write(
-                    json.dumps({"file": f"{path.stem}.npy", "sha256": hashlib.sha256(content).hexdigest()}) + "\n"
-                )
-            _write(folder / f"{path.stem}.npy", content)
+            name, digest = f"{path.stem}.npy", hashlib.sha256(content).hexdigest()
+            append_line(sums, {"file": name, "sha256": digest})  # before the array: a file without a sum can't be
+            write_bytes(folder / name, content)
     return len(missing)
 
 
 def verify_folder(folder: Path) -> list[str]:
-    """What is wrong with cached latents: files that differ from their checksum or are missing.
+    """Problems of cached latents: files that differ from their checksum or are missing.
 
     A file that was encoded again, in another batch or shard, has several; any of them is right.
 
@@ -172,15 +163,3 @@ def verify_folder(folder: Path) -> list[str]:
         elif hashlib.sha256(path.read_bytes()).hexdigest() not in expected:
             problems.append(f"{path} differs from its checksum")
     return problems
-
-
-def _end_line(path: Path) -> None:
-    """Takes away the part of a line that a kill left at a file's end, so that the next one begins a line."""
-    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
-        _write(path, content[: content.rfind(b"\n") + 1])
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)

@@ -5,6 +5,7 @@ Embeddings lie in files, and similarities are computed in blocks, so that memory
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dpt.arrays import save_array
 from dpt.data.coco import CaptionedImage
-from dpt.data.itm import ItmItem
+from dpt.data.hard_negatives import ItmItem
+from dpt.files import replacing
 
 Embedder = Callable[[list], torch.Tensor]
 
@@ -27,30 +30,25 @@ def embed_to_file(
         embed: a list of items -> (B, D).
         key: names the model and the items; a file made for another key is made anew.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
     parts, done = path.with_name(f"{path.name}.{digest}"), path.with_name(f"{path.name}.{digest}.npy")
     if not done.exists():
-        parts.mkdir(exist_ok=True)
         for start in tqdm(range(0, len(items), chunk), desc=path.stem, mininterval=2):
             part = parts / f"{start:08d}.npy"
             if not part.exists():
                 stop = min(start + chunk, len(items))
                 rows = [embed(list(items[i : min(i + batch_size, stop)])) for i in range(start, stop, batch_size)]
                 vectors = torch.nn.functional.normalize(torch.cat(rows).float(), dim=1).half().cpu().numpy()
-                np.save(part.with_suffix(".tmp.npy"), vectors)
-                part.with_suffix(".tmp.npy").replace(part)
+                save_array(part, vectors)
         files = sorted(parts.glob("????????.npy"))
         width = np.load(files[0], mmap_mode="r").shape[1]
-        whole = np.lib.format.open_memmap(done.with_suffix(".tmp"), "w+", np.float16, (len(items), width))
-        for file in files:
-            rows = np.load(file)
-            whole[int(file.stem) : int(file.stem) + len(rows)] = rows
-        whole.flush()
-        done.with_suffix(".tmp").replace(done)
-        for file in files:
-            file.unlink()
-        parts.rmdir()
+        with replacing(done) as temporary:
+            whole = np.lib.format.open_memmap(temporary, "w+", np.float16, (len(items), width))
+            for file in files:
+                rows = np.load(file)
+                whole[int(file.stem) : int(file.stem) + len(rows)] = rows
+            whole.flush()
+        shutil.rmtree(parts)
     return np.load(done, mmap_mode="r")
 
 

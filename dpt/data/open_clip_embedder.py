@@ -1,7 +1,6 @@
 """open_clip models as functions from captions and image files to vectors."""
 
 import logging
-import pickle
 from pathlib import Path
 
 import open_clip
@@ -11,12 +10,7 @@ from safetensors import SafetensorError
 from dpt.data.coco import open_image
 from dpt.data.mining import Embedder
 from dpt.files import read_json
-
-LOADING_ERRORS = (
-    *(OSError, EOFError, MemoryError, pickle.UnpicklingError, SafetensorError),
-    *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),
-)
-"""what open_clip and torch's unpickler raise of files that are damaged, hold code or fit no such model"""
+from dpt.weights import UNPICKLING_ERRORS
 
 
 def load_embedders(name: str, pretrained: str | None, *, device: torch.device | str) -> tuple[Embedder, Embedder]:
@@ -39,7 +33,7 @@ def load_embedders(name: str, pretrained: str | None, *, device: torch.device | 
             name = Path(name).stem
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained, device=device)
         tokenizer = open_clip.get_tokenizer(name)
-    except LOADING_ERRORS as error:
+    except (*UNPICKLING_ERRORS, SafetensorError) as error:  # damaged files, code, or weights of another model
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
             f"CLIP {name!r} with weights {pretrained!r} cannot be loaded ({reason}): download the weights and name the "

@@ -1,18 +1,17 @@
-"""Which samples a run trains on, and which it is measured on: of either world, by its config."""
+"""Which samples a run trains on, and which it is measured on, by its config.
+
+A world of data is a module with `training_samples` and `validation_samples`.
+"""
 
 from collections.abc import Callable
-from pathlib import Path
 
 from dpt.config import DataSettings
-from dpt.data.itm import ItmNegatives
-from dpt.data.latents import LatentFolder
-from dpt.data.refcoco import load_expressions
-from dpt.data.samples import CocoSamples
+from dpt.data import coco_samples
 from dpt.data.trajectories import RankedPrompts
-from dpt.shapes.samples import ShapesSamples
+from dpt.shapes import samples as shapes_samples
 from dpt.stable_diffusion import StableDiffusion
 
-NUM_SHAPES = 10_000
+WORLDS = {"shapes": shapes_samples, "coco": coco_samples}
 
 
 def training_samples(data: DataSettings, sd: StableDiffusion, *, seed: int, notice: Callable = print):
@@ -26,38 +25,7 @@ def training_samples(data: DataSettings, sd: StableDiffusion, *, seed: int, noti
     """
     if data.kind == "trajectories":
         return None
-    if data.kind == "shapes":
-        count = NUM_SHAPES if data.num_samples is None else data.num_samples
-        return ShapesSamples(
-            sd,
-            Path(data.cache_folder),
-            num_samples=count,
-            negatives=data.negatives,
-            leave_out=tuple(data.leave_out),
-            split="train",
-            draw_seed=seed,
-        )
-    root = Path(data.root)
-    images = existing(root, "images", data.images)
-    expressions = load_expressions(existing(root, "expressions", data.expressions), images)[: data.num_samples]
-    if not expressions:
-        raise ValueError(f"data.expressions: {root / data.expressions} holds no expressions")
-    latents = data.latents and LatentFolder(existing(root, "latents", data.latents), sd, sd.default_size)
-    samples = CocoSamples(
-        images,
-        sd.default_size,
-        expressions=expressions,
-        negatives=ItmNegatives(existing(root, "itm", data.itm)),
-        latents=latents,
-        flip=data.flip,
-        seed=seed,
-    )
-    long = [e.id for e in expressions if sd.truncated_part(e.expression)]
-    if long:
-        notice(f"{len(long)} expressions are longer than the text encoder reads, and are cut; the first is {long[0]}")
-    if samples.without_caption:
-        notice(f"{samples.without_caption} expressions are left out: no caption of their image is in {data.itm}")
-    return samples
+    return WORLDS[data.kind].training_samples(data, sd, seed=seed, notice=notice)
 
 
 def validation_samples(
@@ -70,19 +38,7 @@ def validation_samples(
     """
     if data.kind == "trajectories":
         return {}
-    if data.kind == "shapes":
-        samples = ShapesSamples(
-            sd, Path(data.cache_folder), num_samples=num_samples, negatives=data.negatives, split=split
-        )
-        return {"itm": samples, "rec_shapes": samples}
-    root, size = Path(data.root), sd.default_size
-    images = existing(root, "val_images", data.val_images)
-    sets = {"itm": CocoSamples(images, size, negatives=ItmNegatives(existing(root, "val_itm", data.val_itm)))}
-    for name in data.val_expressions:
-        expressions = load_expressions(existing(root, "val_expressions", name), existing(root, "images", data.images))
-        label = Path(name).stem.removeprefix("finetune_").removesuffix("_val")
-        sets[f"rec_{label}"] = CocoSamples(root / data.images, size, expressions=expressions)
-    return sets
+    return WORLDS[data.kind].validation_samples(data, sd, num_samples=num_samples, split=split)
 
 
 def ranked_prompts(data: DataSettings, sd: StableDiffusion, *, held_out: bool, seed: int = 0) -> RankedPrompts | None:
@@ -98,14 +54,3 @@ def ranked_prompts(data: DataSettings, sd: StableDiffusion, *, held_out: bool, s
         num_prompts=None if held_out else data.num_prompts,
         seed=seed,
     )
-
-
-def existing(root: Path, key: str, relative: str) -> Path:
-    """`root / relative`. Raises ValueError naming the config key and the remedy where there is nothing."""
-    path = root / relative
-    if not path.exists():
-        raise ValueError(
-            f"data.{key}: {path} does not exist; docs/data.md says where it comes from, "
-            f"`python -m dpt.data check {root}` what else is missing"
-        )
-    return path

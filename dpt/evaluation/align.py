@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from dpt.evaluation.flags import METRICS, judge_options
 from dpt.evaluation.scorers import Judge, make_judge
-from dpt.files import read_json_lines
-from dpt.images import METADATA_FILE, append_line, read_image, read_metadata, read_records
-from dpt.shapes.quality import Label
+from dpt.files import append_line, read_json_lines
+from dpt.images import METADATA_FILE, read_image, read_metadata, read_records
+from dpt.shapes.oracle import Label
 
 COMPBENCH_NAME = re.compile(r"(.+)_(\d{6})", re.DOTALL)
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")

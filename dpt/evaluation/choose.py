@@ -32,8 +32,8 @@ from dpt.evaluation.generate import noise_seed, process_state
 from dpt.evaluation.prompts import Prompt, load_prompt_set
 from dpt.evaluation.scorers import make_judge, value_of
 from dpt.evaluation.table import APART, markdown
-from dpt.files import read_json_lines, write_text
-from dpt.images import append_line, to_images
+from dpt.files import append_line, read_json_lines, write_text
+from dpt.images import to_images
 from dpt.matching_score import score_of_features
 from dpt.metrics import area_within_prompts, bootstrap_interval
 from dpt.results import figure_beside, record_section

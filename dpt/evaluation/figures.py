@@ -18,7 +18,7 @@ import numpy as np
 from dpt.evaluation.align import file_hashes, pictures, read_scores
 from dpt.evaluation.arms import SETTINGS_FILE, Settings, folder_name, read_settings
 from dpt.files import decode, read_json, read_text, text_lines, write_text
-from dpt.shapes.quality import LABELS
+from dpt.shapes.oracle import LABELS
 
 QUALITY_FILE = "quality.json"
 COSTS = ("seconds", "whole_passes", "truncated_passes", "peak_mb")

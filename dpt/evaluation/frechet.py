@@ -20,9 +20,9 @@ from dpt.evaluation.align import file_hashes, pictures
 from dpt.evaluation.figures import QUALITY_FILE, pictures_hash, read_quality
 from dpt.files import write_text
 from dpt.images import read_image, to_pixels
-from dpt.shapes.captions import parse
+from dpt.shapes.compose import compose
+from dpt.shapes.grammar import parse
 from dpt.shapes.scenes import render
-from dpt.shapes.world import compose
 from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion
 
 POOL = 2  # latent cells, each way, whose mean is one coordinate: 256 of them, far fewer than there are pictures

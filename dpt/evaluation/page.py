@@ -27,7 +27,7 @@ from dpt.files import read_json, read_text, write_text
 from dpt.images import UNREADABLE, read_image
 from dpt.results import check_replaceable
 from dpt.runs import versions
-from dpt.shapes.quality import LABELS
+from dpt.shapes.oracle import LABELS
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PLACEHOLDER = "__DATA__"

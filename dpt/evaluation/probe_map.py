@@ -38,9 +38,9 @@ from dpt.metrics import Interval, bootstrap_interval
 from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
 from dpt.results import check_replaceable, figure_beside, record_section
-from dpt.shapes.training import train_stage
 from dpt.stable_diffusion import StableDiffusion
 from dpt.tasks.task import passes_of
+from dpt.train_loop import train_stage
 from dpt.unet_features import parse_feature
 from dpt.validation import PAPER_TIMESTEP, evenly_spread
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from dpt.files import read_json, read_text, text_lines
-from dpt.shapes.captions import CATEGORIES
+from dpt.shapes.grammar import CATEGORIES
 from dpt.shapes.world import PROMPT_CATEGORIES, load_prompts, training_prompts
 
 TRAINING_PROMPTS = 500  # a category

@@ -21,7 +21,7 @@ from transformers import AutoProcessor, BlipForImageTextRetrieval
 from dpt.base_models import CKPT_FOLDER
 from dpt.evaluation.flags import BLIP_FOLDER, OPEN_CLIP_FOLDER, OPEN_CLIP_MODEL
 from dpt.evaluation.generate import process_state
-from dpt.shapes import captions, scenes
+from dpt.shapes import grammar, scenes
 from dpt.shapes import oracle as oracle_module
 from dpt.shapes.clip import embed_images, embed_texts, load_clip
 
@@ -96,7 +96,7 @@ def _oracle() -> Judge:
         objects = [[name, *box] for name, box in zip(names, boxes, strict=True)]
         return {"label": verdict.label, "reason": verdict.reason, "objects": objects}
 
-    sources = [Path(inspect.getfile(module)) for module in (oracle_module, captions, scenes)]
+    sources = [Path(inspect.getfile(module)) for module in (oracle_module, grammar, scenes)]
     return Judge("oracle", fingerprint(*sources), judged)
 
 

@@ -22,7 +22,7 @@ from dpt.evaluation.figures import collect
 from dpt.files import decode, read_json, write_text
 from dpt.metrics import Interval, bootstrap_p, crossed_bootstrap, holm
 from dpt.results import check_replaceable
-from dpt.shapes.quality import LABELS
+from dpt.shapes.oracle import LABELS
 
 APART = "unseen"  # a category that overall figures leave out
 ArmRow = dict[str, int | float | str | Interval]

@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
-from dpt.base_models import known_name
 from dpt.matching_score import gradient_of
 from dpt.sampling import ClassifierFreeGuidance
 from dpt.settings import Sampling
-from dpt.shapes.scenes import SHAPES
 from dpt.stable_diffusion import StableDiffusion
 from dpt.unet_features import unet_features
+from dpt.worlds import is_subject
 
 FUNCTION_WORDS = """a an the of on in at to and or with by for from is are be it its this that there one two three four
     five some left right above below over under top bottom next near beside behind front photo picture image"""
@@ -159,12 +158,10 @@ def stored_attention(unet: UNet2DConditionModel, resolution: int):
 
 
 def subject_tokens(sd: StableDiffusion, prompt: str) -> list[int]:
-    """Positions of the prompt's subjects: the shapes model's shapes, elsewhere all but function words."""
+    """Positions of the prompt's subjects: the words known to be some, or else all but function words."""
     prompt = sd.expanded(prompt)  # as it is encoded
     words = list(re.finditer(r"\w+", prompt.lower()))
-    subjects = []
-    if known_name(sd.name) == "shapes":
-        subjects = [w for w in words if w[0].removesuffix("es") in SHAPES or w[0].removesuffix("s") in SHAPES]
+    subjects = [word for word in words if is_subject(sd.name, word[0])]
     subjects = subjects or [word for word in words if word[0] not in FUNCTION_WORDS.split()]
     encoding = sd.tokenizer(prompt, truncation=True, max_length=sd.tokenizer.model_max_length)
     positions = [encoding.char_to_token(word.end() - 1) for word in subjects]

@@ -7,11 +7,12 @@ Anything else that can be seen - merged, half-drawn, faint or speckled - makes t
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal, get_args
 
 import numpy as np
 from scipy import ndimage
 
-from dpt.shapes.captions import Description, parse
+from dpt.shapes.grammar import Description, parse
 from dpt.shapes.scenes import (
     COLORS,
     IMAGE_SIZE,
@@ -45,6 +46,10 @@ _CANON = 32  # side of the frame in which outlines are compared
 _CANON_SPAN = 1.75  # half of that side, in units of sqrt(area)
 
 
+Label = Literal["correct", "misaligned", "malformed"]
+LABELS = get_args(Label)
+
+
 @dataclass(frozen=True)
 class Detection:
     """An object found in a picture: names, centre in pixels, radius as in `scenes`, box normalised cxcywh.
@@ -64,9 +69,9 @@ class Detection:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`label` is "correct", "misaligned" or "malformed"; `reason` says what failed; `objects` is what was found."""
+    """A label, what failed, and what was found."""
 
-    label: str
+    label: Label
     reason: str
     objects: tuple[Detection, ...]
 

@@ -16,7 +16,6 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Literal, get_args
 
 import msgspec
 import numpy as np
@@ -26,14 +25,14 @@ from tqdm import tqdm
 from dpt.base_models import CKPT_FOLDER, recommended
 from dpt.curves import plot_curves, read_metrics
 from dpt.drawing import Artist
-from dpt.files import read_json_lines
-from dpt.images import make_grid, read_image, to_images, to_pixels
+from dpt.images import make_grid, to_images, to_pixels
 from dpt.metrics import bootstrap_interval
-from dpt.results import figure_beside
+from dpt.results import figure_beside, table
 from dpt.settings import Sampling
 from dpt.shapes.clip import load_clip, pooled_cosines, retrieval
-from dpt.shapes.oracle import judge
-from dpt.shapes.scenes import IMAGE_SIZE, render
+from dpt.shapes.labelling import LABELLED, JudgedPicture, agreement
+from dpt.shapes.oracle import LABELS, judge
+from dpt.shapes.scenes import render
 from dpt.shapes.settings import LABELLED_FOLDER, SEEDS_APART
 from dpt.shapes.world import PROMPT_CATEGORIES, ShapesWorld, load_prompts
 from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion
@@ -46,38 +45,6 @@ WORD_PAIRS = (
     ("a red circle {} a blue square", "above", "below"),
     ("a red circle to the {} of a blue square", "left", "right"),
 )
-Label = Literal["correct", "misaligned", "malformed"]
-LABELS = get_args(Label)
-LABELLED = {
-    "early stages": LABELLED_FOLDER,
-    "late stages": LABELLED_FOLDER / "late",
-    "with CLIP trained along": LABELLED_FOLDER / "joint",
-}
-"""pictures labelled by eye: of the oracle's thresholds that of outlines was chosen on the first half of the first set,
-that at the border on the first two, and nothing on the third"""
-
-
-class Verdict(msgspec.Struct):
-    """A line of `verdicts.jsonl`: what `judge_prompts` drew, and what the oracle said."""
-
-    category: str
-    prompt: str
-    seed: int
-    label: Label
-    reason: str
-
-
-class Labelled(msgspec.Struct):
-    """A line of `labels.jsonl`: a picture to be labelled by eye, and its label, null until then."""
-
-    stage: str
-    category: str
-    prompt: str
-    seed: int
-    label: Label | None
-
-
-# Pictures of prompts
 
 
 def judge_prompts(
@@ -105,19 +72,18 @@ def judge_prompts(
     pairs = [(category, text) for category, texts in prompts.items() for text in texts]
     jobs = [(*pair, SEEDS_APART * k + seed) for k, pair in enumerate(pairs) for seed in seeds]
     records, rows = [], {}
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
     for start in tqdm(range(0, len(jobs), batch_size), desc="drawing", leave=False):
         batch = jobs[start : start + batch_size]
-        texts, noise_seeds = [text for _, text, _ in batch], [seed for _, _, seed in batch]
-        drawings = Artist(sd).draw(texts, noise_seeds, sampling or recommended("shapes"))
-        for (category, text, seed), image in zip(batch, [drawing.image for drawing in drawings], strict=True):
-            verdict = judge(image, text)
-            record = {"category": category, "prompt": text, "seed": seed}
-            records.append(record | {"label": verdict.label, "reason": verdict.reason})
+        _, texts, noise_seeds = zip(*batch, strict=True)
+        drawings = Artist(sd).draw(list(texts), list(noise_seeds), sampling or recommended("shapes"))
+        for (category, text, seed), drawing in zip(batch, drawings, strict=True):
+            verdict = judge(drawing.image, text)
+            record = JudgedPicture(category, text, seed, verdict.label, verdict.reason)
             if folder is not None:
-                Image.fromarray(image).save(folder / f"{len(records) - 1:04d}.png")
-                rows.setdefault(category, []).append(image)
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(drawing.image).save(folder / f"{len(records):04d}.png")
+                rows.setdefault(category, []).append(drawing.image)
+            records.append(msgspec.structs.asdict(record))
     if folder is not None:
         make_grid([(name, row[:10]) for name, row in rows.items()], cell=132).save(folder / "grid.png")
         (folder / "verdicts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -137,115 +103,83 @@ def _percent(share):
     return f"{mean:.1f} ({low:.1f} to {high:.1f})"
 
 
-# Labelled pictures
-
-
-def load_labelled(folder: Path) -> list[dict]:
-    """The pictures of a folder that were labelled by eye: image (128, 128, 3) uint8, prompt, label, stage."""
-    sheet = read_image(folder / "pictures.png")
-    rows, columns = (side // IMAGE_SIZE for side in sheet.shape[:2])
-    records = msgspec.to_builtins(read_json_lines(folder / "labels.jsonl", Labelled))
-    if len(records) > rows * columns:
-        raise ValueError(f"{folder / 'pictures.png'} has {rows * columns} pictures, labels.jsonl {len(records)} lines")
-    for k, record in enumerate(records):
-        y, x = (IMAGE_SIZE * v for v in divmod(k, columns))
-        record["image"] = np.ascontiguousarray(sheet[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE])
-    return records
-
-
-def agreement(folder: Path) -> tuple[list[dict], dict[tuple[str, str], int]]:
-    """Where the oracle disagrees with a folder's labels, and counts of (label by eye, oracle's label)."""
-    wrong, counts = [], {}
-    for k, record in enumerate(load_labelled(folder)):
-        verdict = judge(record["image"], record["prompt"])
-        counts[record["label"], verdict.label] = counts.get((record["label"], verdict.label), 0) + 1
-        if verdict.label != record["label"]:
-            wrong.append({"index": k, "label": record["label"], "oracle": verdict.label, "reason": verdict.reason})
-    return wrong, counts
-
-
 # Sections of docs/results.md
 
 
 def oracle_section(args: argparse.Namespace) -> str:
     """Renders, hard negatives, VAE round trips and labelled pictures."""
-    world, right, rejected, rejected_scenes = ShapesWorld("val", seed=77), [], [], []
-    sd = load_stable_diffusion("shapes")
-    trips, batch = [], []
-    for i in tqdm(range(args.renders), desc="renders", leave=False):
-        example = world[i]
-        image = render(example.scene)
-        right.append(judge(image, example.caption).label == "correct")
-        rejected.append(judge(image, example.negative.caption).label == "misaligned")
-        rejected_scenes.append(judge(render(example.negative.scene), example.caption).label == "misaligned")
-        if i < args.round_trips:
-            batch.append((image, example.caption))
-        if len(batch) == 50 or (batch and i + 1 == args.renders):
-            decoded = sd.decode_latents(sd.encode_images(to_pixels([image for image, _ in batch])))
-            trips += [judge(d, c).label == "correct" for d, (_, c) in zip(to_images(decoded), batch, strict=True)]
-            batch = []
-    rows = [
+    world, sd = ShapesWorld("val", seed=77), load_stable_diffusion("shapes")
+    right, rejected, rejected_scenes, trips = [], [], [], []
+    for start in tqdm(range(0, args.renders, 50), desc="renders", leave=False):
+        examples = [world[i] for i in range(start, min(start + 50, args.renders))]
+        images = [render(example.scene) for example in examples]
+        for image, example in zip(images, examples, strict=True):
+            right.append(judge(image, example.caption).label == "correct")
+            rejected.append(judge(image, example.negative.caption).label == "misaligned")
+            rejected_scenes.append(judge(render(example.negative.scene), example.caption).label == "misaligned")
+        if sent := images[: max(0, args.round_trips - start)]:
+            decoded = to_images(sd.decode_latents(sd.encode_images(to_pixels(sent))))
+            trips += [judge(d, e.caption).label == "correct" for d, e in zip(decoded, examples, strict=False)]
+    figures = [
         ("fresh renders judged correct", right, "99.5"),
         ("hard-negative captions judged misaligned", rejected, "99.5"),
         ("hard-negative scenes judged misaligned", rejected_scenes, "99.5"),
         ("renders judged correct after a VAE round trip", trips, "98"),
     ]
-    lines = ["| | pictures | % | required % |", "|---|---|---|---|"]
-    for name, values, least in rows:
-        lines.append(f"| {name} | {len(values)} | {_percent(bootstrap_interval(values))} | {least} |")
-    found = [_agreement_lines(name, path) for name, path in LABELLED.items() if (path / "labels.jsonl").exists()]
-    lines += [row for rows, _ in found for row in rows] + [line for _, table in found for line in table]
-    return "\n".join(lines)
+    rows = [(name, len(values), _percent(bootstrap_interval(values)), least) for name, values, least in figures]
+    tables = []
+    for name, folder in LABELLED.items():
+        if (folder / "labels.jsonl").exists():
+            wrong, counts = agreement(folder)
+            rows += _agreement_rows(name, wrong, counts, halves=folder == LABELLED_FOLDER)
+            cells = [(eye, *(counts.get((eye, label), 0) for label in LABELS)) for eye in LABELS]
+            tables.append(table([f"{name}: by eye \\ oracle", *LABELS], cells))
+    return "\n\n".join([table(["", "pictures", "%", "required %"], rows), *tables])
 
 
-def _agreement_lines(name: str, folder: Path) -> tuple[list[str], list[str]]:
-    wrong, counts = agreement(folder)
+def _agreement_rows(name: str, wrong: list[dict], counts: dict, *, halves: bool) -> list[tuple]:
     total = sum(counts.values())
-    agreed = sum(count for (eye, oracle), count in counts.items() if eye == oracle)
-    alike = sum(count for (eye, oracle), count in counts.items() if (eye == "correct") == (oracle == "correct"))
-    lines = [f"| {name}: judged as labelled by eye | {total} | {100 * agreed / total:.1f} | 95 |"]
-    if folder == LABELLED_FOLDER:
+    agreed = sum(count for (eye, label), count in counts.items() if eye == label)
+    alike = sum(count for (eye, label), count in counts.items() if (eye == "correct") == (label == "correct"))
+    rows = [(f"{name}: judged as labelled by eye", total, f"{100 * agreed / total:.1f}", "95")]
+    if halves:
         other = 200 * sum(w["index"] % 2 for w in wrong) / total
-        lines.append(f"| {name}: the half on which no threshold was chosen | {total // 2} | {100 - other:.1f} | 95 |")
-    lines.append(f"| {name}: correct or not as by eye | {total} | {100 * alike / total:.1f} | |")
-    table = [f"| {eye} | " + " | ".join(str(counts.get((eye, o), 0)) for o in LABELS) + " |" for eye in LABELS]
-    header = [f"| {name}: by eye \\ oracle | " + " | ".join(LABELS) + " |", "|---|---|---|---|"]
-    return lines, ["", *header, *table]
+        rows.append((f"{name}: the half on which no threshold was chosen", total // 2, f"{100 - other:.1f}", "95"))
+    return [*rows, (f"{name}: correct or not as by eye", total, f"{100 * alike / total:.1f}", "")]
 
 
 def clip_section(args: argparse.Namespace) -> str:
     """Retrieval, and cosines of pooled states to hard negatives'."""
     clip, tokenizer = load_clip(CKPT_FOLDER / "shapes/clip")
     figures = retrieval(clip, tokenizer)
-    lines = [
-        f"Of 512 val captions, {100 * figures['retrieval_at_1']:.1f} % rank their own scene first of 512, and "
-        f"{100 * figures['hard_negative_accuracy']:.1f} % are preferred to their hard negative (chance 50 %).",
-        "",
-        "| kind of hard negative | mean cosine of the pooled states of 2,000 val captions and their negatives |",
-        "|---|---|",
-    ]
-    lines += [f"| {kind} | {cosine:.4f} |" for kind, cosine in pooled_cosines(clip, tokenizer).items()]
-    lines += [
-        "",
-        "What the U-Net reads of a word: how far the states of captions that differ in it lie apart, relative",
-    ]
-    lines += ["to their length, at the word and at the end of the text:", "", "| words | at the word | at the end |"]
-    lines += ["|---|---|---|"]
-    lines += [f"| {pair} | {word:.2f} | {end:.2f} |" for pair, (word, end) in word_distances().items()]
-    return "\n".join(lines)
+    kinds = [(kind, f"{cosine:.4f}") for kind, cosine in pooled_cosines(clip, tokenizer).items()]
+    words = [(pair, f"{word:.2f}", f"{end:.2f}") for pair, (word, end) in word_distances().items()]
+    return "\n\n".join(
+        [
+            f"Of 512 val captions, {100 * figures['retrieval_at_1']:.1f} % rank their own scene first of 512, and "
+            f"{100 * figures['hard_negative_accuracy']:.1f} % are preferred to their hard negative (chance 50 %).",
+            table(
+                ["kind of hard negative", "mean cosine of the pooled states of 2,000 val captions and their negatives"],
+                kinds,
+            ),
+            "What the U-Net reads of a word: how far the states of captions that differ in it lie apart, relative\n"
+            "to their length, at the word and at the end of the text:",
+            table(["words", "at the word", "at the end"], words),
+        ]
+    )
 
 
 def word_distances() -> dict[str, tuple[float, float]]:
     """Pair of words -> relative distance of the text encoder's states at the word, and at the end of the text."""
-    sd, found = load_stable_diffusion("shapes"), {}
+    sd, distances = load_stable_diffusion("shapes"), {}
     for template, one, other in WORD_PAIRS:
         texts = [template.format(word) for word in (one, other)]
         context, _ = sd.encode_prompts(texts)
         encoding = sd.tokenizer(texts[0])
         places = encoding.char_to_token(template.index("{")), len(encoding.input_ids) - 1
         apart = [(context[0, k] - context[1, k]).norm() / context[:, k].norm(dim=-1).mean() for k in places]
-        found[f"{one}, {other}"] = tuple(distance.item() for distance in apart)
-    return found
+        distances[f"{one}, {other}"] = tuple(distance.item() for distance in apart)
+    return distances
 
 
 def base_section(args: argparse.Namespace) -> str:
@@ -255,24 +189,24 @@ def base_section(args: argparse.Namespace) -> str:
     samplings = {g: recommended("shapes").changed(guidance_scale=g) for g in args.guidance}
     tried = {g: shares(judge_prompts(sd, few, sampling=s, seeds=(100,))) for g, s in samplings.items()}
     best = max(tried, key=lambda g: tried[g]["correct"][0])
-    lines = [f"Guidance on the first {args.prompts_for_guidance} val prompts a category, one picture each:", ""]
-    lines += ["| guidance scale | correct % | misaligned % | malformed % |", "|---|---|---|---|"]
-    lines += [f"| {g:g} | " + " | ".join(map(_percent, tried[g].values())) + " |" for g in tried]
     prompts = {c: load_prompts("val", c) for c in PROMPT_CATEGORIES}
     records = judge_prompts(sd, prompts, seeds=tuple(range(args.seeds)), sampling=samplings[best])
-    lines += [
-        "",
-        f"All val prompts, guidance {best:g}, 20 DDIM steps, {args.seeds} picture(s) each, all of other noise:",
-        "",
-    ]
-    lines += ["| category | pictures | correct % | misaligned % | malformed % |", "|---|---|---|---|---|"]
-    # the six categories make up the total; `unseen` pairs stand apart
     groups = {c: [r for r in records if r["category"] == c] for c in PROMPT_CATEGORIES}
+    # the six categories make up the total; `unseen` pairs stand apart
     groups["all but unseen"] = [r for r in records if r["category"] != "unseen"]
-    for name, group in groups.items():
-        lines.append(f"| {name} | {len(group)} | " + " | ".join(_percent(s) for s in shares(group).values()) + " |")
-    lines += ["", f"Took {(time.perf_counter() - began) / 60:.0f} minutes."]
-    return "\n".join(lines)
+    labels = [f"{label} %" for label in LABELS]
+    return "\n\n".join(
+        [
+            f"Guidance on the first {args.prompts_for_guidance} val prompts a category, one picture each:",
+            table(["guidance scale", *labels], [(f"{g:g}", *map(_percent, tried[g].values())) for g in tried]),
+            f"All val prompts, guidance {best:g}, 20 DDIM steps, {args.seeds} picture(s) each, all of other noise:",
+            table(
+                ["category", "pictures", *labels],
+                [(name, len(group), *map(_percent, shares(group).values())) for name, group in groups.items()],
+            ),
+            f"Took {(time.perf_counter() - began) / 60:.0f} minutes.",
+        ]
+    )
 
 
 def curve_section(args: argparse.Namespace) -> str:
@@ -283,13 +217,12 @@ def curve_section(args: argparse.Namespace) -> str:
         if lacking := {"val_loss_unweighted", *LABELS} - record.keys():
             raise ValueError(f"{path}: step {record['step']} lacks {min(lacking)}")
     plot_curves(path, figure_beside(args.output, "pretraining.png"))
-    lines = ["![Loss and verdicts while the U-Net was trained](pretraining.png)", ""]
-    lines += ["| step | val loss | unweighted | correct % | misaligned % | malformed % |", "|---|---|---|---|---|---|"]
-    for record in records:
-        shown = [f"{record[name]:.4f}" for name in ("val_loss", "val_loss_unweighted")]
-        shown += [f"{100 * record[label]:.0f}" for label in LABELS]
-        lines.append(f"| {record['step']} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+    rows = [
+        (r["step"], f"{r['val_loss']:.4f}", f"{r['val_loss_unweighted']:.4f}", *(f"{100 * r[x]:.0f}" for x in LABELS))
+        for r in records
+    ]
+    header = ["step", "val loss", "unweighted", *(f"{label} %" for label in LABELS)]
+    return f"![Loss and verdicts while the U-Net was trained](pretraining.png)\n\n{table(header, rows)}"
 
 
 SECTIONS = {"oracle": oracle_section, "clip": clip_section, "base": base_section, "curve": curve_section}

@@ -1,23 +1,26 @@
 """The `shapes` world as training samples (`dpt.data.collate.Sample`)."""
 
 import hashlib
-import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from dpt.arrays import read_array, save_array
 from dpt.base_models import CKPT_FOLDER
+from dpt.config import DataSettings
 from dpt.data.collate import Sample, sample_generator
 from dpt.data.mining import most_similar
-from dpt.shapes.captions import caption_text
 from dpt.shapes.clip import embed_images, embed_texts, load_clip
+from dpt.shapes.grammar import caption_text
 from dpt.shapes.scenes import render
-from dpt.shapes.vae import cache_latents, read_array
+from dpt.shapes.vae import Latents, cache_latents, scene_latents
 from dpt.shapes.world import ShapesWorld
 from dpt.stable_diffusion import StableDiffusion
 
+NUM_SAMPLES = 10_000  # to train on, where the config names no number
 NEGATIVES = ("edited", "mined")
 NUM_TEXTS, NUM_IMAGES = 20, 4  # mined ones to draw from, as in the paper
 CANDIDATES = 80  # mined, of which those that happen to be true are passed over
@@ -54,23 +57,13 @@ class ShapesSamples:
         # made once: drawing them anew for every comparison takes longer than the U-Net's passes
         self._scene, self._example = cache(self.world.scene), cache(self.world.__getitem__)
         self.leave_out, self.draw_seed = leave_out, draw_seed
-        self.scaling_factor = sd.vae.config.scaling_factor
-        self.scenes = cache_latents(
-            sd.vae,
-            lambda i: render(self.world.scene(i)[1]),
-            folder,
-            key=self.world.key(),
-            count=num_samples,
-        )
+        factor = sd.vae.config.scaling_factor
+        self.scenes = Latents(scene_latents(sd.vae, self.world, folder, count=num_samples), factor)
         self.edited = None
         if negatives == "edited":
-            self.edited = cache_latents(
-                sd.vae,
-                lambda i: render(self.world[i].negative.scene),
-                folder,
-                key=f"{self.world.key()} edited (4)",
-                count=num_samples,
-            )
+            key = f"{self.world.key()} edited (4)"
+            draw = lambda i: render(self.world[i].negative.scene)  # noqa: E731
+            self.edited = Latents(cache_latents(sd.vae, draw, folder, key=key, count=num_samples), factor)
         else:
             self.mined = mine_scenes(self.world, num_samples, folder)
 
@@ -87,23 +80,18 @@ class ShapesSamples:
         other_description, _ = self._scene(other)
         if self.edited is not None:
             negative_text = caption_text(example.negative.description, rng)
-            negative_image, shown = self._latents(self.edited, index, generator), example.negative.description
+            negative_image, shown = self.edited.sample([index], generator), example.negative.description
         else:
             texts, images = (rows[index] for rows in self.mined)
             text = int(rng.choice(self._false_of(index, texts, NUM_TEXTS)))
             image = int(rng.choice(self._false_of(index, images, NUM_IMAGES)))
             negative_text = caption_text(self._scene(text)[0], rng)
-            negative_image, shown = self._latents(self.scenes, image, generator), self._scene(image)[0]
+            negative_image, shown = self.scenes.sample([image], generator), self._scene(image)[0]
         expression = example.expressions[int(rng.integers(len(example.expressions)))]
+        own, random = (self.scenes.sample([i], generator) for i in (index, other))
         return Sample(
             id=index,
-            images=torch.stack(
-                [
-                    self._latents(self.scenes, index, generator),
-                    negative_image,
-                    self._latents(self.scenes, other, generator),
-                ]
-            ),
+            images=torch.cat([own, negative_image, random]),
             captions=(caption_text(example.description, rng), negative_text, caption_text(other_description, rng)),
             expression=expression.text,
             boxes=torch.tensor(example.scene.boxes()[[expression.index]], dtype=torch.float32),
@@ -131,10 +119,26 @@ class ShapesSamples:
             raise ValueError(f"sample {index} has no true negative among {len(candidates)} candidates")
         return found
 
-    def _latents(self, posteriors: np.ndarray, index: int, generator: torch.Generator) -> torch.Tensor:
-        mean, logvar = torch.from_numpy(posteriors[index]).float().chunk(2)
-        noise = torch.randn(mean.shape, generator=generator)
-        return (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise) * self.scaling_factor
+
+def training_samples(data: DataSettings, sd: StableDiffusion, *, seed: int, notice: Callable) -> ShapesSamples:
+    """The scenes that a config trains on."""
+    return ShapesSamples(
+        sd,
+        Path(data.cache_folder),
+        num_samples=NUM_SAMPLES if data.num_samples is None else data.num_samples,
+        negatives=data.negatives,
+        leave_out=tuple(data.leave_out),
+        draw_seed=seed,
+    )
+
+
+def validation_samples(
+    data: DataSettings, sd: StableDiffusion, *, num_samples: int, split: str
+) -> dict[str, ShapesSamples]:
+    """The scenes of val or test, for both tasks."""
+    options = {"num_samples": num_samples, "negatives": data.negatives, "split": split}
+    samples = ShapesSamples(sd, Path(data.cache_folder), **options)
+    return {"itm": samples, "rec_shapes": samples}
 
 
 def mine_scenes(world: ShapesWorld, num_samples: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -156,8 +160,5 @@ def mine_scenes(world: ShapesWorld, num_samples: int, folder: Path) -> tuple[np.
         captions = torch.cat([embed_texts(clip, tokenizer, [texts[i] for i in part]) for part in parts]).numpy()
     own, count = np.arange(num_samples)[:, None], min(CANDIDATES, num_samples - 1)
     mined = most_similar(captions, own, captions, own, count), most_similar(captions, own, images, own, count)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp.npy")
-    np.save(temporary, np.stack(mined))
-    temporary.replace(path)
+    save_array(path, np.stack(mined))
     return mined

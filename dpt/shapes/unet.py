@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from dpt.data.loader import step_indices
-from dpt.shapes.captions import caption_text
+from dpt.shapes.grammar import caption_text
+from dpt.shapes.vae import Latents
 from dpt.shapes.world import ShapesWorld
 from dpt.stable_diffusion import StableDiffusion
 
@@ -39,22 +40,6 @@ def make_scheduler() -> DDIMScheduler:
         set_alpha_to_one=False,
         steps_offset=1,
     )
-
-
-class Latents:
-    """Cached posteriors (N, 8, h, w) float16, sampled and scaled on access."""
-
-    def __init__(self, posteriors: np.ndarray, scaling_factor: float):
-        self.posteriors, self.scaling_factor = torch.from_numpy(posteriors), scaling_factor
-
-    def __len__(self) -> int:
-        return len(self.posteriors)
-
-    def sample(self, indices: np.ndarray, generator: torch.Generator) -> torch.Tensor:
-        """Scaled latents (B, 4, h, w) float32."""
-        mean, logvar = self.posteriors[indices].float().chunk(2, dim=1)
-        noise = torch.randn(mean.shape, generator=generator)
-        return (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise) * self.scaling_factor
 
 
 def denoising_weights(scheduler: DDIMScheduler, timesteps: torch.Tensor) -> torch.Tensor:
@@ -105,13 +90,10 @@ def validation_losses(
 
     Noise and timesteps are the same each time.
     """
-    errors, weights = [], []
+    batches = []
     for start in range(0, len(latents), batch_size):
         indices = np.arange(start, min(start + batch_size, len(latents)))
         captions = [caption_text(world.scene(int(i))[0], world.generator(int(i), 5)) for i in indices]
-        for values, batch in zip(
-            (errors, weights), _denoising_errors(sd, latents, indices, captions, seed=start), strict=True
-        ):
-            values.append(batch)
-    errors, weights = torch.cat(errors), torch.cat(weights)
+        batches.append(_denoising_errors(sd, latents, indices, captions, seed=start))
+    errors, weights = (torch.cat(values) for values in zip(*batches, strict=True))
     return {"val_loss": (weights * errors).mean().item(), "val_loss_unweighted": errors.mean().item()}

@@ -1,9 +1,7 @@
 """The autoencoder of the `shapes` world: 8x down, 4 latent channels, trained on crops."""
 
 import hashlib
-import os
-import tokenize
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +9,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from tqdm import tqdm
 
+from dpt.arrays import read_array, save_array
 from dpt.images import to_images, to_pixels
 from dpt.shapes.scenes import IMAGE_SIZE, Scene, render
 from dpt.shapes.world import ShapesWorld
@@ -114,7 +114,6 @@ def cache_latents(
     for tensor in vae.state_dict().values():
         digest.update(tensor.float().cpu().numpy().tobytes())
     folder = folder / digest.hexdigest()[:12]
-    folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for start in tqdm(range(0, count, chunk), desc="latents", mininterval=5):
         stop = min(start + chunk, count)
@@ -125,27 +124,9 @@ def cache_latents(
                 pixels = to_pixels([draw(i) for i in range(first, min(first + 50, stop))])
                 with torch.autocast(vae.device.type, torch.bfloat16):
                     rows.append(vae.encode(pixels.to(vae.device)).latent_dist.parameters.half().cpu().numpy())
-            temporary = path.with_suffix(f".{os.getpid()}.tmp.npy")  # another process may be at the same chunk
-            np.save(temporary, np.concatenate(rows))
-            temporary.replace(path)
+            save_array(path, np.concatenate(rows))
         parts.append(read_array(path, (stop - start, 8, None, None)))
     return np.concatenate(parts)
-
-
-def read_array(path: Path, shape: tuple[int | None, ...]) -> np.ndarray:
-    """A cached array of numbers; None in its shape stands for any length.
-
-    Raises:
-        ValueError: the file holds no such array; it is named.
-    """
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")  # so that no memory is taken for what is not there
-    except (OSError, EOFError, ValueError, TypeError, SyntaxError, tokenize.TokenError) as error:
-        raise ValueError(f"{path} cannot be read as an array ({error}); remove it, and it is made again") from error
-    fits = len(array.shape) == len(shape) and all(a in (None, b) for a, b in zip(shape, array.shape, strict=True))
-    if not fits or array.dtype.kind not in "fi":
-        raise ValueError(f"{path} holds no array of shape {shape}; remove it, and it is made again")
-    return np.array(array)
 
 
 @torch.no_grad()
@@ -174,6 +155,26 @@ def whiten(vae: AutoencoderKL, posteriors: np.ndarray) -> None:
     weight = post.weight[:, :, 0, 0].double()
     post.bias += (weight @ center).float()
     post.weight[:, :, 0, 0] = (weight @ forward.inverse()).float()
+
+
+def scene_latents(vae: AutoencoderKL, world: ShapesWorld, folder: Path, *, count: int) -> np.ndarray:
+    """`cache_latents` of a world's scenes."""
+    return cache_latents(vae, lambda i: render(world.scene(i)[1]), folder, key=world.key(), count=count)
+
+
+class Latents:
+    """Cached posteriors (N, 8, h, w) float16, sampled and scaled on access."""
+
+    def __init__(self, posteriors: np.ndarray, scaling_factor: float):
+        self.posteriors, self.scaling_factor = torch.from_numpy(posteriors), scaling_factor
+
+    def __len__(self) -> int:
+        return len(self.posteriors)
+
+    def sample(self, indices: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+        """Scaled latents (B, 4, h, w) float32."""
+        posterior = DiagonalGaussianDistribution(self.posteriors[indices].float())
+        return posterior.sample(generator) * self.scaling_factor
 
 
 def measure_scaling_factor(latents: np.ndarray) -> float:

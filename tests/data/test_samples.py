@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 
 from dpt.data.coco import load_pixels
+from dpt.data.coco_samples import CocoSamples, mirror
 from dpt.data.collate import Sample
 from dpt.data.flip import can_mirror, mirror_text
-from dpt.data.itm import ItmNegatives, write_items, write_tsv
+from dpt.data.hard_negatives import ItmNegatives, write_items, write_tsv
 from dpt.data.refcoco import load_expressions
-from dpt.data.samples import CocoSamples, mirror
 
 
 def samples(tree, **options):

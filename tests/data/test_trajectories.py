@@ -102,7 +102,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(folder, prompts, capsys, monk
         path.write_bytes(b"half of it")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("dpt.data.trajectories.save_file", full)
+    monkeypatch.setattr("dpt.data.draw_trajectories.save_file", full)
     assert draw(folder, prompts) == 2
     assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
     assert (folder / "shards.jsonl").read_text() == lines[0]
@@ -261,6 +261,16 @@ def test_bad_settings_are_one_line(folder, prompts, capsys, change, message):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error
     assert sorted((path.name, path.read_bytes()) for path in folder.iterdir()) == before
+
+
+def test_settings_may_stand_before_and_behind_flags(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("model: shapes\n")
+    words = ["trajectories", str(tmp_path / "config.yaml"), "seed=1", "--device", "cpu"]
+    assert main([*words, "noises=1"]) == 2
+    assert "noises is 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "noises=2", "--noises"])
+    assert "unrecognized arguments: --noises" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import evaluate
 from dpt.choosing import rounds
 from dpt.evaluation.choose import area_within_prompts, cost, simulate
-from dpt.images import append_line
+from dpt.files import append_line
 
 WORDS = ["choose", "--prompts", "shapes:val", "--per_category", "1", "--candidates", "2", "--steps", "2"]
 WORDS += ["--where", "0.5", "1", "--predicted", "shapes-clip"]

@@ -7,7 +7,7 @@ from PIL import Image
 
 import evaluate
 from dpt.evaluation.page import page
-from dpt.images import append_line
+from dpt.files import append_line
 from tests.browser import open_browser
 
 HOSTILE = '</script><img src=x onerror=alert(1)> & "quotes"'

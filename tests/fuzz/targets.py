@@ -17,7 +17,7 @@ from dpt.bounds import Bounds
 from dpt.config import DPTConfig, TrainConfig
 from dpt.evaluation.arms import Arm
 from dpt.evaluation.plan import Experiment
-from dpt.shapes.pretrain import PretrainConfig
+from dpt.shapes.settings import PretrainConfig
 from tests.fuzz import damage
 from tests.fuzz.commands import COMMANDS, Spoil, Target
 from tests.fuzz.readers import of_files

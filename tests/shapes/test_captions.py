@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dpt.shapes.captions import (
+from dpt.shapes.grammar import (
     CATEGORIES,
     UNSEEN_PAIRS,
     Description,

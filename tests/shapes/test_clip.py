@@ -3,7 +3,7 @@ import torch
 
 from dpt.base_models import CKPT_FOLDER
 from dpt.shapes.clip import MAX_TOKENS, load_clip, make_tokenizer, tokenize
-from dpt.shapes.pretrain import PretrainConfig
+from dpt.shapes.settings import PretrainConfig
 from dpt.stable_diffusion import load_stable_diffusion
 
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from dpt.shapes.labelling import LABELLED, agreement
 from dpt.shapes.oracle import find_objects, judge
-from dpt.shapes.quality import LABELLED, agreement
 from dpt.shapes.scenes import COLORS, IMAGE_SIZE, Scene, SceneObject, render
 from dpt.shapes.vae import reconstruct
 from dpt.shapes.world import ShapesWorld

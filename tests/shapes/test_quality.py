@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from dpt.settings import Sampling
-from dpt.shapes import label, quality
+from dpt.shapes import label, labelling, quality
 from dpt.shapes.quality import judge_prompts, main, shares
 from dpt.shapes.scenes import IMAGE_SIZE
 from dpt.stable_diffusion import load_stable_diffusion
@@ -45,10 +45,10 @@ def test_labels_by_eye(drawn, tmp_path, capsys):
         row["label"] = verdicts[row["prompt"]]
     rows[0]["label"] = next(name for name in quality.LABELS if name != verdicts[rows[0]["prompt"]])
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    wrong, counts = quality.agreement(tmp_path / "labelled")
+    wrong, counts = labelling.agreement(tmp_path / "labelled")
     assert [w["index"] for w in wrong] == [0]
     assert sum(counts.values()) == 3
-    kept = {row["prompt"]: row["image"] for row in quality.load_labelled(tmp_path / "labelled")}
+    kept = {row["prompt"]: row["image"] for row in labelling.load_labelled(tmp_path / "labelled")}
     for k, record in enumerate(records):
         assert (kept[record["prompt"]] == np.array(Image.open(folder / f"{k:04d}.png"))).all()
 

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from dpt.shapes.captions import parse
+from dpt.arrays import read_array
 from dpt.shapes.clip import embed_texts, load_clip
+from dpt.shapes.grammar import parse
 from dpt.shapes.samples import ShapesSamples
-from dpt.shapes.vae import read_array
 from dpt.stable_diffusion import load_stable_diffusion
 
 

@@ -4,15 +4,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dpt.shapes.captions import CATEGORIES, has_unseen_pair, parse, split_of
+from dpt.shapes.grammar import CATEGORIES, caption_text, has_unseen_pair, parse, sample_description, split_of
 from dpt.shapes.scenes import DIRECTION_MARGIN, SIZES, direction, layout_is_valid, render
-from dpt.shapes.world import (
-    PROMPT_CATEGORIES,
-    PROMPT_FOLDER,
-    ShapesWorld,
-    load_prompts,
-    make_prompts,
-)
+from dpt.shapes.world import PROMPT_CATEGORIES, PROMPT_FOLDER, ShapesWorld, load_prompts
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +129,29 @@ def test_at_least_300_scenes_a_second():
             render(world.scene(i)[1])
         best = max(best, 300 / (time.perf_counter() - began))
     assert best >= 300
+
+
+def make_prompts(category: str, *, per_category: int = 100, seed: int = 0) -> dict[str, list[str]]:
+    """The prompts of a category for "val" and "test": distinct meanings, each in one split only.
+
+    "single" has 40 meanings, half for each split. "unseen" mixes the other categories.
+    """
+    rng = np.random.default_rng((seed, PROMPT_CATEGORIES.index(category)))
+    prompts, seen = {"val": [], "test": []}, set()
+    wanted = 20 if category == "single" else per_category
+    while min(len(texts) for texts in prompts.values()) < wanted:
+        source = CATEGORIES[1 + int(rng.integers(5))] if category == "unseen" else category
+        description = sample_description(rng, source)
+        if category == "single":
+            split = min(prompts, key=lambda s: len(prompts[s]))
+        elif has_unseen_pair(description) == (category == "unseen"):
+            split = split_of(description)
+        else:
+            continue
+        if split in prompts and description.key() not in seen and len(prompts[split]) < wanted:
+            seen.add(description.key())
+            prompts[split].append(caption_text(description, rng))
+    return prompts
 
 
 @pytest.mark.parametrize("category", PROMPT_CATEGORIES)

@@ -1,16 +1,12 @@
-"""The training loop of the `shapes` pretraining stages: exact resumption, an average of the weights, a metrics file.
+"""A training loop for models whose batch is a function of the step number alone.
 
-A stage's batch is a function of the step number alone, so weights, optimiser and step are all there is to save.
+Weights, their average, optimiser and step are all there is to save: a run that is killed goes on exactly.
 """
 
 import copy
 import json
 import math
-import os
-import pickle
-import shutil
 import time
-import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,10 +16,10 @@ from torch import nn
 from tqdm import tqdm
 
 from dpt.curves import drop_metrics_after
-from dpt.images import numbered
+from dpt.files import replacing
+from dpt.weights import read_pickle
 
 STATE = {"model": dict, "average": dict, "optimizer": dict, "step": int}
-LARGEST_PICKLE = 10_000_000  # bytes of what a state holds beside its tensors; deeply nested, they take 50 times that
 
 
 def schedule(step: int, *, steps: int, warmup: int, decay: float) -> float:
@@ -32,60 +28,20 @@ def schedule(step: int, *, steps: int, warmup: int, decay: float) -> float:
     return min((step + 1) / max(1, warmup), 1.0, (steps - step) / falling)
 
 
-def save_atomically(state: dict, path: Path) -> None:
-    """`torch.save` under a temporary name, then rename."""
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    torch.save(state, temporary)
-    temporary.replace(path)
-
-
 def read_state(path: Path) -> dict:
-    """What `save_atomically` kept of a stage, with the keys of `STATE`. No code in the file is run.
+    """A stage's state, with the keys of `STATE`. No code in the file is run.
 
     Raises:
         ValueError: the file is no such state; it is named.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            sizes = [entry.file_size for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
-        if len(sizes) != 1 or sizes[0] > LARGEST_PICKLE:
-            raise ValueError("it is not what torch.save writes")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    # a broken pickle ends in any of these
-    except (OSError, EOFError, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-        raise ValueError(f"{path} cannot be read as a training's state: {error}; remove it to begin anew") from error
-    except (zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} holds something other than a training's state; remove it to begin anew") from error
+        state = read_pickle(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it to begin anew") from error
     for key, kind in STATE.items():
         if not isinstance(state, dict) or not isinstance(state.get(key), kind):
             raise ValueError(f"{path} is no training's state, it lacks {key}; remove it to begin anew")
     return state
-
-
-def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a folder under a temporary name, then puts it in the place of one of that name.
-
-    What the one before held besides stays, in a folder whose name is printed.
-
-    Raises:
-        ValueError: the folder before is not empty and no model's.
-    """
-    models = any((folder / name).exists() for name in ("config.json", "model_index.json"))
-    if folder.exists() and not models and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there, and no model's folder; name another")
-    temporary, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("tmp", "old"))
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    write(temporary)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    if old.exists() and any(not (folder / path.relative_to(old)).exists() for path in old.rglob("*")):
-        aside = next(path for path in numbered(folder.parent, f"{folder.name}-before-{{}}", 1) if not path.exists())
-        old.rename(aside)
-        print(f"the {folder.name} before held other files too and is now {aside}")
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
@@ -130,29 +86,17 @@ def train_stage(
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = parameters[0].device.type
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
-    average = copy.deepcopy(model).eval()
-    start = 0
+    average, start = copy.deepcopy(model).eval(), 0
+    stateful = {"model": model, "average": average, "optimizer": optimizer}
     if state_path.exists():
         state = read_state(state_path)
         try:
-            model.load_state_dict(state["model"])
-            average.load_state_dict(state["average"])
-            optimizer.load_state_dict(state["optimizer"])
+            for key, part in stateful.items():
+                part.load_state_dict(state[key])
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
             raise ValueError(f"{state_path} is of another model: {error}; remove it to begin anew") from error
         start = state["step"]
         drop_metrics_after(metrics_path, start)
-
-    def save(step):
-        save_atomically(
-            {
-                "model": model.state_dict(),
-                "average": average.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step,
-            },
-            state_path,
-        )
 
     def gradients_of(batch: int):
         torch.set_num_threads(threads)
@@ -190,5 +134,6 @@ def train_stage(
             with metrics_path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            save(step + 1)
+            with replacing(state_path) as temporary:
+                torch.save({key: part.state_dict() for key, part in stateful.items()} | {"step": step + 1}, temporary)
     return average

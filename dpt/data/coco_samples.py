@@ -1,16 +1,19 @@
 """COCO images with captions, mined negatives and referring expressions, as training samples."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from dpt.config import DataSettings
 from dpt.data.coco import base_name, image_path, load_pixels
 from dpt.data.collate import Sample, sample_generator
 from dpt.data.flip import can_mirror, mirror_text
-from dpt.data.itm import ItmItem, ItmNegatives
+from dpt.data.hard_negatives import ItmItem, ItmNegatives
 from dpt.data.latents import LatentFolder
-from dpt.data.refcoco import ReferredImage
+from dpt.data.refcoco import ReferredImage, load_expressions
+from dpt.stable_diffusion import StableDiffusion
 
 
 class CocoSamples:
@@ -134,3 +137,53 @@ def mirror(sample: Sample) -> Sample:
         boxes=torch.cat([1 - sample.boxes[:, :1], sample.boxes[:, 1:]], dim=1),
         tokens_positive=tokens_positive,
     )
+
+
+def training_samples(data: DataSettings, sd: StableDiffusion, *, seed: int, notice: Callable) -> CocoSamples:
+    """The expressions that a config names, with their images' captions and negatives."""
+    root = Path(data.root)
+    images = _existing(root, "images", data.images)
+    expressions = load_expressions(_existing(root, "expressions", data.expressions), images)[: data.num_samples]
+    if not expressions:
+        raise ValueError(f"data.expressions: {root / data.expressions} holds no expressions")
+    latents = data.latents and LatentFolder(_existing(root, "latents", data.latents), sd, sd.default_size)
+    samples = CocoSamples(
+        images,
+        sd.default_size,
+        expressions=expressions,
+        negatives=ItmNegatives(_existing(root, "itm", data.itm)),
+        latents=latents,
+        flip=data.flip,
+        seed=seed,
+    )
+    long = [e.id for e in expressions if sd.truncated_part(e.expression)]
+    if long:
+        notice(f"{len(long)} expressions are longer than the text encoder reads, and are cut; the first is {long[0]}")
+    if samples.without_caption:
+        notice(f"{samples.without_caption} expressions are left out: no caption of their image is in {data.itm}")
+    return samples
+
+
+def validation_samples(
+    data: DataSettings, sd: StableDiffusion, *, num_samples: int, split: str
+) -> dict[str, CocoSamples]:
+    """The val sets by task, as the config names them."""
+    root, size = Path(data.root), sd.default_size
+    images = _existing(root, "val_images", data.val_images)
+    sets = {"itm": CocoSamples(images, size, negatives=ItmNegatives(_existing(root, "val_itm", data.val_itm)))}
+    for name in data.val_expressions:
+        expressions = load_expressions(_existing(root, "val_expressions", name), _existing(root, "images", data.images))
+        label = Path(name).stem.removeprefix("finetune_").removesuffix("_val")
+        sets[f"rec_{label}"] = CocoSamples(root / data.images, size, expressions=expressions)
+    return sets
+
+
+def _existing(root: Path, key: str, relative: str) -> Path:
+    """`root / relative`. Raises ValueError naming the config key and the remedy where there is nothing."""
+    path = root / relative
+    if not path.exists():
+        raise ValueError(
+            f"data.{key}: {path} does not exist; docs/data.md says where it comes from, "
+            f"`python -m dpt.data check {root}` what else is missing"
+        )
+    return path

@@ -11,7 +11,7 @@ circle" is true of a scene with exactly one object. A relation between groups ho
 import hashlib
 import re
 from dataclasses import dataclass, replace
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 
@@ -54,7 +54,7 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Description:
-    """What a caption means: phrases, and relations (i, direction, j) between phrases i and j."""
+    """The meaning of a caption: phrases, and relations (i, direction, j) between phrases i and j."""
 
     phrases: tuple[Phrase, ...]
     relations: tuple[tuple[int, str, int], ...] = ()
@@ -95,14 +95,9 @@ class Description:
             return f"{self.num_objects} objects are asked for, {len(objects)} are there"
         slots = [i for i, phrase in enumerate(self.phrases) for _ in range(phrase.count)]
         unrelated = None
-        for order in permutations(range(len(objects))):
-            if all(self.phrases[i].fits(objects[k]) for i, k in zip(slots, order, strict=True)):
-                unrelated = self._broken_relation(
-                    [
-                        [objects[k] for i, k in zip(slots, order, strict=True) if i == p]
-                        for p in range(len(self.phrases))
-                    ]
-                )
+        for order in permutations(objects):
+            if all(self.phrases[i].fits(obj) for i, obj in zip(slots, order, strict=True)):
+                unrelated = self._broken_relation(list(zip(slots, order, strict=True)))
                 if unrelated is None:
                     return None
         if unrelated:
@@ -113,12 +108,11 @@ class Description:
                 return f"{phrase.count} x {phrase.name()} asked for, {found} there"
         return "the objects cannot be assigned to the phrases"
 
-    def _broken_relation(self, groups) -> str | None:
+    def _broken_relation(self, assigned: list[tuple[int, object]]) -> str | None:
         for i, relation, j in self.relations:
-            for a in groups[i]:
-                for b in groups[j]:
-                    if direction(a, b) != relation:
-                        return f"the {self.phrases[i].name()} should be {relation} of the {self.phrases[j].name()}"
+            groups = ([obj for slot, obj in assigned if slot == phrase] for phrase in (i, j))
+            if any(direction(a, b) != relation for a, b in product(*groups)):
+                return f"the {self.phrases[i].name()} should be {relation} of the {self.phrases[j].name()}"
         return None
 
     def holds(self, objects) -> bool:
@@ -247,14 +241,21 @@ def caption_text(description: Description, rng: np.random.Generator) -> str:
 
 # Parsing
 
-_RELATIONS = sorted(((w, r) for r, ws in RELATION_WORDS.items() for w in ws), key=lambda pair: -len(pair[0]))
+
+def _one_of(words) -> re.Pattern:
+    return re.compile(rf"({'|'.join(sorted(words, key=len, reverse=True))})\b *")
+
+
+_FRAME = _one_of([*FRAMES, "there is", "there are"])
+_COUNTS = {"a": 1, "an": 1} | NUMBERS
+_COUNT = _one_of(_COUNTS)
 _SIZES = {word: size for size, words in SIZE_WORDS.items() for word in words}
-_NOUNS = {noun: (noun, 1) for noun in SHAPES} | {"shape": (None, 1), "object": (None, 1)}
-_NOUNS |= {n + ("es" if n == "cross" else "s"): (shape, 2) for n, (shape, _) in _NOUNS.items()}
-_RELATION = re.compile("|".join(rf"(?P<{r}{k}>{w}\b)" for k, (w, r) in enumerate(_RELATIONS)))
-_JOIN = re.compile(r",\s*and\b|,|and\b|with\b")
-_WORD = re.compile(r"[a-z]+")
-_FRAME = re.compile(rf"(?:{'|'.join(FRAMES)}|there (?:is|are))\b")
+_SIZE, _COLOR = _one_of(_SIZES), _one_of(COLORS)
+_SINGULAR = {shape: shape for shape in SHAPES} | {"shape": None, "object": None}
+_PLURAL = {noun + ("es" if noun == "cross" else "s"): shape for noun, shape in _SINGULAR.items()}
+_NOUN, _NOUNS = _one_of(_SINGULAR), _one_of(_PLURAL)
+_RELATIONS = {word: relation for relation, words in RELATION_WORDS.items() for word in words}
+_RELATION, _JOIN = _one_of(_RELATIONS), re.compile(r"(, *and\b|,|and\b|with\b) *")
 
 
 def parse(prompt: str) -> Description:
@@ -264,68 +265,41 @@ def parse(prompt: str) -> Description:
         ValueError: the prompt is outside the grammar; the message says where it left it.
     """
     text = " ".join(prompt.lower().split()).removesuffix(".").strip()
-    frame = _FRAME.match(text)
-    at = frame.end() if frame else 0
+    at, phrases, relations = 0, [], []
 
-    def fail(expected):
-        raise ValueError(f"prompt {prompt!r} is outside the shapes grammar: expected {expected} at {text[at:][:30]!r}")
+    def outside(reason: str) -> ValueError:
+        return ValueError(f"prompt {prompt!r} is outside the shapes grammar: {reason}")
 
-    def word():
+    def take(pattern: re.Pattern, expected: str | None = None) -> str | None:
+        """The words that the pattern finds next, which are passed over; None where it finds none."""
         nonlocal at
-        match = _WORD.match(text, at)
-        if not match:
-            fail("a word")
-        at = match.end()
-        skip()
-        return match.group()
+        match = pattern.match(text, at)
+        if match:
+            at = match.end()
+        elif expected:
+            raise outside(f"expected {expected} at {text[at:][:30]!r}")
+        return match and match[1]
 
-    def skip():
-        nonlocal at
-        while at < len(text) and text[at] == " ":
-            at += 1
-
-    phrases, relations, pending = [], [], None
+    take(_FRAME)
     while True:
-        skip()
-        start = at
-        number = word()
-        count = {"a": 1, "an": 1}.get(number) or NUMBERS.get(number)
-        if count is None:
-            at = start
-            fail("a number (a, one, two, three, four)")
-        size = color = None
-        start, token = at, word()
-        if token in _SIZES:
-            size = _SIZES[token]
-            start, token = at, word()
-        if token in COLORS:
-            color = token
-            start, token = at, word()
-        if token not in _NOUNS or (count > 1) != (_NOUNS[token][1] > 1):
-            at = start
-            fail(f"one of {', '.join(SHAPES)}{' in the plural' if count > 1 else ''}")
-        phrases.append(Phrase(count, size, color, _NOUNS[token][0]))
-        if pending:
-            relations.append((len(phrases) - 2, pending, len(phrases) - 1))
-        if at >= len(text):
+        count = _COUNTS[take(_COUNT, "a number (a, one, two, three, four)")]
+        size, color = _SIZES.get(take(_SIZE)), take(_COLOR)
+        if count > 1:
+            shape = _PLURAL[take(_NOUNS, f"one of {', '.join(SHAPES)} in the plural")]
+        else:
+            shape = _SINGULAR[take(_NOUN, f"one of {', '.join(SHAPES)}")]
+        phrases.append(Phrase(count, size, color, shape))
+        if at == len(text):
             break
-        pending = None
-        relation, join = _RELATION.match(text, at), _JOIN.match(text, at)
-        if relation:
-            pending = relation.lastgroup.rstrip("0123456789")
-        elif not join:
-            fail("a relation, a comma or 'and'")
-        at = (relation or join).end()
+        if relation := take(_RELATION):
+            relations.append((len(phrases) - 1, _RELATIONS[relation], len(phrases)))
+        else:
+            take(_JOIN, "a relation, a comma or 'and'")
     description = Description(tuple(phrases), tuple(relations))
     if description.num_objects > MAX_OBJECTS:
-        raise ValueError(
-            f"prompt {prompt!r} is outside the shapes grammar: it names {description.num_objects} objects, "
-            f"a scene holds at most {MAX_OBJECTS}"
-        )
+        raise outside(f"it names {description.num_objects} objects, a scene holds at most {MAX_OBJECTS}")
     if relations and description.num_objects == MAX_OBJECTS:
-        raise ValueError(
-            f"prompt {prompt!r} is outside the shapes grammar: a relation among {MAX_OBJECTS} objects is not decidable"
-        )
+        raise outside(f"a relation among {MAX_OBJECTS} objects is not decidable")
     return description
 
 

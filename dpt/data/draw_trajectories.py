@@ -1,0 +1,275 @@
+"""Draws a model's own trajectories, and lets a scorer judge the pictures: `python -m dpt.data trajectories CONFIG`.
+
+Several noises are drawn for each prompt; the latents that chosen steps read are kept, and each finished picture is
+judged. `dpt.data.trajectories` says what the folder holds.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+
+import msgspec
+import torch
+from msgspec import Struct
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from dpt.base_models import DTYPE_NAMES, recommended
+from dpt.bounds import bounded, check_bounds, one_of
+from dpt.checkpoint import load_checkpoint
+from dpt.choosing import candidate_seeds
+from dpt.config import differences
+from dpt.data.trajectories import (
+    MANIFEST,
+    SHARDS,
+    DrawnPrompt,
+    Label,
+    Manifest,
+    Shard,
+    label_file,
+    numbered_shards,
+    read_labels,
+    read_shard,
+    read_shards,
+)
+from dpt.drawing import Artist, without_correction
+from dpt.evaluation.flags import BLIP_FOLDER, METRICS
+from dpt.evaluation.generate import noise_seed
+from dpt.evaluation.prompts import load_prompt_set
+from dpt.evaluation.scorers import make_judge, value_of
+from dpt.files import append_line, read_json, read_json_lines, replacing, write_text
+from dpt.images import to_images
+from dpt.schedulers import make_scheduler, set_timesteps
+from dpt.settings import values
+from dpt.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
+
+
+@dataclass
+class TrajectorySettings:
+    """Settings of `python -m dpt.data trajectories`: every key of its YAML file."""
+
+    output: str = ""
+    """the folder that they go to"""
+    model: str = "sd21-base"
+    dpt: str = "none"
+    """weights whose LoRA draws; none: the base model"""
+    prompts: str = ""
+    """a prompt set of evaluate.py, such as a file of one prompt a line"""
+    per_category: int | None = bounded(None, at_least=1)
+    """only the first so many prompts of each category"""
+    excluded: list[str] = field(default_factory=list)
+    """prompt sets that are evaluated on: a prompt that is in one is refused"""
+    noises: int = bounded(8, at_least=2, at_most=1024)
+    seed: int = bounded(500, at_least=0, below=1000)
+    """of each prompt's first noise, beside those of evaluate.py: it draws seeds from 0 on"""
+    guidance_scale: float | None = bounded(None, at_least=0, below=1000)
+    num_inference_steps: int | None = bounded(None, at_least=1, at_most=500)
+    """by default what is recommended for the model"""
+    steps: list[int] = bounded([0, 2, 5, 8, 12, 17], at_least=0)
+    """which steps' latents are kept; 0 is the noise itself"""
+    scorer: str = "oracle"
+    """oracle, shapes-clip, clip, blip, or a .jsonl file of {"picture": NAME, "value": NUMBER}; none: draw alone"""
+    clip_model: str = "ViT-H-14"
+    clip_weights: str | None = None
+    blip: str | None = None
+    """weights of the scorers, as evaluate.py's flags name them"""
+    pictures: bool = False
+    prompts_per_shard: int = bounded(4, at_least=1, at_most=4096)
+    dtype: str = one_of("float32", *DTYPE_NAMES)
+
+    def __post_init__(self):
+        check_bounds(self)
+        if len(set(self.steps)) < len(self.steps) or not self.steps:
+            raise ValueError(f"steps is {self.steps}; it must name at least one step, each once")
+
+
+class PictureValue(Struct):
+    """A line of a user's own judgements."""
+
+    picture: str
+    value: float
+
+
+def make(settings: TrajectorySettings, *, device: torch.device | str) -> tuple[int, int]:
+    """Draws and judges what is missing; a killed run goes on with the same settings.
+
+    Returns:
+        How many prompts were drawn, and how many pictures judged.
+
+    Raises:
+        ValueError: settings, prompts, weights or a folder that cannot be used; it is named.
+    """
+    for name in ("output", "prompts"):
+        if not getattr(settings, name):
+            raise ValueError(f"{name} is missing; name a folder (output) and a prompt set (prompts) in the config")
+    prompts = load_prompt_set(settings.prompts, per_category=settings.per_category)
+    for other in settings.excluded:
+        known = {_normal(prompt.text) for prompt in load_prompt_set(other)}
+        if both := [prompt.text for prompt in prompts if _normal(prompt.text) in known]:
+            raise ValueError(
+                f"{len(both)} prompts of {settings.prompts} are in {other}, which is evaluated on, such as "
+                f"{both[0]!r}: leave them out"
+            )
+    folder = Path(settings.output)
+    sd = load_stable_diffusion(settings.model, dtype=DTYPES[settings.dtype], device=device)
+    drawn = draw_missing(settings, sd, prompts, folder)
+    return drawn, 0 if settings.scorer == "none" else label_missing(settings, sd, folder)
+
+
+def _normal(text: str) -> str:
+    """A prompt without what makes no other of it: case, spaces, the last full stop."""
+    return " ".join(text.casefold().split()).rstrip(".")
+
+
+def draw_missing(settings: TrajectorySettings, sd, prompts: list, folder: Path) -> int:
+    """Draws the shards that the folder lacks; returns how many prompts they hold."""
+    checkpoint = None if settings.dpt == "none" else load_checkpoint(settings.dpt)
+    if checkpoint:
+        checkpoint.attach(sd)
+    sampling = recommended(settings.model, checkpoint and checkpoint.config).changed(
+        guidance_scale=settings.guidance_scale, num_inference_steps=settings.num_inference_steps
+    )
+    sampling = replace(without_correction(sampling), candidates=1, choose_at=())
+    if max(settings.steps) >= sampling.num_inference_steps:
+        last = sampling.num_inference_steps - 1
+        raise ValueError(f"steps names step {max(settings.steps)}; {last + 1} steps are 0 to {last}")
+    scheduler = make_scheduler(sd.scheduler, sampling.scheduler, parity=sampling.parity)
+    set_timesteps(scheduler, sampling.num_inference_steps, "cpu")
+    about = Manifest(
+        model=settings.model,
+        weights=weights_fingerprint(sd.text_encoder, sd.vae, sd.unet),
+        sampling=msgspec.to_builtins(values(sampling)),
+        dtype=settings.dtype,
+        prompts=settings.prompts,
+        noises=settings.noises,
+        seed=settings.seed,
+        steps=sorted(settings.steps),
+        timesteps=[float(scheduler.timesteps[step]) for step in sorted(settings.steps)],
+    )
+    _check_or_write(folder, about)
+    shards = read_shards(folder)
+    there = {prompt.text for shard in shards for prompt in shard.prompts}
+    missing = [prompt for prompt in _mixed(prompts) if prompt.text not in there]
+    artist = Artist(sd)
+    for start in tqdm(range(0, len(missing), settings.prompts_per_shard), desc="trajectories", mininterval=2):
+        part = missing[start : start + settings.prompts_per_shard]
+        seeds = [candidate_seeds(noise_seed(prompt, settings.seed), settings.noises) for prompt in part]
+        texts = [prompt.text for prompt in part for _ in range(settings.noises)]
+        kept: list[torch.Tensor] = []
+        drawings = artist.draw(texts, list(chain(*seeds)), sampling, method=_keeper(kept, about.steps))
+        tensors = {"latents": torch.stack(kept, dim=1), "final": torch.stack([one.latents for one in drawings])}
+        shape = (len(part), settings.noises)  # of prompts and noises, which were one dimension
+        tensors = {name: x.half().cpu().unflatten(0, shape).contiguous() for name, x in tensors.items()}
+        rows = [DrawnPrompt(p.text, p.categories[0], own) for p, own in zip(part, seeds, strict=True)]
+        shards.append(_write_shard(folder / f"{len(shards):05d}.safetensors", tensors, rows))
+    return len(missing)
+
+
+def _write_shard(path: Path, tensors: dict[str, torch.Tensor], prompts: list[DrawnPrompt]) -> Shard:
+    """Writes a shard, and its line behind the others' once the file is whole."""
+    try:
+        with replacing(path) as temporary:
+            save_file(tensors, temporary)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be written ({error}); finished shards are kept: free some space") from error
+    shard = Shard(path.name, hashlib.sha256(path.read_bytes()).hexdigest(), prompts)
+    append_line(path.parent / SHARDS, msgspec.to_builtins(shard))
+    return shard
+
+
+def _keeper(kept: list[torch.Tensor], steps: list[int]):
+    """A guidance method that changes nothing, and keeps what the U-Net reads at some steps."""
+
+    def method(guidance, sampling, prompts, seeds, trace):
+        def denoise(latents, timestep, step):
+            if step in steps:
+                kept.append(guidance.scheduler.scale_model_input(latents, timestep).clone())
+            return guidance(latents, timestep, step)
+
+        return denoise
+
+    return method
+
+
+def _mixed(prompts: list) -> list:
+    """Prompts of all categories in turn, so that what is drawn first is a fair part of the whole."""
+    before, ranks = Counter(), []
+    for prompt in prompts:
+        ranks.append(before[prompt.categories[0]])
+        before[prompt.categories[0]] += 1
+    return [prompts[k] for k in sorted(range(len(prompts)), key=ranks.__getitem__)]
+
+
+def _check_or_write(folder: Path, about: Manifest) -> None:
+    """Raises ValueError where the folder's trajectories are others; a new folder gets its manifest."""
+    if (folder / MANIFEST).exists():
+        before, now = (_flat(manifest) for manifest in (read_json(folder / MANIFEST, Manifest), about))
+        if differing := differences(before, now):
+            raise ValueError(f"{folder} holds trajectories of {'; '.join(differing)}: choose another output")
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"output {folder} holds other files, and no {MANIFEST}; choose an empty folder")
+    write_text(folder / MANIFEST, json.dumps(msgspec.to_builtins(about), indent=1) + "\n")
+
+
+def _flat(about: Manifest) -> dict:
+    """A manifest's values by name, but for the prompt set: others may follow."""
+    flat = msgspec.json.decode(msgspec.json.encode(about))
+    del flat["prompts"]
+    return flat | flat.pop("sampling")
+
+
+def label_missing(settings: TrajectorySettings, sd, folder: Path) -> int:
+    """Judges pictures that the scorer has not judged yet; returns how many."""
+    path, judged = label_file(folder, settings.scorer), 0
+    labels = read_labels(path) if path.exists() else []
+    known, (name, judge) = {(label.prompt, label.seed) for label in labels}, _judge(settings)
+    if others := {label.judge for label in labels} - {name}:
+        raise ValueError(f"{path} holds values by {others.pop()}; these would be by {name}: move that file away")
+    shards = list(numbered_shards(folder))
+    for numbers, shard in tqdm(shards, desc=f"labels by {settings.scorer}", mininterval=2):
+        if all((prompt.text, seed) in known for prompt in shard.prompts for seed in prompt.seeds):
+            continue
+        for number, prompt, final in zip(numbers, shard.prompts, read_shard(folder, shard)["final"], strict=True):
+            pictures = list(to_images(sd.decode_latents(final)))
+            names = [f"{number:06d}_{k:03d}.png" for k in range(len(pictures))]
+            if settings.pictures:
+                (folder / "pictures").mkdir(exist_ok=True)
+                for file, picture in zip(names, pictures, strict=True):
+                    Image.fromarray(picture).save(folder / "pictures" / file)
+            for seed, value in zip(prompt.seeds, judge(pictures, [prompt.text] * len(names), names), strict=True):
+                if (prompt.text, seed) not in known:
+                    append_line(path, msgspec.to_builtins(Label(prompt.text, seed, value, name)))
+                    judged += 1
+    return judged
+
+
+def _judge(settings: TrajectorySettings):
+    """The judge's name, and a function that maps (pictures, prompts, names) to values."""
+    if settings.scorer.endswith(".jsonl"):
+        values = {row.picture: row.value for row in read_json_lines(settings.scorer, PictureValue)}
+
+        def by_file(pictures, prompts, names):
+            if lacking := [name for name in names if name not in values]:
+                raise ValueError(f"{settings.scorer} has no value for {lacking[0]}")
+            return [values[name] for name in names]
+
+        return settings.scorer, by_file
+    if settings.scorer not in METRICS:
+        raise ValueError(f"scorer is {settings.scorer!r}; it must be {', '.join(METRICS)}, none or a .jsonl file")
+    scorer = make_judge(
+        settings.scorer,
+        clip_model=settings.clip_model,
+        clip_weights=settings.clip_weights and Path(settings.clip_weights),
+        blip=Path(settings.blip) if settings.blip else BLIP_FOLDER,
+    )
+
+    def by_scorer(pictures, prompts, names):
+        return [value_of(record) for record in scorer.metric(pictures, prompts)]
+
+    return f"{scorer.name} {scorer.fingerprint}", by_scorer
