@@ -2,7 +2,7 @@
 
 import torch
 
-from dpt.adapter import DiscriminativeAdapter
+from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.checkpoint import DPTCheckpoint
 from dpt.config import AdapterConfig, DPTConfig, TrainConfig
 from dpt.lora import add_lora, load_lora, lora_state

@@ -31,7 +31,7 @@ from dataclasses import replace
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from dpt.adapter import DiscriminativeAdapter, Scorer
+from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
 from dpt.config import AdapterConfig
 from dpt.guidance.self_correction import SelfCorrection
 from dpt.lora import add_lora

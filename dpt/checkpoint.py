@@ -26,7 +26,7 @@ from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
 from safetensors.torch import save_file
 
-from dpt.adapter import DiscriminativeAdapter, Scorer
+from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
 from dpt.base_models import MODELS, checkpoints, known_name
 from dpt.config import AdapterConfig, DPTConfig, load_config, save_config
 from dpt.hub import check_there, fetch_weights, is_hub_id

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from diffusers import SchedulerMixin
 
-from dpt.adapter import Scorer
+from dpt.adapter.adapter import Scorer
 from dpt.choosing import best, candidate_seeds, rounds
 from dpt.guidance import guided
 from dpt.guidance.attend_and_excite import subject_tokens

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from dpt.adapter import DiscriminativeAdapter
+from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.assembly import DTYPES, adapter_config
 from dpt.checkpoint import checkpoints, load_checkpoint
 from dpt.config import TrainConfig, check_stage

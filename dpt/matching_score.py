@@ -6,7 +6,7 @@ Shapes: B images, C latent channels, (h, w) latent size, P pooled text width.
 import torch
 from diffusers import UNet2DConditionModel
 
-from dpt.adapter import Scorer
+from dpt.adapter.adapter import Scorer
 from dpt.sampling import ClassifierFreeGuidance
 from dpt.tasks.itm import itm_score
 from dpt.unet_features import Conditioning, unet_features

@@ -10,7 +10,7 @@ import torch
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import nn
 
-from dpt.adapter import DiscriminativeAdapter
+from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.config import LossSettings
 from dpt.tasks import tasks_of
 from dpt.tasks.denoising import denoising_of_step

@@ -15,7 +15,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retri
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from diffusers.utils.torch_utils import randn_tensor
 
-from dpt.adapter import Scorer
+from dpt.adapter.adapter import Scorer
 from dpt.base_models import check_size, recommended
 from dpt.bounds import Bounds
 from dpt.checkpoint import load_checkpoint

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dpt.adapter import Scorer
+from dpt.adapter.adapter import Scorer
 from dpt.base_models import recommended
 from dpt.config import DPTConfig, TrainConfig
 from dpt.drawing import Artist, without_correction

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpt.adapter import Scorer
+from dpt.adapter.adapter import Scorer
 from dpt.base_models import DPT_WEIGHTS, known_name, recommended
 from dpt.checkpoint import load_checkpoint
 from dpt.drawing import Artist, without_correction

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from tqdm import tqdm
 
-from dpt.adapter import Scorer
+from dpt.adapter.adapter import Scorer
 from dpt.base_models import recommended
 from dpt.benchmark import guided_step_kinds, median_seconds
 from dpt.checkpoint import DPTCheckpoint, load_checkpoint

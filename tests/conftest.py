@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="session")
 def shapes_dpt(tmp_path_factory) -> Path:
     """A checkpoint folder for the shapes model: a random adapter of its size and a random LoRA."""
-    from dpt.adapter import DiscriminativeAdapter
+    from dpt.adapter.adapter import DiscriminativeAdapter
     from dpt.checkpoint import DPTCheckpoint, save_checkpoint
     from dpt.config import AdapterConfig, DPTConfig
     from dpt.stable_diffusion import load_stable_diffusion

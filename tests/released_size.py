@@ -6,7 +6,7 @@ import sys
 import torch
 from diffusers import UNet2DConditionModel
 
-from dpt.adapter import DiscriminativeAdapter
+from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.checkpoint import load_checkpoint, main
 from dpt.config import AdapterConfig
 from dpt.lora import load_lora

@@ -7,11 +7,11 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from dpt.adapter import DiscriminativeAdapter
+from dpt.adapter.adapter import DiscriminativeAdapter
+from dpt.adapter.transformer import attend
 from dpt.config import AdapterConfig
 from dpt.released import adapter_key, infer_adapter_config
 from dpt.tasks.itm import itm_score
-from dpt.transformer import attend
 from dpt.unet_features import Conditioning, block_channels, parse_feature, unet_features
 
 CASES = ["up1", "mid", "bottom1_up0", "all"]

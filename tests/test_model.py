@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
-from dpt.adapter import DiscriminativeAdapter
+from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.checkpoint import load_checkpoint
 from dpt.config import AdapterConfig
 from dpt.lora import ADAPTER_NAME, lora_key

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpt.adapter import Scorer
+from dpt.adapter.adapter import Scorer
 from dpt.drawing import counted_passes
 from dpt.guidance.self_correction import SelfCorrection
 from dpt.lora import load_lora, lora_key

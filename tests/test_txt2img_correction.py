@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import txt2img
-from dpt.adapter import DiscriminativeAdapter
+from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.base_models import CKPT_FOLDER
 from dpt.config import AdapterConfig
 from dpt.images import read_metadata

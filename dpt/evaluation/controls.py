@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from dpt.adapter import DiscriminativeAdapter, Scorer
+from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
 from dpt.drawing import Method
 from dpt.guidance.self_correction import SelfCorrection
 from dpt.sampling import initial_noise

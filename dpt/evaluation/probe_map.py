@@ -22,7 +22,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from dpt.adapter import DiscriminativeAdapter
+from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.assembly import adapter_config, encode_options
 from dpt.config import AdapterConfig, TrainConfig, load_config, save_config
 from dpt.controls import control_batch, control_inputs, control_unet

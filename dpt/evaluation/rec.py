@@ -13,7 +13,7 @@ import argparse
 
 from PIL import Image
 
-from dpt.adapter import Scorer
+from dpt.adapter.adapter import Scorer
 from dpt.checkpoint import load_checkpoint
 from dpt.config import TrainConfig, load_config
 from dpt.data.collate import as_latents

@@ -14,7 +14,7 @@ Shapes: B images, C latent channels, (h, w) latent size.
 
 import torch
 
-from dpt.adapter import Scorer
+from dpt.adapter.adapter import Scorer
 from dpt.matching_score import gradient_of, score_gradient, score_of_features
 from dpt.sampling import ClassifierFreeGuidance
 from dpt.settings import Sampling

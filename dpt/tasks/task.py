@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from dpt.adapter import DiscriminativeAdapter
+    from dpt.adapter.adapter import DiscriminativeAdapter
     from dpt.config import AdapterConfig
     from dpt.data.collate import Batch, Sample
     from dpt.rec_text import RecTextEncoder

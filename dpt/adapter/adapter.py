@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dpt.adapter.embeddings import LearnedPositionEmbedding, SinePositionEmbedding, TimestepEmbedder
+from dpt.adapter.transformer import Transformer
 from dpt.config import AdapterConfig
-from dpt.embeddings import LearnedPositionEmbedding, SinePositionEmbedding, TimestepEmbedder
 from dpt.tasks import tasks_of
-from dpt.transformer import Transformer
 
 
 class FeatureFusion(nn.Module):
