@@ -7,7 +7,7 @@ accelerate launch train_probe.py configs/shapes/probe.yaml run_name=my-probe res
 
 import sys
 
-from dpt.launch import run_stage
+from dpt.training.launch import run_stage
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,7 @@ accelerate launch train_tune.py configs/shapes/tune.yaml run_name=my-tune resume
 
 import sys
 
-from dpt.launch import run_stage
+from dpt.training.launch import run_stage
 
 
 def main(argv: list[str] | None = None) -> int:

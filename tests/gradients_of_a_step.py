@@ -5,7 +5,7 @@ import sys
 import torch
 
 from dpt.config import TrainConfig, load_config
-from dpt.engine import Trainer
+from dpt.training.trainer import Trainer
 
 target, config, *overrides = sys.argv[1:]
 torch.set_num_threads(1)

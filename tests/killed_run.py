@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-import dpt.engine  # noqa: F401 - the script imports it late; children share what is here already
+import dpt.training.trainer  # noqa: F401 - the script imports it late; children share what is here already
 import train_tune
 
 NUM_KILLS = 20

@@ -14,9 +14,9 @@ import train_tune
 from dpt.checkpoint import load_checkpoint
 from dpt.config import CONTROLS, OptimSettings, TrainConfig, load_config
 from dpt.data.loader import step_indices
-from dpt.engine import learning_rate_factor, make_accelerator, schedule_stretch
 from dpt.model import DPT
 from dpt.stable_diffusion import load_stable_diffusion
+from dpt.training.trainer import learning_rate_factor, make_accelerator, schedule_stretch
 
 TINY = {
     "probe": "configs/shapes/probe.yaml",

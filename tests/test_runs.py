@@ -6,8 +6,8 @@ import pytest
 
 from dpt.checkpoint import checkpoints
 from dpt.config import TrainConfig, save_config
-from dpt.curves import drop_metrics_after, plot_curves, read_metrics
-from dpt.runs import RunLog, check_run, set_damaged_aside
+from dpt.training.curves import drop_metrics_after, plot_curves, read_metrics
+from dpt.training.run_folder import RunLog, check_run, set_damaged_aside
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt", "curves.png"])

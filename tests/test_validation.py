@@ -7,7 +7,7 @@ from dpt.data.collate import collate, encode_batch
 from dpt.rec_text import load_rec_text_encoder
 from dpt.shapes.samples import ShapesSamples
 from dpt.stable_diffusion import load_stable_diffusion
-from dpt.validation import measure, summarize
+from dpt.training.validation import measure, summarize
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from dpt.evaluation import probes
 from dpt.evaluation.probes import Measured
 from dpt.stable_diffusion import StableDiffusion, weights_fingerprint
 from dpt.tasks.itm import wins
-from dpt.validation import PAPER_TIMESTEP, Samples, evenly_spread
+from dpt.training.validation import PAPER_TIMESTEP, Samples, evenly_spread
 
 ZERO_SHOT = "denoising error"
 
@@ -57,7 +57,7 @@ def _zero_shot(args: argparse.Namespace, variants: dict[str, list[str]]) -> Meas
 def denoising_matches(
     sd: StableDiffusion, samples: Samples, timesteps: list[int], num_samples: int, batch_size: int
 ) -> list[dict]:
-    """Records like those of `dpt.validation.measure`, of matching by denoising error.
+    """Records like those of `dpt.training.validation.measure`, of matching by denoising error.
 
     A caption's error is that of the noise predicted under it, and lower is truer; between images the error without a
     prompt is subtracted (Krojer et al. 2023). At t = 500 the errors of that noise level decide; at each of `timesteps`

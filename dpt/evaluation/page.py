@@ -26,8 +26,8 @@ from dpt.evaluation.table import arms_table, category_table, read_tables
 from dpt.files import read_json, read_text, write_text
 from dpt.images import UNREADABLE, read_image
 from dpt.results import check_replaceable
-from dpt.runs import versions
 from dpt.shapes.oracle import LABELS
+from dpt.training.run_folder import versions
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PLACEHOLDER = "__DATA__"

@@ -19,7 +19,6 @@ import torch
 from dpt.assembly import DTYPES
 from dpt.checkpoint import DPTCheckpoint, load_checkpoint
 from dpt.config import TrainConfig, load_config
-from dpt.controls import control_unet
 from dpt.data.sources import validation_samples
 from dpt.evaluation import table
 from dpt.evaluation.generate import process_state
@@ -29,7 +28,8 @@ from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
 from dpt.results import check_replaceable
 from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion, weights_fingerprint
-from dpt.validation import FIGURES, PAPER_TIMESTEP, measure
+from dpt.training.controls import control_unet
+from dpt.training.validation import FIGURES, PAPER_TIMESTEP, measure
 
 Figures = TypedDict(
     "Figures", {"t500": Interval, "mean": Interval, "t500 against": str, "mean against": str}, total=False
@@ -39,7 +39,7 @@ Summary = dict[str, dict[str, dict[str, Figures]]]
 
 
 class ItmRecord(TypedDict):
-    """A sample at a timestep, as `dpt.validation` measures it: whether the truth wins on either side."""
+    """A sample at a timestep, as `dpt.training.validation` measures it: whether the truth wins on either side."""
 
     id: int | str
     timestep: int

@@ -24,7 +24,7 @@ from dpt.lora import remove_lora
 from dpt.shapes.samples import ShapesSamples
 from dpt.stable_diffusion import StableDiffusion
 from dpt.studio import find_phrase
-from dpt.validation import FIGURES, PAPER_TIMESTEP, Samples
+from dpt.training.validation import FIGURES, PAPER_TIMESTEP, Samples
 
 NUM_SHOWN, NUM_PHRASES = 6, 8
 

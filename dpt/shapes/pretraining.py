@@ -16,7 +16,6 @@ from transformers import CLIPTextModel
 
 from dpt.base_models import recommended
 from dpt.config import differences, flatten, load_config, save_config
-from dpt.curves import plot_curves
 from dpt.files import read_json, write_text
 from dpt.images import numbered
 from dpt.shapes import clip as clips
@@ -35,7 +34,8 @@ from dpt.shapes.vae import (
 )
 from dpt.shapes.world import PROMPT_CATEGORIES, ShapesWorld, load_prompts
 from dpt.stable_diffusion import StableDiffusion
-from dpt.train_loop import read_state, train_stage
+from dpt.training.curves import plot_curves
+from dpt.training.loop import read_state, train_stage
 from dpt.unet_features import set_cpu_attention
 
 

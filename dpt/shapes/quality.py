@@ -23,7 +23,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from dpt.base_models import CKPT_FOLDER, recommended
-from dpt.curves import plot_curves, read_metrics
 from dpt.drawing import Artist
 from dpt.images import make_grid, to_images, to_pixels
 from dpt.metrics import bootstrap_interval
@@ -36,6 +35,7 @@ from dpt.shapes.scenes import render
 from dpt.shapes.settings import LABELLED_FOLDER, SEEDS_APART
 from dpt.shapes.world import PROMPT_CATEGORIES, ShapesWorld, load_prompts
 from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion
+from dpt.training.curves import plot_curves, read_metrics
 
 WORD_PAIRS = (
     ("a red {} above a blue square", "circle", "star"),

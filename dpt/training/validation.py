@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from dpt.config import TrainConfig
-from dpt.controls import control_batch, control_inputs
 from dpt.data.collate import Sample, as_latents, collate, encode_batch
 from dpt.data.trajectories import RankedPrompts, encode_ranked
 from dpt.metrics import bootstrap_interval
@@ -20,6 +19,7 @@ from dpt.rec_text import RecTextEncoder
 from dpt.stable_diffusion import StableDiffusion
 from dpt.tasks import all_tasks
 from dpt.tasks.ranking import ranking_areas
+from dpt.training.controls import control_batch, control_inputs
 
 PAPER_TIMESTEP = 500
 FIGURES = tuple(figure for task in all_tasks() for figure in task.figures)
@@ -57,7 +57,7 @@ def measure(
         task: the name of a task of the model.
         num_samples: evenly spread over the set.
         shard: (k, n): this process's share.
-        control: what is taken from the model; see `dpt.controls`.
+        control: what is taken from the model; see `dpt.training.controls`.
     """
     model.eval()
     task = model.task(task)

@@ -17,7 +17,6 @@ from accelerate.utils import gather_object, set_seed
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from dpt.accelerator import learning_rate_factor, make_accelerator, schedule_stretch
 from dpt.assembly import DTYPES, encode_options, make_model, trained_weights
 from dpt.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from dpt.config import (
@@ -29,14 +28,17 @@ from dpt.config import (
     load_config,
     save_config,
 )
-from dpt.controls import control_batch, control_inputs, control_unet
 from dpt.data.collate import Batch, collate, encode_batch
 from dpt.data.loader import micro_batches
 from dpt.data.sources import ranked_prompts, training_samples, validation_samples
 from dpt.data.trajectories import encode_ranked
 from dpt.memory import peak_mb
 from dpt.rec_text import load_rec_text_encoder
-from dpt.runs import (
+from dpt.stable_diffusion import load_stable_diffusion
+from dpt.tasks.task import EXPRESSION, TRUE_PAIR
+from dpt.training.accelerator import learning_rate_factor, make_accelerator, schedule_stretch
+from dpt.training.controls import control_batch, control_inputs, control_unet
+from dpt.training.run_folder import (
     RunLog,
     check_run,
     load_newest,
@@ -45,10 +47,8 @@ from dpt.runs import (
     set_damaged_aside,
     versions,
 )
-from dpt.sample_grid import draw_grid
-from dpt.stable_diffusion import load_stable_diffusion
-from dpt.tasks.task import EXPRESSION, TRUE_PAIR
-from dpt.validation import validate
+from dpt.training.sample_grid import draw_grid
+from dpt.training.validation import validate
 
 STAGES = ("probe", "tune")
 MEASURED = 64  # samples whose features are standardised by
@@ -396,7 +396,7 @@ class Trainer:
         return control_inputs(self.config.control, inputs, batch, self.sd, training=True)
 
     def validate(self) -> dict[str, float]:
-        """ITM accuracy and REC precision on the val sets; see `dpt.validation`."""
+        """ITM accuracy and REC precision on the val sets; see `dpt.training.validation`."""
         return validate(
             self.model,
             self.sd,

@@ -39,7 +39,7 @@ def run_stage(stage: str, argv: list[str] | None, description: str) -> int:
         if args.dry_run:
             print(yaml.safe_dump(asdict(config), sort_keys=False), flush=True)
             with heavy_imports():
-                from dpt.dry_run import report
+                from dpt.training.dry_run import report
             print(report(config, stage))
             paths = needed_files(config.data)
             lines = [f"{'found  ' if path.exists() else 'MISSING'}  {path}" for path in paths]
@@ -49,8 +49,8 @@ def run_stage(stage: str, argv: list[str] | None, description: str) -> int:
                 raise ValueError(f"{missing} of these are missing; docs/data.md says where they come from")
         else:
             with heavy_imports():
-                from dpt.engine import Trainer
                 from dpt.memory import keep_freed_memory
+                from dpt.training.trainer import Trainer
 
             if argv is None:  # a process of its own
                 keep_freed_memory()

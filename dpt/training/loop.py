@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dpt.curves import drop_metrics_after
 from dpt.files import replacing
+from dpt.training.curves import drop_metrics_after
 from dpt.weights import read_pickle
 
 STATE = {"model": dict, "average": dict, "optimizer": dict, "step": int}

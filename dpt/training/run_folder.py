@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from dpt.checkpoint import DPTCheckpoint, checkpoints, load_checkpoint, read_tensors, save_checkpoint
 from dpt.config import TrainConfig, load_config
-from dpt.curves import drop_metrics_after, plot_curves
 from dpt.files import read_json
 from dpt.images import numbered
+from dpt.training.curves import drop_metrics_after, plot_curves
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
