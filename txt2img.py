@@ -104,7 +104,7 @@ def choose_device(args: argparse.Namespace):
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    from dpt.stable_diffusion import usable_device
+    from dpt.backbones.stable_diffusion import usable_device
 
     return usable_device(args.device)
 

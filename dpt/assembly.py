@@ -3,14 +3,14 @@
 import torch
 
 from dpt.adapter.adapter import DiscriminativeAdapter
+from dpt.backbones.stable_diffusion import StableDiffusion
+from dpt.backbones.unet_features import block_channels, parse_feature, set_cpu_attention
 from dpt.checkpoint import DPTCheckpoint
 from dpt.config import AdapterConfig, DPTConfig, TrainConfig
 from dpt.lora import add_lora, load_lora, lora_state
 from dpt.model import DPT
 from dpt.rec_text import RecTextEncoder
-from dpt.stable_diffusion import StableDiffusion
 from dpt.tasks import tasks_of
-from dpt.unet_features import block_channels, parse_feature, set_cpu_attention
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """of the frozen weights; what is trained is float32"""

@@ -84,7 +84,7 @@ def describe_size(model: str, height: int | None, width: int | None) -> str:
     """In words: how large pictures would be. Raises ValueError for a size or folder that cannot be drawn with."""
     side = SIDES.get(known_name(model))
     if side is None:
-        from dpt.stable_diffusion import architecture
+        from dpt.backbones.stable_diffusion import architecture
 
         try:
             side = architecture(model)[0].sample_size * VAE_SCALE_FACTOR

@@ -32,6 +32,8 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
+from dpt.backbones.stable_diffusion import ARCHITECTURES, load_stable_diffusion
+from dpt.backbones.unet_features import Conditioning, block_channels, set_cpu_attention, unet_features
 from dpt.config import AdapterConfig
 from dpt.guidance.self_correction import SelfCorrection
 from dpt.lora import add_lora
@@ -40,8 +42,6 @@ from dpt.model import DPT
 from dpt.sampling import ClassifierFreeGuidance
 from dpt.schedulers import make_scheduler, set_timesteps
 from dpt.settings import PAPER
-from dpt.stable_diffusion import ARCHITECTURES, load_stable_diffusion
-from dpt.unet_features import Conditioning, block_channels, set_cpu_attention, unet_features
 
 FEATURE = "up1"
 TUNE_BATCH_SIZES = {"shapes": 16, "random-145m": 8, "random-sd21": 1}

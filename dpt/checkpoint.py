@@ -27,13 +27,13 @@ from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_do
 from safetensors.torch import save_file
 
 from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
+from dpt.backbones.stable_diffusion import StableDiffusion
+from dpt.backbones.unet_features import block_channels, parse_feature
 from dpt.base_models import MODELS, checkpoints, known_name
 from dpt.config import AdapterConfig, DPTConfig, load_config, save_config
 from dpt.hub import check_there, fetch_weights, is_hub_id
 from dpt.lora import load_lora, lora_metadata, remove_lora
 from dpt.released import RELEASED_FILES, infer_adapter_config, read_released
-from dpt.stable_diffusion import StableDiffusion
-from dpt.unet_features import block_channels, parse_feature
 from dpt.weights import read_tensors
 
 ADAPTER_FILE, CONFIG_FILE, LORA_FILE = "adapter.safetensors", "config.yaml", "pytorch_lora_weights.safetensors"

@@ -259,7 +259,7 @@ class ModelSettings:
     """The base model and what of it is probed."""
 
     name: str = "sd21-base"
-    """a name of `dpt.stable_diffusion`, a local folder or a hub id"""
+    """a name of `dpt.backbones.stable_diffusion`, a local folder or a hub id"""
     revision: str | None = None
     local_files_only: bool = False
     feature: str = "up1"

@@ -15,6 +15,8 @@ import torch
 from diffusers import SchedulerMixin
 
 from dpt.adapter.adapter import Scorer
+from dpt.backbones.stable_diffusion import StableDiffusion, advice_against_nan
+from dpt.backbones.unet_features import Conditioning
 from dpt.choosing import best, candidate_seeds, rounds
 from dpt.guidance import guided
 from dpt.guidance.attend_and_excite import subject_tokens
@@ -23,8 +25,6 @@ from dpt.matching_score import ScoreReader
 from dpt.sampling import ClassifierFreeGuidance, Denoiser, initial_noise, sample
 from dpt.schedulers import join_images, make_scheduler, predicted_clean, select_images, set_timesteps
 from dpt.settings import Sampling
-from dpt.stable_diffusion import StableDiffusion, advice_against_nan
-from dpt.unet_features import Conditioning
 
 
 @dataclass

@@ -14,13 +14,13 @@ from PIL import Image
 from tqdm import tqdm
 
 import dpt
+from dpt.backbones.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
 from dpt.checkpoint import load_checkpoint
 from dpt.choosing import rounds, with_numbers
 from dpt.drawing import Artist, Drawing, without_correction
 from dpt.images import append_metadata, compbench_stem, make_grid, numbered, read_metadata, save_new
 from dpt.lora import load_external_lora
 from dpt.settings import Sampling
-from dpt.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
 from dpt.traces import trace_of, write_traces
 
 GRID_ROWS, GRID_COLUMNS = 12, 8

@@ -12,10 +12,10 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from transformers import CLIPTextModel
 
+from dpt.backbones.model_folder import LOADING_ERRORS
+from dpt.backbones.stable_diffusion import StableDiffusion
+from dpt.backbones.unet_features import parse_feature
 from dpt.lora_files import read_lora
-from dpt.model_folder import LOADING_ERRORS
-from dpt.stable_diffusion import StableDiffusion
-from dpt.unet_features import parse_feature
 
 ADAPTER_NAME = "dpt"
 _RELEASED = re.compile(r"unet\.(?P<attention>.+)\.processor\.to_(?P<name>q|k|v|out)_lora\.(?P<part>down|up)\.weight")

@@ -7,9 +7,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from dpt.adapter.adapter import Scorer
+from dpt.backbones.unet_features import Conditioning, unet_features
 from dpt.sampling import ClassifierFreeGuidance
 from dpt.tasks.itm import itm_score
-from dpt.unet_features import Conditioning, unet_features
 
 HALF_GRADIENT_SCALE = 2.0**10  # keeps float16 gradients of the score, about 1e-4, from underflowing
 

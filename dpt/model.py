@@ -11,13 +11,13 @@ from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import nn
 
 from dpt.adapter.adapter import DiscriminativeAdapter
+from dpt.backbones.unet_features import Conditioning, unet_features
 from dpt.config import LossSettings
 from dpt.tasks import tasks_of
 from dpt.tasks.denoising import denoising_of_step
 from dpt.tasks.itm import itm_score
 from dpt.tasks.ranking import ranking_loss
 from dpt.tasks.task import TRUE_PAIR, Pass, Task, passes_of
-from dpt.unet_features import Conditioning, unet_features
 
 
 class DPT(nn.Module):

@@ -16,6 +16,8 @@ from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from diffusers.utils.torch_utils import randn_tensor
 
 from dpt.adapter.adapter import Scorer
+from dpt.backbones.stable_diffusion import StableDiffusion
+from dpt.backbones.unet_features import Conditioning
 from dpt.base_models import check_size, recommended
 from dpt.bounds import Bounds
 from dpt.checkpoint import load_checkpoint
@@ -24,8 +26,6 @@ from dpt.guidance import guided
 from dpt.matching_score import ScoreReader
 from dpt.sampling import ClassifierFreeGuidance, Denoiser, sample
 from dpt.settings import PAPER, Sampling
-from dpt.stable_diffusion import StableDiffusion
-from dpt.unet_features import Conditioning
 
 
 class SelfCorrectionPipeline(StableDiffusionPipeline):

@@ -11,9 +11,9 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.base_models import CKPT_FOLDER
 from dpt.bounds import Bounds
-from dpt.stable_diffusion import StableDiffusion
 
 MOST = {"hidden_size": 16_384, "num_hidden_layers": 200, "intermediate_size": 65_536, "vocab_size": 2_000_000}
 """sizes of an encoder's config that memory is taken for"""

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import torch
 
+from dpt.backbones.unet_features import parse_feature
 from dpt.base_models import MODELS
 from dpt.config import AdapterConfig, DPTConfig
 from dpt.lora import lora_key
-from dpt.unet_features import parse_feature
 from dpt.weights import read_tensors
 
 RELEASED_FILES = ("pytorch_model.bin", "model.safetensors")

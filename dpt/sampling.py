@@ -12,7 +12,7 @@ import torch
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from dpt.unet_features import Conditioning, unet_features
+from dpt.backbones.unet_features import Conditioning, unet_features
 
 Denoiser = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 """Maps (latents, timestep, step) to (noise prediction, latents to step from), all (B, C, h, w) but the timestep."""

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from dpt.adapter.adapter import Scorer
+from dpt.backbones.stable_diffusion import StableDiffusion, load_stable_diffusion, usable_device
+from dpt.backbones.unet_features import Conditioning, unet_features
 from dpt.base_models import DPT_WEIGHTS, known_name, recommended
 from dpt.checkpoint import load_checkpoint
 from dpt.drawing import Artist, without_correction
@@ -17,9 +19,7 @@ from dpt.hub import is_hub_id
 from dpt.images import to_pixels, with_boxes
 from dpt.sampling import initial_noise
 from dpt.settings import SEED_LIMIT, Sampling
-from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion, usable_device
 from dpt.tasks.rec import objectness
-from dpt.unet_features import Conditioning, unet_features
 from dpt.worlds import grammar_note
 
 GROUNDING_TIMESTEP = 200

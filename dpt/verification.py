@@ -12,6 +12,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from tqdm import tqdm
 
 from dpt.adapter.adapter import Scorer
+from dpt.backbones.stable_diffusion import StableDiffusion, load_stable_diffusion, usable_device
+from dpt.backbones.unet_features import Conditioning, unet_features
 from dpt.base_models import recommended
 from dpt.benchmark import guided_step_kinds, median_seconds
 from dpt.checkpoint import DPTCheckpoint, load_checkpoint
@@ -28,10 +30,8 @@ from dpt.schedulers import make_scheduler, set_timesteps
 from dpt.settings import Sampling
 from dpt.shapes.scenes import render
 from dpt.shapes.world import Example, ShapesWorld
-from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion, usable_device
 from dpt.tasks.itm import itm_score
 from dpt.tasks.rec import rec_hits
-from dpt.unet_features import Conditioning, unet_features
 
 TIMESTEP = 500
 PROMPTS = {

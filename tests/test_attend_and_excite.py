@@ -5,14 +5,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionAttendAndExcitePipeline
 
+from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.unet_features import Conditioning
 from dpt.drawing import Artist
 from dpt.guidance.attend_and_excite import AttendAndExcite, stored_attention, subject_tokens
 from dpt.sampling import ClassifierFreeGuidance, initial_noise, sample
 from dpt.schedulers import set_timesteps
 from dpt.settings import Sampling
-from dpt.stable_diffusion import load_stable_diffusion
 from dpt.training.controls import control_unet
-from dpt.unet_features import Conditioning
 
 PROMPTS = ["a red circle and a blue square", "two green stars"]
 STEPS = 10

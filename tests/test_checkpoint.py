@@ -13,11 +13,11 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import dpt
+from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.unet_features import block_channels
 from dpt.checkpoint import DPTCheckpoint, describe, load_checkpoint, main, save_checkpoint
 from dpt.config import save_config
 from dpt.lora import load_lora, lora_key
-from dpt.stable_diffusion import load_stable_diffusion
-from dpt.unet_features import block_channels
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_golden_released_layout_is_read_to_the_last_tensor(golden, released, sma
 def test_golden_lora_outputs(golden):
     import numpy as np
 
-    from dpt.unet_features import Conditioning, parse_feature, unet_features
+    from dpt.backbones.unet_features import Conditioning, parse_feature, unet_features
 
     arrays = {k: torch.from_numpy(v) for k, v in np.load(golden / "lora_unet.npz").items()}
     unet = load_stable_diffusion(str(golden / "sd21")).unet

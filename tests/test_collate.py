@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from dpt.backbones.stable_diffusion import load_stable_diffusion
 from dpt.config import LossSettings
 from dpt.data.collate import Sample, as_latents, collate, encode_batch, sample_generator
 from dpt.rec_text import load_rec_text_encoder
-from dpt.stable_diffusion import load_stable_diffusion
 from dpt.tasks.rec import ReferringExpressions, positive_map
 
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from dpt.backbones.stable_diffusion import load_stable_diffusion
 from dpt.data.collate import collate, encode_batch
 from dpt.rec_text import load_rec_text_encoder
-from dpt.stable_diffusion import load_stable_diffusion
 from dpt.training.controls import control_batch, control_inputs, control_unet
 from tests.test_collate import make
 

@@ -12,11 +12,11 @@ import torch
 
 from dpt import demo
 from dpt import studio as studios
+from dpt.backbones.stable_diffusion import load_stable_diffusion
 from dpt.checkpoint import load_checkpoint
 from dpt.choosing import candidate_seeds
 from dpt.images import with_boxes
 from dpt.settings import Sampling
-from dpt.stable_diffusion import load_stable_diffusion
 from dpt.studio import Stopped, Studio, find_phrase, in_steps
 from tests.browser import open_browser
 

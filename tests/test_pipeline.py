@@ -17,13 +17,13 @@ from peft import LoraConfig
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextModel
 
 import dpt
+from dpt.backbones.unet_features import Conditioning
 from dpt.base_models import CKPT_FOLDER
 from dpt.guidance.attend_and_excite import subject_tokens
 from dpt.guidance.self_correction import SelfCorrection
 from dpt.matching_score import score_gradient
 from dpt.sampling import ClassifierFreeGuidance, initial_noise
 from dpt.settings import Sampling
-from dpt.unet_features import Conditioning
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,13 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
+from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.unet_features import Conditioning
 from dpt.base_models import CKPT_FOLDER
 from dpt.drawing import Artist
 from dpt.sampling import ClassifierFreeGuidance, initial_noise, sample
 from dpt.schedulers import set_timesteps
 from dpt.settings import Sampling
-from dpt.stable_diffusion import load_stable_diffusion
-from dpt.unet_features import Conditioning
 
 PROMPTS = ["a red circle", "two blue stars above a green square"]
 

@@ -6,6 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from dpt.adapter.adapter import Scorer
+from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.unet_features import Conditioning
 from dpt.drawing import counted_passes
 from dpt.guidance.self_correction import SelfCorrection
 from dpt.lora import load_lora, lora_key
@@ -13,8 +15,6 @@ from dpt.matching_score import ScoreReader, matching_score, score_gradient
 from dpt.sampling import ClassifierFreeGuidance, sample
 from dpt.schedulers import make_scheduler, set_timesteps
 from dpt.settings import Sampling
-from dpt.stable_diffusion import load_stable_diffusion
-from dpt.unet_features import Conditioning
 from tests.test_adapter import load_golden_adapter
 
 CASES = {"cf05": 0.5, "cf0": 0.0, "cf05_lora": 0.5, "cf50": 50.0}

@@ -8,12 +8,12 @@ from PIL import Image
 
 import txt2img
 from dpt.adapter.adapter import DiscriminativeAdapter
+from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.unet_features import block_channels
 from dpt.base_models import CKPT_FOLDER
 from dpt.config import AdapterConfig
 from dpt.images import read_metadata
 from dpt.released import adapter_key
-from dpt.stable_diffusion import load_stable_diffusion
-from dpt.unet_features import block_channels
 
 BASE = ["--model", "shapes", "--ddim_steps", "4", "--n_samples", "1", "--skip_grid", "--prompt", "a red circle"]
 

@@ -50,8 +50,8 @@ def run_check(args: argparse.Namespace) -> int:
 
 def run_cache_latents(args: argparse.Namespace) -> int:
     """Encodes a folder of images; go on after a kill with the same command."""
+    from dpt.backbones.stable_diffusion import DTYPES, load_stable_diffusion
     from dpt.data.latents import cache_folder
-    from dpt.stable_diffusion import DTYPES, load_stable_diffusion
 
     sd = load_stable_diffusion(
         args.model, local_files_only=args.local_files_only, dtype=DTYPES[args.dtype], device=_device(args)

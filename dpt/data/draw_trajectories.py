@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from dpt.backbones.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
 from dpt.base_models import DTYPE_NAMES, recommended
 from dpt.bounds import bounded, check_bounds, one_of
 from dpt.checkpoint import load_checkpoint
@@ -46,7 +47,6 @@ from dpt.files import append_line, read_json, read_json_lines, replacing, write_
 from dpt.images import to_images
 from dpt.schedulers import make_scheduler, set_timesteps
 from dpt.settings import values
-from dpt.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
 
 
 @dataclass

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from tqdm import tqdm
 
+from dpt.backbones.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
 from dpt.base_models import recommended
 from dpt.checkpoint import load_checkpoint
 from dpt.choosing import best, candidate_seeds, rounds, stop_of, with_numbers
@@ -38,7 +39,6 @@ from dpt.matching_score import score_of_features
 from dpt.metrics import area_within_prompts, bootstrap_interval
 from dpt.results import figure_beside, record_section
 from dpt.schedulers import predicted_clean
-from dpt.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
 
 CFG, LOWEST_CFG, PREDICTED = "cfg norm", "lowest cfg norm", "predicted picture"
 RANDOM, CEILING = "random", "ceiling"

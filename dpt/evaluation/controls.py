@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
+from dpt.backbones.stable_diffusion import StableDiffusion
+from dpt.backbones.unet_features import Conditioning
 from dpt.drawing import Method
 from dpt.guidance.self_correction import SelfCorrection
 from dpt.sampling import initial_noise
-from dpt.stable_diffusion import StableDiffusion
-from dpt.unet_features import Conditioning
 
 
 class RandomDirection(SelfCorrection):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from scipy.linalg import sqrtm
 
+from dpt.backbones.stable_diffusion import StableDiffusion, load_stable_diffusion
 from dpt.evaluation.align import file_hashes, pictures
 from dpt.evaluation.figures import QUALITY_FILE, pictures_hash, read_quality
 from dpt.files import write_text
@@ -23,7 +24,6 @@ from dpt.images import read_image, to_pixels
 from dpt.shapes.compose import compose
 from dpt.shapes.grammar import parse
 from dpt.shapes.scenes import render
-from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion
 
 POOL = 2  # latent cells, each way, whose mean is one coordinate: 256 of them, far fewer than there are pictures
 RENDER_SEED = 7_000_000

@@ -24,6 +24,8 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
+from dpt.backbones.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
+from dpt.backbones.unet_features import Conditioning
 from dpt.checkpoint import load_checkpoint
 from dpt.choosing import candidate_seeds
 from dpt.drawing import Artist, Drawing, counted_passes
@@ -46,8 +48,6 @@ from dpt.lora import load_external_lora
 from dpt.matching_score import matching_score
 from dpt.memory import peak_mb, reset_peak
 from dpt.sampling import initial_noise
-from dpt.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
-from dpt.unet_features import Conditioning
 
 CHOICE_TIMESTEP = 200  # at which best-of-n reads the score of finished pictures
 OWN_NAME = re.compile(r"\d{5,}_\d{6,}_\d+\.png|.+_\d{6,}\.png|\.[0-9a-f]{32}\.tmp", re.DOTALL)

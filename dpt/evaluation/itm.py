@@ -13,12 +13,12 @@ import argparse
 
 import torch
 
+from dpt.backbones.stable_diffusion import StableDiffusion, weights_fingerprint
 from dpt.config import TrainConfig, load_config
 from dpt.data.collate import as_latents, collate, sample_generator
 from dpt.data.sources import validation_samples
 from dpt.evaluation import probes
 from dpt.evaluation.probes import Measured
-from dpt.stable_diffusion import StableDiffusion, weights_fingerprint
 from dpt.tasks.itm import wins
 from dpt.training.validation import PAPER_TIMESTEP, Samples, evenly_spread
 

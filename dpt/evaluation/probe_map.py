@@ -24,6 +24,8 @@ from torch import nn
 
 from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.assembly import adapter_config, encode_options
+from dpt.backbones.stable_diffusion import StableDiffusion
+from dpt.backbones.unet_features import parse_feature
 from dpt.config import AdapterConfig, TrainConfig, load_config, save_config
 from dpt.data.collate import as_latents, collate, encode_batch
 from dpt.data.loader import micro_batches
@@ -37,12 +39,10 @@ from dpt.metrics import Interval, bootstrap_interval
 from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
 from dpt.results import check_replaceable, figure_beside, record_section
-from dpt.stable_diffusion import StableDiffusion
 from dpt.tasks.task import passes_of
 from dpt.training.controls import control_batch, control_inputs, control_unet
 from dpt.training.loop import train_stage
 from dpt.training.validation import PAPER_TIMESTEP, evenly_spread
-from dpt.unet_features import parse_feature
 
 CONTROL_NAMES = {
     "none": "the probe",

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from dpt.assembly import DTYPES
+from dpt.backbones.stable_diffusion import StableDiffusion, load_stable_diffusion, weights_fingerprint
 from dpt.checkpoint import DPTCheckpoint, load_checkpoint
 from dpt.config import TrainConfig, load_config
 from dpt.data.sources import validation_samples
@@ -27,7 +28,6 @@ from dpt.metrics import Interval, crossed_bootstrap
 from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
 from dpt.results import check_replaceable
-from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion, weights_fingerprint
 from dpt.training.controls import control_unet
 from dpt.training.validation import FIGURES, PAPER_TIMESTEP, measure
 

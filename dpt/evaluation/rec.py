@@ -14,6 +14,7 @@ import argparse
 from PIL import Image
 
 from dpt.adapter.adapter import Scorer
+from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.checkpoint import load_checkpoint
 from dpt.config import TrainConfig, load_config
 from dpt.data.collate import as_latents
@@ -22,7 +23,6 @@ from dpt.evaluation import probes
 from dpt.images import make_grid, to_images, with_boxes
 from dpt.lora import remove_lora
 from dpt.shapes.samples import ShapesSamples
-from dpt.stable_diffusion import StableDiffusion
 from dpt.studio import find_phrase
 from dpt.training.validation import FIGURES, PAPER_TIMESTEP, Samples
 

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
+from dpt.backbones.stable_diffusion import StableDiffusion
+from dpt.backbones.unet_features import unet_features
 from dpt.matching_score import gradient_of
 from dpt.sampling import ClassifierFreeGuidance
 from dpt.settings import Sampling
-from dpt.stable_diffusion import StableDiffusion
-from dpt.unet_features import unet_features
 from dpt.worlds import is_subject
 
 FUNCTION_WORDS = """a an the of on in at to and or with by for from is are be it its this that there one two three four

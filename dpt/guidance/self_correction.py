@@ -15,10 +15,10 @@ Shapes: B images, C latent channels, (h, w) latent size.
 import torch
 
 from dpt.adapter.adapter import Scorer
+from dpt.backbones.unet_features import Conditioning, unet_features
 from dpt.matching_score import gradient_of, score_gradient, score_of_features
 from dpt.sampling import ClassifierFreeGuidance
 from dpt.settings import Sampling
-from dpt.unet_features import Conditioning, unet_features
 
 
 class SelfCorrection:

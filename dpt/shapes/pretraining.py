@@ -14,6 +14,8 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from torch import nn
 from transformers import CLIPTextModel
 
+from dpt.backbones.stable_diffusion import StableDiffusion
+from dpt.backbones.unet_features import set_cpu_attention
 from dpt.base_models import recommended
 from dpt.config import differences, flatten, load_config, save_config
 from dpt.files import read_json, write_text
@@ -33,10 +35,8 @@ from dpt.shapes.vae import (
     whiten,
 )
 from dpt.shapes.world import PROMPT_CATEGORIES, ShapesWorld, load_prompts
-from dpt.stable_diffusion import StableDiffusion
 from dpt.training.curves import plot_curves
 from dpt.training.loop import read_state, train_stage
-from dpt.unet_features import set_cpu_attention
 
 
 def run_clip(config: PretrainConfig, folder: Path) -> None:

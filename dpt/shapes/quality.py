@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from dpt.backbones.stable_diffusion import StableDiffusion, load_stable_diffusion
 from dpt.base_models import CKPT_FOLDER, recommended
 from dpt.drawing import Artist
 from dpt.images import make_grid, to_images, to_pixels
@@ -34,7 +35,6 @@ from dpt.shapes.oracle import LABELS, judge
 from dpt.shapes.scenes import render
 from dpt.shapes.settings import LABELLED_FOLDER, SEEDS_APART
 from dpt.shapes.world import PROMPT_CATEGORIES, ShapesWorld, load_prompts
-from dpt.stable_diffusion import StableDiffusion, load_stable_diffusion
 from dpt.training.curves import plot_curves, read_metrics
 
 WORD_PAIRS = (

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from dpt.arrays import read_array, save_array
+from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.base_models import CKPT_FOLDER
 from dpt.config import DataSettings
 from dpt.data.collate import Sample, sample_generator
@@ -18,7 +19,6 @@ from dpt.shapes.grammar import caption_text
 from dpt.shapes.scenes import render
 from dpt.shapes.vae import Latents, cache_latents, scene_latents
 from dpt.shapes.world import ShapesWorld
-from dpt.stable_diffusion import StableDiffusion
 
 NUM_SAMPLES = 10_000  # to train on, where the config names no number
 NEGATIVES = ("edited", "mined")

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
+from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.data.loader import step_indices
 from dpt.shapes.grammar import caption_text
 from dpt.shapes.vae import Latents
 from dpt.shapes.world import ShapesWorld
-from dpt.stable_diffusion import StableDiffusion
 
 SNR_RANGE = (1.0, 5.0)
 MAX_WEIGHT = 6.0

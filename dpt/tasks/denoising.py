@@ -6,7 +6,7 @@ Shapes: B batch, C latent channels, (h, w) latent size, L text tokens, E context
 import torch
 from diffusers import SchedulerMixin, UNet2DConditionModel
 
-from dpt.unet_features import Conditioning, unet_features
+from dpt.backbones.unet_features import Conditioning, unet_features
 
 
 def denoising_loss(

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 
+from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.data.collate import Batch, as_latents
-from dpt.stable_diffusion import StableDiffusion
 
 
 def control_unet(control: str, sd: StableDiffusion) -> None:

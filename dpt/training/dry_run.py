@@ -7,13 +7,13 @@ from diffusers import UNet2DConditionModel
 
 from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.assembly import DTYPES, adapter_config
+from dpt.backbones.stable_diffusion import architecture
+from dpt.backbones.unet_features import LATENTS, block_channels, parse_feature
 from dpt.checkpoint import checkpoints, load_checkpoint
 from dpt.config import TrainConfig, check_stage
 from dpt.lora import add_lora
-from dpt.stable_diffusion import architecture
 from dpt.tasks import tasks_of
 from dpt.tasks.task import passes_of
-from dpt.unet_features import LATENTS, block_channels, parse_feature
 
 ROBERTA_WIDTH, ROBERTA_PARAMETERS = 768, 125_000_000
 NUM_TRAIN_TIMESTEPS = 1000  # of all models known here

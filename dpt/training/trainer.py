@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from dpt.assembly import DTYPES, encode_options, make_model, trained_weights
+from dpt.backbones.stable_diffusion import load_stable_diffusion
 from dpt.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from dpt.config import (
     OptimSettings,
@@ -34,7 +35,6 @@ from dpt.data.sources import ranked_prompts, training_samples, validation_sample
 from dpt.data.trajectories import encode_ranked
 from dpt.memory import peak_mb
 from dpt.rec_text import load_rec_text_encoder
-from dpt.stable_diffusion import load_stable_diffusion
 from dpt.tasks.task import EXPRESSION, TRUE_PAIR
 from dpt.training.accelerator import learning_rate_factor, make_accelerator, schedule_stretch
 from dpt.training.controls import control_batch, control_inputs, control_unet

@@ -10,13 +10,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.config import TrainConfig
 from dpt.data.collate import Sample, as_latents, collate, encode_batch
 from dpt.data.trajectories import RankedPrompts, encode_ranked
 from dpt.metrics import bootstrap_interval
 from dpt.model import DPT
 from dpt.rec_text import RecTextEncoder
-from dpt.stable_diffusion import StableDiffusion
 from dpt.tasks import all_tasks
 from dpt.tasks.ranking import ranking_areas
 from dpt.training.controls import control_batch, control_inputs

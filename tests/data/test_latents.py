@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from dpt.backbones.stable_diffusion import load_stable_diffusion
 from dpt.data.__main__ import main
 from dpt.data.latents import LatentFolder, verify_folder
-from dpt.stable_diffusion import load_stable_diffusion
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import train_probe
 import txt2img
+from dpt.backbones.stable_diffusion import load_stable_diffusion
 from dpt.base_models import recommended
 from dpt.checkpoint import load_checkpoint
 from dpt.data.__main__ import main
@@ -19,7 +20,6 @@ from dpt.data.trajectories import RankedPrompts, read_shards
 from dpt.drawing import Artist
 from dpt.files import read_json_lines
 from dpt.sampling import initial_noise
-from dpt.stable_diffusion import load_stable_diffusion
 from dpt.tasks.ranking import ranking_loss
 from tests.evaluation.test_scorers import save_tiny_blip
 

@@ -8,6 +8,7 @@ import yaml
 from safetensors.torch import load_file
 
 import evaluate
+from dpt.backbones.stable_diffusion import load_stable_diffusion
 from dpt.checkpoint import LORA_FILE, DPTCheckpoint, load_checkpoint, save_checkpoint
 from dpt.config import TrainConfig, load_config
 from dpt.data.collate import collate, encode_batch
@@ -19,7 +20,6 @@ from dpt.evaluation.probe_map import ProbeMap
 from dpt.evaluation.probes import Measured, summary
 from dpt.lora import load_external_lora
 from dpt.shapes.samples import ShapesSamples
-from dpt.stable_diffusion import load_stable_diffusion
 from dpt.tasks.itm import wins
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from dpt.backbones.stable_diffusion import load_stable_diffusion
 from dpt.base_models import CKPT_FOLDER
 from dpt.shapes.clip import MAX_TOKENS, load_clip, make_tokenizer, tokenize
 from dpt.shapes.settings import PretrainConfig
-from dpt.stable_diffusion import load_stable_diffusion
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dpt.backbones.stable_diffusion import load_stable_diffusion
 from dpt.settings import Sampling
 from dpt.shapes import label, labelling, quality
 from dpt.shapes.quality import judge_prompts, main, shares
 from dpt.shapes.scenes import IMAGE_SIZE
-from dpt.stable_diffusion import load_stable_diffusion
 
 
 @pytest.fixture(scope="module")

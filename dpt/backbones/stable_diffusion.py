@@ -21,9 +21,7 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dpt.base_models import CKPT_FOLDER, DEFAULT_MODEL, MIRRORS, MODELS, check_size
-from dpt.files import read_json
-from dpt.model_folder import (
+from dpt.backbones.model_folder import (
     LOADING_ERRORS,
     TextConfig,
     check_folder,
@@ -33,6 +31,8 @@ from dpt.model_folder import (
     weight_files,
     without_marks,
 )
+from dpt.base_models import CKPT_FOLDER, DEFAULT_MODEL, MIRRORS, MODELS, check_size
+from dpt.files import read_json
 from dpt.weights import read_shapes
 
 _SD2 = {

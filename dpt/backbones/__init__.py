@@ -1,0 +1,1 @@
+"""Denoiser families: how each is loaded, encodes prompts and images, predicts, and gives feature maps."""
