@@ -47,7 +47,12 @@ def make_parser() -> ArgumentParser:
     add("--variant", help="of the files of weights, such as fp16 (default: of a local folder, whichever is there)")
     add("--local-files-only", action="store_true", help="never ask the hub")
     add("--dpt", metavar="PATH", help="adapter and LoRA: our folder, the released file or folder, a hub id, or none")
-    add("--lora", type=Path, metavar="PATH", help="instead: another method's LoRA (`dpt.lora_files` lists the layouts)")
+    add(
+        "--lora",
+        type=Path,
+        metavar="PATH",
+        help="instead: another method's LoRA (layouts: `dpt/checkpoint/lora_files.py`)",
+    )
     add("--n_samples", type=count, default=3, help="pictures a prompt (default: 3)")
     add("--n_iter", type=count, default=1, help="how many times n_samples are drawn, with new seeds (default: 1)")
     batch = number(int, at_least=1, at_most=1024)

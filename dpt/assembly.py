@@ -5,7 +5,7 @@ import torch
 from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.backbones.unet_features import block_channels, parse_feature, set_cpu_attention
-from dpt.checkpoint import DPTCheckpoint
+from dpt.checkpoint.checkpoint import DPTCheckpoint
 from dpt.config import AdapterConfig, DPTConfig, TrainConfig
 from dpt.lora import add_lora, load_lora, lora_state
 from dpt.model import DPT

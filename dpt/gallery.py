@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import dpt
 from dpt.backbones.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
-from dpt.checkpoint import load_checkpoint
+from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.choosing import rounds, with_numbers
 from dpt.drawing import Artist, Drawing, without_correction
 from dpt.images import append_metadata, compbench_stem, make_grid, numbered, read_metadata, save_new

@@ -15,7 +15,7 @@ from transformers import CLIPTextModel
 from dpt.backbones.model_folder import LOADING_ERRORS
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.backbones.unet_features import parse_feature
-from dpt.lora_files import read_lora
+from dpt.checkpoint.lora_files import read_lora
 
 ADAPTER_NAME = "dpt"
 _RELEASED = re.compile(r"unet\.(?P<attention>.+)\.processor\.to_(?P<name>q|k|v|out)_lora\.(?P<part>down|up)\.weight")

@@ -20,7 +20,7 @@ from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.backbones.unet_features import Conditioning
 from dpt.base_models import check_size, recommended
 from dpt.bounds import Bounds
-from dpt.checkpoint import load_checkpoint
+from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.drawing import Candidates, draw_and_choose
 from dpt.guidance import guided
 from dpt.matching_score import ScoreReader
@@ -46,7 +46,7 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
     """of the last call with candidates, the number of the one that was kept for each picture"""
 
     def load_dpt(self, path: str | Path, **released_settings) -> "SelfCorrectionPipeline":
-        """Attaches an adapter and a LoRA; see `dpt.checkpoint.load_checkpoint`."""
+        """Attaches an adapter and a LoRA; see `dpt.checkpoint.checkpoint.load_checkpoint`."""
         checkpoint = load_checkpoint(path, **released_settings)
         self._scorer = checkpoint.attach(self._as_stable_diffusion())
         self._recommended = recommended(checkpoint.config.base_model, checkpoint.config)

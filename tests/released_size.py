@@ -7,10 +7,11 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from dpt.adapter.adapter import DiscriminativeAdapter
-from dpt.checkpoint import load_checkpoint, main
+from dpt.checkpoint.__main__ import main
+from dpt.checkpoint.checkpoint import load_checkpoint
+from dpt.checkpoint.released import adapter_key
 from dpt.config import AdapterConfig
 from dpt.lora import load_lora
-from dpt.released import adapter_key
 
 keys_file, folder = sys.argv[1:]
 with torch.device("meta"):

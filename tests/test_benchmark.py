@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from dpt.benchmark import main, time_training, training_peaks
+from dpt.benchmark.__main__ import main
+from dpt.benchmark.steps import time_training, training_peaks
 
 KEYS = {"plain_step_s", "corrected_step_s", "feature_share", "plain_peak_mb", "corrected_peak_mb"}
 
@@ -74,7 +75,7 @@ def test_kinds_that_are_not_there(capsys):
 
 
 def test_startup_of_commands(capsys, monkeypatch):
-    monkeypatch.setattr("dpt.startup.COMMANDS", (("txt2img.py --n_samples 0", 2), ("-c import dpt", 0)))
+    monkeypatch.setattr("dpt.benchmark.startup.COMMANDS", (("txt2img.py --n_samples 0", 2), ("-c import dpt", 0)))
     assert main(["startup", "--repeats", "1", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["repeats"] == 1
@@ -82,6 +83,6 @@ def test_startup_of_commands(capsys, monkeypatch):
     assert all(0 < one["seconds"] < 30 and one["peak_mb"] > 1 for one in result["commands"].values())
     assert main(["startup", "--repeats", "1"]) == 0
     assert "| `-c import dpt` | 0." in capsys.readouterr().out
-    monkeypatch.setattr("dpt.startup.COMMANDS", (("txt2img.py --n_samples 0", 0),))
+    monkeypatch.setattr("dpt.benchmark.startup.COMMANDS", (("txt2img.py --n_samples 0", 0),))
     assert main(["startup"]) == 2
     assert "txt2img.py --n_samples 0 ended with exit code 2 instead of 0" in capsys.readouterr().err

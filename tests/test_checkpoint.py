@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 import dpt
 from dpt.backbones.stable_diffusion import load_stable_diffusion
 from dpt.backbones.unet_features import block_channels
-from dpt.checkpoint import DPTCheckpoint, describe, load_checkpoint, main, save_checkpoint
+from dpt.checkpoint.__main__ import main
+from dpt.checkpoint.checkpoint import DPTCheckpoint, describe, load_checkpoint, save_checkpoint
 from dpt.config import save_config
 from dpt.lora import load_lora, lora_key
 
@@ -416,7 +417,7 @@ def test_sizes_of_a_config_are_compared_before_memory_is_taken(released, tmp_pat
     *part, name = field.split(".")
     (config[part[0]] if part else config)[name] = CONFIG_VALUES[field]
     (tmp_path / "dpt/config.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.setattr("dpt.checkpoint.DiscriminativeAdapter", None)
+    monkeypatch.setattr("dpt.checkpoint.checkpoint.DiscriminativeAdapter", None)
     if field == "lora_rank":
         monkeypatch.undo()
     assert main(["inspect", str(tmp_path / "dpt")]) == 2

@@ -7,7 +7,7 @@ import pytest
 
 from dpt.backbones.stable_diffusion import load_stable_diffusion
 from dpt.base_models import CKPT_FOLDER
-from dpt.checkpoint import load_checkpoint
+from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.choosing import CANDIDATES_APART, Round, best, candidate_seeds, rounds
 from dpt.drawing import Artist
 from dpt.settings import PAPER, Sampling

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from dpt import demo
-from dpt import studio as studios
 from dpt.backbones.stable_diffusion import load_stable_diffusion
-from dpt.checkpoint import load_checkpoint
+from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.choosing import candidate_seeds
+from dpt.demo import __main__ as demo
+from dpt.demo import studio as studios
+from dpt.demo.studio import Stopped, Studio, find_phrase, in_steps
 from dpt.images import with_boxes
 from dpt.settings import Sampling
-from dpt.studio import Stopped, Studio, find_phrase, in_steps
 from tests.browser import open_browser
 
 ROOT = Path(__file__).parents[1]
@@ -182,7 +182,7 @@ def test_a_port_in_use_and_an_interruption(free_port, capsys, monkeypatch):
 
 
 def test_the_page_needs_no_slow_imports():
-    code = "import sys, dpt.demo; sys.exit('torch' in sys.modules)"
+    code = "import sys, dpt.demo.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 import train_probe
 import train_tune
 from dpt.backbones.stable_diffusion import load_stable_diffusion
-from dpt.checkpoint import load_checkpoint
+from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.config import CONTROLS, OptimSettings, TrainConfig, load_config
 from dpt.data.loader import step_indices
 from dpt.model import DPT

@@ -9,11 +9,11 @@ from transformers import AutoModel, AutoTokenizer
 
 from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.backbones.stable_diffusion import load_stable_diffusion
-from dpt.checkpoint import load_checkpoint
+from dpt.checkpoint.checkpoint import load_checkpoint
+from dpt.checkpoint.released import adapter_key
 from dpt.config import AdapterConfig
 from dpt.lora import ADAPTER_NAME, lora_key
 from dpt.model import DPT
-from dpt.released import adapter_key
 from dpt.tasks import LossWeights, all_tasks
 from dpt.tasks.task import TRUE_PAIR, Task
 from tests.test_adapter import load_golden_adapter

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dpt.checkpoint import checkpoints
+from dpt.checkpoint.checkpoint import checkpoints
 from dpt.config import TrainConfig, save_config
 from dpt.training.curves import drop_metrics_after, plot_curves, read_metrics
 from dpt.training.run_folder import RunLog, check_run, set_damaged_aside

@@ -7,7 +7,7 @@ from PIL import Image
 
 import train_probe
 import train_tune
-from dpt.checkpoint import load_checkpoint
+from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.data.__main__ import main as data_main
 
 SCRIPTS = {"probe": train_probe.main, "tune": train_tune.main}

@@ -11,9 +11,9 @@ from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.backbones.stable_diffusion import load_stable_diffusion
 from dpt.backbones.unet_features import block_channels
 from dpt.base_models import CKPT_FOLDER
+from dpt.checkpoint.released import adapter_key
 from dpt.config import AdapterConfig
 from dpt.images import read_metadata
-from dpt.released import adapter_key
 
 BASE = ["--model", "shapes", "--ddim_steps", "4", "--n_samples", "1", "--skip_grid", "--prompt", "a red circle"]
 

@@ -7,8 +7,8 @@ from PIL import Image
 from dpt.base_models import CKPT_FOLDER
 from dpt.shapes.scenes import IMAGE_SIZE, render
 from dpt.shapes.world import ShapesWorld
-from dpt.verification import CHECKS
-from dpt.verify import main
+from dpt.verify.__main__ import main
+from dpt.verify.checks import CHECKS
 
 SMALL = ["--num_pairs", "8", "--steps", "2", "--device", "cpu"]
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dpt.backbones.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
 from dpt.base_models import DTYPE_NAMES, recommended
 from dpt.bounds import bounded, check_bounds, one_of
-from dpt.checkpoint import load_checkpoint
+from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.choosing import candidate_seeds
 from dpt.config import differences
 from dpt.data.trajectories import (

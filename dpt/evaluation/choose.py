@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from dpt.backbones.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
 from dpt.base_models import recommended
-from dpt.checkpoint import load_checkpoint
+from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.choosing import best, candidate_seeds, rounds, stop_of, with_numbers
 from dpt.drawing import Artist
 from dpt.evaluation.flags import judge_options

@@ -19,7 +19,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dpt.checkpoint import checkpoints
+from dpt.checkpoint.checkpoint import checkpoints
 from dpt.config import TrainConfig, check_finished, load_config
 from dpt.evaluation import align, frechet, generate, itm, plan, rec, table
 from dpt.evaluation.arms import Arm, differing_settings

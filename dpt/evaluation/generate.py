@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from dpt.backbones.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
 from dpt.backbones.unet_features import Conditioning
-from dpt.checkpoint import load_checkpoint
+from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.choosing import candidate_seeds
 from dpt.drawing import Artist, Drawing, counted_passes
 from dpt.evaluation import controls

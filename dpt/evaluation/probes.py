@@ -18,7 +18,7 @@ import torch
 
 from dpt.assembly import DTYPES
 from dpt.backbones.stable_diffusion import StableDiffusion, load_stable_diffusion, weights_fingerprint
-from dpt.checkpoint import DPTCheckpoint, load_checkpoint
+from dpt.checkpoint.checkpoint import DPTCheckpoint, load_checkpoint
 from dpt.config import TrainConfig, load_config
 from dpt.data.sources import validation_samples
 from dpt.evaluation import table

@@ -15,15 +15,15 @@ from PIL import Image
 
 from dpt.adapter.adapter import Scorer
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.checkpoint import load_checkpoint
+from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.config import TrainConfig, load_config
 from dpt.data.collate import as_latents
 from dpt.data.sources import validation_samples
+from dpt.demo.studio import find_phrase
 from dpt.evaluation import probes
 from dpt.images import make_grid, to_images, with_boxes
 from dpt.lora import remove_lora
 from dpt.shapes.samples import ShapesSamples
-from dpt.studio import find_phrase
 from dpt.training.validation import FIGURES, PAPER_TIMESTEP, Samples
 
 NUM_SHOWN, NUM_PHRASES = 6, 8

@@ -5,8 +5,8 @@
     (write the labels into dpt/shapes/labelled/labels.jsonl; --folder names another set)
     python -m dpt.shapes.quality oracle                          # compares
 
-`collect` draws the same number from each folder that `dpt.shapes.quality.judge_prompts` filled, at random, and takes
-nothing of the oracle's verdicts along.
+`collect` draws the same number at random from each folder that `dpt.shapes.quality_tables.judge_prompts` filled, and
+takes nothing of the oracle's verdicts along.
 """
 
 import sys

@@ -22,7 +22,7 @@ from dpt.files import read_json, write_text
 from dpt.images import numbered
 from dpt.shapes import clip as clips
 from dpt.shapes.oracle import LABELS
-from dpt.shapes.quality import judge_prompts
+from dpt.shapes.quality_tables import judge_prompts
 from dpt.shapes.settings import IMAGE_SIZE, Optimization, PretrainConfig
 from dpt.shapes.unet import denoising_losses, make_scheduler, make_unet, validation_losses
 from dpt.shapes.vae import (

@@ -9,7 +9,7 @@ from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.assembly import DTYPES, adapter_config
 from dpt.backbones.stable_diffusion import architecture
 from dpt.backbones.unet_features import LATENTS, block_channels, parse_feature
-from dpt.checkpoint import checkpoints, load_checkpoint
+from dpt.checkpoint.checkpoint import checkpoints, load_checkpoint
 from dpt.config import TrainConfig, check_stage
 from dpt.lora import add_lora
 from dpt.tasks import tasks_of

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from dpt.checkpoint import DPTCheckpoint, checkpoints, load_checkpoint, read_tensors, save_checkpoint
+from dpt.checkpoint.checkpoint import DPTCheckpoint, checkpoints, load_checkpoint, read_tensors, save_checkpoint
 from dpt.config import TrainConfig, load_config
 from dpt.files import read_json
 from dpt.images import numbered

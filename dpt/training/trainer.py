@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dpt.assembly import DTYPES, encode_options, make_model, trained_weights
 from dpt.backbones.stable_diffusion import load_stable_diffusion
-from dpt.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from dpt.checkpoint.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from dpt.config import (
     OptimSettings,
     TrainConfig,

@@ -14,7 +14,7 @@ import train_probe
 import txt2img
 from dpt.backbones.stable_diffusion import load_stable_diffusion
 from dpt.base_models import recommended
-from dpt.checkpoint import load_checkpoint
+from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.data.__main__ import main
 from dpt.data.trajectories import RankedPrompts, read_shards
 from dpt.drawing import Artist

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import evaluate
 from dpt.backbones.stable_diffusion import load_stable_diffusion
-from dpt.checkpoint import LORA_FILE, DPTCheckpoint, load_checkpoint, save_checkpoint
+from dpt.checkpoint.checkpoint import LORA_FILE, DPTCheckpoint, load_checkpoint, save_checkpoint
 from dpt.config import TrainConfig, load_config
 from dpt.data.collate import collate, encode_batch
 from dpt.evaluation.experiment import published_table

@@ -77,12 +77,12 @@ COMMANDS = {
     "txt2img, dpt": _command("txt2img", f"{ONE} --outdir {{here}}/out --dpt {{here}}/dpt", "dpt"),
     "txt2img, lora": _command("txt2img", f"{ONE} --outdir {{here}}/out --lora {{here}}/lora", "lora"),
     "txt2img, model": _command("txt2img", f"{ONE} --outdir {{here}}/out --model {{here}}/model", "model"),
-    "dpt.checkpoint inspect": _command("dpt.checkpoint", "inspect {here}/dpt", "dpt"),
+    "dpt.checkpoint inspect": _command("dpt.checkpoint.__main__", "inspect {here}/dpt", "dpt"),
     "dpt.checkpoint inspect, released": _command(
-        "dpt.checkpoint", f"inspect {{here}}/released {' '.join(RELEASED)}", "released"
+        "dpt.checkpoint.__main__", f"inspect {{here}}/released {' '.join(RELEASED)}", "released"
     ),
     "dpt.checkpoint convert": _command(
-        "dpt.checkpoint", f"convert {{here}}/released {{here}}/out/dpt {' '.join(RELEASED)}", "released"
+        "dpt.checkpoint.__main__", f"convert {{here}}/released {{here}}/out/dpt {' '.join(RELEASED)}", "released"
     ),
     "dpt.data check": _command("dpt.data.__main__", "check {here}/coco", "coco", good=(0, 1), reports=True),
     "dpt.data check, leak_free": _command(
@@ -125,7 +125,7 @@ COMMANDS = {
         "own",
     ),
     "dpt.verify": _command(
-        "dpt.verify",
+        "dpt.verify.__main__",
         "--model {base}/model --dpt {here}/dpt --coco {here}/coco --num_pairs 2 --steps 1 --device cpu "
         "--outdir {here}/out",
         *("coco", "dpt"),
@@ -254,6 +254,6 @@ COMMANDS = {
         "pretrained",
         changes=("pretrained/clip.*",),
     ),
-    "dpt.demo": _command("dpt.demo", "--model {base}/model --device cpu", blocks=True),
-    "dpt.benchmark": _command("dpt.benchmark", "sampling --model shapes", blocks=True),
+    "dpt.demo": _command("dpt.demo.__main__", "--model {base}/model --device cpu", blocks=True),
+    "dpt.benchmark": _command("dpt.benchmark.__main__", "sampling --model shapes", blocks=True),
 }

@@ -12,7 +12,7 @@ from PIL import Image
 import evaluate
 import train_probe
 import txt2img
-from dpt.checkpoint import main as checkpoint_main
+from dpt.checkpoint.__main__ import main as checkpoint_main
 from dpt.data.__main__ import main as data_main
 from dpt.shapes.label import main as label_main
 from dpt.shapes.pretrain import main as pretrain_main

@@ -6,8 +6,10 @@ from PIL import Image
 
 from dpt.backbones.stable_diffusion import load_stable_diffusion
 from dpt.settings import Sampling
-from dpt.shapes import label, labelling, quality
-from dpt.shapes.quality import judge_prompts, main, shares
+from dpt.shapes import label, labelling
+from dpt.shapes.oracle import LABELS
+from dpt.shapes.quality import main
+from dpt.shapes.quality_tables import judge_prompts, shares
 from dpt.shapes.scenes import IMAGE_SIZE
 
 
@@ -43,7 +45,7 @@ def test_labels_by_eye(drawn, tmp_path, capsys):
     verdicts = {r["prompt"]: r["label"] for r in records}
     for row in rows[1:]:
         row["label"] = verdicts[row["prompt"]]
-    rows[0]["label"] = next(name for name in quality.LABELS if name != verdicts[rows[0]["prompt"]])
+    rows[0]["label"] = next(name for name in LABELS if name != verdicts[rows[0]["prompt"]])
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     wrong, counts = labelling.agreement(tmp_path / "labelled")
     assert [w["index"] for w in wrong] == [0]
@@ -62,7 +64,7 @@ def test_sections_say_their_command(tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
     records = [{"step": k, "loss_denoise": 0.1} for k in (10, 20)]
-    records[1] |= {"val_loss": 0.2, "val_loss_unweighted": 0.1} | dict.fromkeys(quality.LABELS, 1 / 3)
+    records[1] |= {"val_loss": 0.2, "val_loss_unweighted": 0.1} | dict.fromkeys(LABELS, 1 / 3)
     (run / "unet.metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     assert main(["curve", "--run", str(run), "--output", str(tmp_path / "r.md")]) == 0
     assert "| 20 | 0.2000 | 0.1000 | 33 | 33 | 33 |" in (tmp_path / "r.md").read_text()
@@ -130,7 +132,7 @@ def test_bad_curves_are_one_line(tmp_path, capsys, content, message):
 
 
 def test_a_figure_takes_no_other_s_place(tmp_path, capsys):
-    record = {"step": 1, "loss": 0.1, "val_loss": 0.2, "val_loss_unweighted": 0.1} | dict.fromkeys(quality.LABELS, 0.3)
+    record = {"step": 1, "loss": 0.1, "val_loss": 0.2, "val_loss_unweighted": 0.1} | dict.fromkeys(LABELS, 0.3)
     (tmp_path / "unet.metrics.jsonl").write_text(json.dumps(record) + "\n")
     (tmp_path / "pretraining.png").write_bytes(b"mine")
     assert main(["curve", "--run", str(tmp_path), "--output", str(tmp_path / "r.md")]) == 2

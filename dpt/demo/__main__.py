@@ -28,7 +28,7 @@ KNOWN_ARMS = [(0, None, "plain"), (0, None, "corrected")]  # gradio's plot draws
 
 
 def make_page(model: str, opening: Future):
-    """The gradio page of a model; `opening` is its `dpt.studio.Studio`, once it is loaded."""
+    """The gradio page of a model; `opening` is its `dpt.demo.studio.Studio`, once it is loaded."""
     import gradio  # an optional extra
     import pandas
 
@@ -135,7 +135,7 @@ def wait_forever() -> None:
 
 def load(args: argparse.Namespace):
     """The command line's studio."""
-    from dpt.studio import open_studio  # slow to import, so after the page is up
+    from dpt.demo.studio import open_studio  # slow to import, so after the page is up
 
     settings = {name: getattr(args, name) for name in ("dpt", "scale", "steps", "device", "local_files_only")}
     return open_studio(args.model, **settings)

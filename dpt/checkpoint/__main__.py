@@ -1,16 +1,23 @@
-"""The command line of `dpt.checkpoint`."""
+"""Inference weights: our folder, or the released checkpoint, and the way from one to the other.
 
+    python -m dpt.checkpoint inspect PATH
+    python -m dpt.checkpoint convert IN OUT
+
+Our folder: `adapter.safetensors`, `config.yaml`, and `lora/pytorch_lora_weights.safetensors`, which any diffusers user
+loads with `pipe.load_lora_weights(FOLDER + "/lora")`.
+"""
+
+import sys
 from pathlib import Path
 
 from dpt.bounds import ArgumentParser, fail, number
-from dpt.docstrings import docstring_of
 from dpt.hub import check_there
 from dpt.imports import heavy_imports
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = ArgumentParser(description=docstring_of("dpt.checkpoint"))
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="say what is in a checkpoint")
     inspect.add_argument("path", help="a folder, a file or a hub id")
@@ -31,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_there(path := args.path if args.command == "inspect" else args.input)
         with heavy_imports():
-            from dpt.checkpoint import describe, load_checkpoint, save_checkpoint
+            from dpt.checkpoint.checkpoint import describe, load_checkpoint, save_checkpoint
 
         checkpoint = load_checkpoint(path, **settings)
         print(describe(checkpoint))
@@ -41,3 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return fail(error)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

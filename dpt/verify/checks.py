@@ -15,8 +15,8 @@ from dpt.adapter.adapter import Scorer
 from dpt.backbones.stable_diffusion import StableDiffusion, load_stable_diffusion, usable_device
 from dpt.backbones.unet_features import Conditioning, unet_features
 from dpt.base_models import recommended
-from dpt.benchmark import guided_step_kinds, median_seconds
-from dpt.checkpoint import DPTCheckpoint, load_checkpoint
+from dpt.benchmark.steps import guided_step_kinds, median_seconds
+from dpt.checkpoint.checkpoint import DPTCheckpoint, load_checkpoint
 from dpt.data.coco import load_captions, load_pixels
 from dpt.data.refcoco import load_expressions
 from dpt.drawing import Artist, without_correction

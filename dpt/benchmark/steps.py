@@ -1,29 +1,9 @@
-"""Seconds and memory of a step, beside what it should cost.
-
-    python -m dpt.benchmark sampling [--json] [--model shapes|random-145m] [--batch_size N]
-    python -m dpt.benchmark training [--json] [--model shapes|random-145m|random-sd21] [--batch_size N]
-    python -m dpt.benchmark startup [--json]
-
-`sampling` times a plain guided step and ones corrected by each target, interleaved, and the share f of a U-Net pass
-that (U-Net up to the block + adapter) takes. A step corrected by a pass of its own should cost at most 1.10 x (1 + f)
-plain ones; the target `noise`, which has none, about 1 + f / 2.
-
-`training` times a probe step with its six passes as one batch and one after the other, interleaved, and measures the
-peak memory of a tune step with and without gradient checkpointing.
-
-`startup` measures how long commands take to answer, and their peak memory.
-"""
-
-import sys
-
-from dpt.commands.benchmark import CORRECTED, TRAINING_KINDS, main
-
-if __name__ == "__main__":  # before the imports below, which take seconds
-    sys.exit(main())
+"""Seconds and memory of sampling and training steps."""
 
 import functools
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,6 +14,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
 from dpt.backbones.stable_diffusion import ARCHITECTURES, load_stable_diffusion
 from dpt.backbones.unet_features import Conditioning, block_channels, set_cpu_attention, unet_features
+from dpt.benchmark import CORRECTED, TRAINING_KINDS
 from dpt.config import AdapterConfig
 from dpt.guidance.self_correction import SelfCorrection
 from dpt.lora import add_lora

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         check_text("--model", args.model)
         check_there(args.dpt)
         with heavy_imports():
-            from dpt.verification import run_checks
+            from dpt.verify.checks import run_checks
 
         checks = run_checks(args)
     except (ValueError, OSError) as error:

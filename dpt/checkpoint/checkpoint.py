@@ -1,18 +1,8 @@
-"""Inference weights: our folder, or the released checkpoint (see `dpt.released`), and the way from one to the other.
+"""Inference weights as our folder: `adapter.safetensors`, `config.yaml`, `lora/pytorch_lora_weights.safetensors`.
 
-    python -m dpt.checkpoint inspect PATH
-    python -m dpt.checkpoint convert IN OUT
-
-Our folder: `adapter.safetensors`, `config.yaml`, and `lora/pytorch_lora_weights.safetensors`, which any diffusers user
-loads with `pipe.load_lora_weights(FOLDER + "/lora")`.
+Any diffusers user loads the last with `pipe.load_lora_weights(FOLDER + "/lora")`. The released checkpoint is read too
+(`dpt.checkpoint.released`).
 """
-
-import sys
-
-from dpt.commands.checkpoint import main
-
-if __name__ == "__main__":  # before the imports below, which take seconds
-    sys.exit(main())
 
 import shutil
 import tempfile
@@ -30,10 +20,10 @@ from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.backbones.unet_features import block_channels, parse_feature
 from dpt.base_models import MODELS, checkpoints, known_name
+from dpt.checkpoint.released import RELEASED_FILES, infer_adapter_config, read_released
 from dpt.config import AdapterConfig, DPTConfig, load_config, save_config
 from dpt.hub import check_there, fetch_weights, is_hub_id
 from dpt.lora import load_lora, lora_metadata, remove_lora
-from dpt.released import RELEASED_FILES, infer_adapter_config, read_released
 from dpt.weights import read_tensors
 
 ADAPTER_FILE, CONFIG_FILE, LORA_FILE = "adapter.safetensors", "config.yaml", "pytorch_lora_weights.safetensors"

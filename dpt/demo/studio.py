@@ -12,7 +12,7 @@ from dpt.adapter.adapter import Scorer
 from dpt.backbones.stable_diffusion import StableDiffusion, load_stable_diffusion, usable_device
 from dpt.backbones.unet_features import Conditioning, unet_features
 from dpt.base_models import DPT_WEIGHTS, known_name, recommended
-from dpt.checkpoint import load_checkpoint
+from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.drawing import Artist, without_correction
 from dpt.files import check_text
 from dpt.hub import is_hub_id

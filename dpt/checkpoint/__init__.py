@@ -1,0 +1,1 @@
+"""Inference weights: our folder, and the files of the released checkpoint."""

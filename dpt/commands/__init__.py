@@ -1,1 +1,0 @@
-"""Command lines of modules that are slow to import, which answer `--help` and bad arguments before that."""

@@ -1,0 +1,1 @@
+"""The page on which prompts are drawn: `python -m dpt.demo`."""
