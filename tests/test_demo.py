@@ -67,7 +67,7 @@ def test_both_pictures_with_the_score_after_every_step(studio):
 
 def test_dropped_candidates_are_shown_and_the_kept_one_is_what_its_seed_draws(studio):
     seen = list(studio.draw("a red circle", 3, 0.05, "latent", "", 3, 0.5))
-    assert len(seen) == 2 * (4 + 1 + 1)
+    assert len(seen) == (4 + 1 + 1) + (4 + 1)  # the choice is made once
     plain, corrected, points, candidates, say = seen[-1]
     assert [len(shown) for _, _, _, shown, _ in seen[:3]] == [0, 0, 3]
     captions = [caption for _, caption in candidates]
@@ -79,6 +79,9 @@ def test_dropped_candidates_are_shown_and_the_kept_one_is_what_its_seed_draws(st
     assert say == f"corrected: done; 3 candidates, kept seed {kept} after step 2 of 4"
     assert all(image.shape == plain.shape for image, _ in candidates)
     *_, (alone, _, trace, _, _) = studio.draw("a red circle", kept, 0.0, "latent", "")
+    chosen = studio.sampling.changed(correction_norm=0.05, correction_target="latent", candidates=3, choose_at=(0.5,))
+    (at_once,) = studio.artist.draw(["a red circle"], [3], chosen)
+    assert np.abs(at_once.image.astype(int) - corrected).max() <= 1  # as when one drawing chooses and corrects
     assert np.abs(alone.astype(int) - plain).max() <= 1
     lines = [[score for _, score, arm in found if arm == "plain"] for found in (points, trace)]
     assert lines[0] == pytest.approx(lines[1], abs=1e-4)

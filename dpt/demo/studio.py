@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -125,21 +126,27 @@ class Studio:
         corrected = self.sampling.changed(
             correction_norm=norm, correction_target=target, candidates=candidates, choose_at=fractions
         )
-        for arm, sampling in (("plain", without_correction(corrected)), ("corrected", corrected)):
-            choice = ""
-            for value in in_steps(lambda report, s=sampling: self._draw_one(prompt, int(seed), s, report)):
+        choice, kept, start = "", int(seed), None
+        for arm in ("plain", "corrected"):
+            sampling = without_correction(corrected) if arm == "plain" else corrected
+            if start is not None:  # what is corrected is the picture that was kept
+                sampling = sampling.changed(candidates=1, choose_at=(), correction_start=start)
+            for value in in_steps(partial(self._draw_one, prompt, kept, sampling)):
                 if isinstance(value, dict):
                     points.append((value["step"], max(value["score"]), arm))  # of candidates the leading one
                     say = f"{arm}: step {value['step'] + 1} of {num_steps}"
                 elif isinstance(value, tuple):
                     step, found = value
                     gallery = [captioned(candidate) for candidate in found]
-                    kept = next(candidate["seed"] for candidate in found if candidate["kept"])
-                    choice = f"; {candidates} candidates, kept seed {kept} after step {step} of {num_steps}"
+                    chosen = next(candidate["seed"] for candidate in found if candidate["kept"])
+                    choice = f"; {candidates} candidates, kept seed {chosen} after step {step} of {num_steps}"
                 else:
-                    images[arm] = value[0].image
+                    (drawing,) = value
+                    if candidates > 1 and not corrected.correct_candidates:
+                        kept, start = drawing.seed, drawing.corrected_from
+                    images[arm] = drawing.image
                     points = [point for point in points if point[2] != arm]
-                    points += [(record["step"], record["score"], arm) for record in value[0].trace]
+                    points += [(record["step"], record["score"], arm) for record in drawing.trace]
                     say = f"{arm}: done" + f" ({note})" * bool(note and arm == "corrected")
                 yield images.get("plain"), images.get("corrected"), list(points), gallery, say + choice
         if (phrase or "").strip():
