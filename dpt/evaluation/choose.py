@@ -111,11 +111,12 @@ def draw_missing(args: argparse.Namespace, prompts: list[Prompt], there: list[Ca
     asked = {stop_of(share, sampling.num_inference_steps) - 1 for share in args.where} if predicted else set()
     scoring = [[scorer.name, scorer.fingerprint] for scorer in (judge, predicted) if scorer]
     drawing = [weights, sampling.guidance_scale, sampling.num_inference_steps, args.dtype]
-    settings = json.dumps([*drawing, *scoring, sorted(asked), args.dpt])
+    settings = [*drawing, *scoring, sorted(asked), args.dpt]
+    settings = json.dumps(settings + [args.image_seed] if args.image_seed else settings)
     if others := {c.settings for c in there} - {settings}:
         raise ValueError(f"{path} holds candidates of other settings, {others.pop()} (now {settings}); choose another")
     known = {(c.prompt, c.seed) for c in there}
-    jobs = [(prompt, seed) for prompt in prompts for seed in candidate_seeds(noise_seed(prompt, 0), args.candidates)]
+    jobs = [(prompt, seed) for prompt in prompts for seed in candidate_seeds(noise_seed(prompt, args.image_seed), args.candidates)]
     jobs = [(prompt, seed) for prompt, seed in jobs if (prompt.text, seed) not in known]
     artist = Artist(sd, scorers[args.dpt[0]])
     path.parent.mkdir(parents=True, exist_ok=True)

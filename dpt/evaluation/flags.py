@@ -77,11 +77,13 @@ def _add_choose(add: Callable) -> None:
     help_where = "when to choose, as fractions of the steps (default: 0.15 0.2 0.25 0.4 1)"
     help_predicted = "a scorer of the predicted clean picture, decoded, as another chooser"
     candidates = number(int, at_least=2, at_most=1024)
+    help_seed = "of the first candidate's noise, as one of generate's --seeds (default: 0)"
     add("--prompts", **PROMPTS)
     add("--per_category", **PER_CATEGORY)
     add("--model", default="shapes")
     add("--dpt", nargs="+", required=True, metavar="PATH", help="adapters; the LoRA of the first, if any, draws")
     add("--candidates", type=candidates, default=8, help="of each prompt (default: 8)")
+    add("--image_seed", type=number(int, at_least=0, below=SEEDS_APART), default=0, help=help_seed)
     add("--scale", type=SCALE, help="guidance scale (default: the model's)")
     add("--steps", type=number(int, at_least=2, at_most=500), help="sampling steps (default: the model's)")
     add("--where", type=fraction, nargs="+", default=where, help=help_where)

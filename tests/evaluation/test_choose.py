@@ -52,8 +52,10 @@ def test_a_run_writes_tables_and_goes_on(tmp_path, shapes_dpt, capsys):
     assert evaluate.main(words) == 0  # nothing is drawn again
     assert (tmp_path / "out/candidates.jsonl").read_text().splitlines() == lines
     capsys.readouterr()
-    assert evaluate.main([*words, "--scale", "3"]) == 2
-    assert "holds candidates of other settings" in capsys.readouterr().err
+    for other in (["--scale", "3"], ["--image_seed", "4"]):
+        assert evaluate.main([*words, *other]) == 2
+        assert "holds candidates of other settings" in capsys.readouterr().err
+    assert {json.loads(line)["seed"] % 1000 for line in lines} == {0}
     append_line(tmp_path / "out/candidates.jsonl", record | {"scores": {"cfg norm": [1.0]}})
     assert evaluate.main(words) == 2
     assert "record 15: scores are not those of 2 steps" in capsys.readouterr().err
