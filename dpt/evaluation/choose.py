@@ -116,7 +116,11 @@ def draw_missing(args: argparse.Namespace, prompts: list[Prompt], there: list[Ca
     if others := {c.settings for c in there} - {settings}:
         raise ValueError(f"{path} holds candidates of other settings, {others.pop()} (now {settings}); choose another")
     known = {(c.prompt, c.seed) for c in there}
-    jobs = [(prompt, seed) for prompt in prompts for seed in candidate_seeds(noise_seed(prompt, args.image_seed), args.candidates)]
+    jobs = [
+        (prompt, seed)
+        for prompt in prompts
+        for seed in candidate_seeds(noise_seed(prompt, args.image_seed), args.candidates)
+    ]
     jobs = [(prompt, seed) for prompt, seed in jobs if (prompt.text, seed) not in known]
     artist = Artist(sd, scorers[args.dpt[0]])
     path.parent.mkdir(parents=True, exist_ok=True)
