@@ -25,7 +25,7 @@ from dpt.imports import heavy_imports
 
 LIGHT_CHECKS = {"generate": "arms", "experiment": "plan"}
 """subcommand -> the module of `dpt.evaluation` whose `check` sees bad files before anything heavy is imported"""
-PRINTED = ("generate", "align", "quality", "choose", "pack", "report", "pareto")
+PRINTED = ("generate", "align", "quality", "choose", "pack", "report", "pareto", "worth")
 """subcommands whose result is printed as JSON"""
 
 

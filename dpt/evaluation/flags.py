@@ -134,6 +134,15 @@ def _add_probe_map(add: Callable) -> None:
     add("--record", **_record("map"))
 
 
+def _add_worth(add: Callable) -> None:
+    add("folder", type=Path, help="a folder of `choose`, of several adapters")
+    add("--arms", nargs="+", type=Path, default=[], help="folders of arms, each drawn by the gradient of one of them")
+    add("--against", default="base", help="the arm among them that draws without one (default: base)")
+    add("--candidates", type=number(int, at_least=2, at_most=1024), default=2, help="chosen from (default: 2)")
+    add("--choose_at", type=number(float, above=0, at_most=1), default=0.25, help="where (default: 0.25)")
+    add("--output", **FOLDER, help="the figure; its numbers stand beside it")
+
+
 def _add_experiment(add: Callable) -> None:
     jobs = {"type": number(int, at_least=1, at_most=1000), "default": 1}
     help_jobs = "trainings side by side, the cores shared out (default: 1): on a CPU faster than in turn"
@@ -183,5 +192,6 @@ FLAGS: dict[str, tuple[str, Callable[[Callable], None]]] = {
     "pack": ("figures", _add_pack),
     "report": ("page", _add_report),
     "pareto": ("pareto", _add_pareto),
+    "worth": ("worth", _add_worth),
 }
 """subcommand -> the module of `dpt.evaluation` that runs it, and what adds its flags"""

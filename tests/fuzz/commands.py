@@ -215,6 +215,7 @@ COMMANDS = {
     "evaluate pareto": _command(
         "evaluate", "pareto {here}/figures/packed.json --output {here}/out/pareto.png", "figures"
     ),
+    "evaluate worth": _command("evaluate", "worth {here}/figures/choices --output {here}/out/worth.png", "figures"),
     "evaluate experiment": _command("evaluate", "experiment --dry-run {here}/arms/experiment.yaml", "arms"),
     "evaluate experiment, packed": _command(
         "evaluate",

@@ -1,5 +1,6 @@
 """Good inputs, small and quickly made: each is a folder under one root, made when first asked for."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import train_probe
 import txt2img
 from dpt.checkpoint.__main__ import main as checkpoint_main
 from dpt.data.__main__ import main as data_main
+from dpt.files import append_line
 from dpt.shapes.label import main as label_main
 from dpt.shapes.pretrain import main as pretrain_main
 from tests.coco_tree import make_tree
@@ -144,9 +146,14 @@ def make_choices(root: Path) -> None:
 def make_figures(root: Path) -> None:
     """What is made of an arm's folder: packed figures, tables, a picture for reports; and figures of a probe."""
     drawn, folder = given(root, "drawn"), root / "figures"
+    (folder / "choices").mkdir(parents=True)
     succeeds(evaluate.main, ["pack", drawn / "base", "--output", folder / "packed.json"])
     succeeds(evaluate.main, ["table", drawn / "base", "--by", "correct", "--output", folder / "tables"])
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(folder / "figure.png")
+    for prompt, seed in itertools.product("abcd", range(2)):
+        scores = {f"adapter-{k}": [0.1 * k * seed, float(seed**k)] for k in range(5)}
+        record = {"prompt": prompt, "category": "size", "seed": seed, "value": float(seed), "scores": scores}
+        append_line(folder / "choices/candidates.jsonl", record | {"settings": "same"})
     run, config = given(root, "run"), REPOSITORY / "configs/sd21/probe.yaml"
     words = ["itm", run / "run", "--config", config, "--num_samples", "2", "--timesteps", "500"]
     succeeds(evaluate.main, [*words, "--output", folder / "probes", "--set", *of_coco(root)])

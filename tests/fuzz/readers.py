@@ -92,6 +92,7 @@ JSON_FILES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("figures/probes/itm.json", ("*:any", "*.*:any", ":any")),
     ),
     "evaluate pareto": (("figures/packed.json", PACKED),),
+    "evaluate worth": (("figures/choices/candidates.jsonl", ("prompt:any", "value:any", "scores:any", ":any")),),
     "evaluate experiment, packed": (("figures/packed.json", PACKED),),
     "evaluate itm": (("figures/probes/records/itm_run_all_val.json", ("identity:any", "records:any", ":any")),),
     "dpt.shapes.label collect": (

@@ -219,6 +219,7 @@ OUTPUTS = {
     "evaluate table": ("--output", "folder"),
     "evaluate report": ("--output", "file"),
     "evaluate pareto": ("--output", "file"),
+    "evaluate worth": ("--output", "file"),
     "evaluate rec": ("--output", "folder"),
     "dpt.verify": ("--outdir", "folder"),
     "dpt.data mine-negatives": ("--output", "folder"),

@@ -1,0 +1,156 @@
+"""`evaluate.py worth`: do verifiers that tell right pictures from wrong ones also make more pictures right?
+
+    python evaluate.py worth outputs/choose-verifiers --arms outputs/tables/verifiers/* --against base \
+        --output outputs/worth.png
+
+The folder is one of `evaluate.py choose` with several adapters. Each adapter's area under the curve within prompts is
+taken on every other prompt, and the points that choosing by it gains on the prompts between, so that no picture counts
+for both. An arm of `generate` that draws with the adapter gives the points that following its gradient gains. For
+either gain: the slope over adapters, points for 0.1 of area, with a 95 % interval that resamples adapters, the
+correlation, and how often a permutation of the adapters has one as far from 0. Writes the figure and its numbers.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+from dpt.choosing import rounds, stop_of
+from dpt.evaluation.arms import read_settings
+from dpt.evaluation.choose import CFG, PREDICTED, Candidate, simulate
+from dpt.evaluation.figures import collect
+from dpt.files import read_json, read_json_lines, write_text
+from dpt.metrics import area_within_prompts, bootstrap_interval
+from dpt.results import check_replaceable
+
+LEAST_VERIFIERS = 5
+
+
+class Worth(msgspec.Struct, forbid_unknown_fields=True):
+    """The file beside the figure."""
+
+    verifiers: dict[str, dict[str, list[float]]]
+    """adapter -> area, and the gains in points; mean, low and high end of the 95 % interval over prompts"""
+    fits: dict[str, dict[str, float | list[float]]]
+    """gain -> slope (points for 0.1 of area), its interval, correlation, p"""
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Writes the figure and its numbers; returns the fits.
+
+    Raises:
+        ValueError: files that cannot be used, or too few adapters.
+    """
+    beside = args.output.with_suffix(".json")
+    check_replaceable(beside, partial(read_json, schema=Worth), args.output)
+    candidates = read_json_lines(args.folder / "candidates.jsonl", Candidate)
+    verifiers = areas_and_choices(candidates, args.candidates, args.choose_at)
+    if args.arms:
+        gains = gradient_gains(args.arms, args.against)
+        if unknown := gains.keys() - verifiers.keys():
+            raise ValueError(f"--arms draws with {min(unknown)}; {args.folder} has {', '.join(verifiers)}")
+        for name, gain in gains.items():
+            verifiers[name]["gradient"] = gain
+    fits = {}
+    for gain in ("choosing", "gradient"):
+        if points := [(row["area"][0], row[gain][0]) for row in verifiers.values() if gain in row]:
+            fits[gain] = fit(*np.array(points).T)
+    numbers = {"verifiers": verifiers, "fits": fits}
+    write_text(beside, json.dumps(numbers, indent=1) + "\n")
+    draw(verifiers, fits, args.output)
+    return fits
+
+
+def areas_and_choices(candidates: list[Candidate], count: int, choose_at: float) -> dict[str, dict]:
+    """Of each adapter the area on the even prompts, and the gain of choosing one of `count` on the odd ones.
+
+    Raises:
+        ValueError: too few adapters, or prompts that have fewer candidates than others.
+    """
+    if not candidates:
+        raise ValueError("there are no candidates: let `evaluate.py choose` draw some")
+    rows: dict[str, list[Candidate]] = {}
+    for one in sorted(candidates, key=lambda c: c.category):
+        rows.setdefault(one.prompt, []).append(one)
+    names = [name for name in candidates[0].scores if name not in (CFG, PREDICTED)]
+    num_steps = len(candidates[0].scores[names[0]]) if names else 0
+    if len(names) < LEAST_VERIFIERS:
+        raise ValueError(f"{len(names)} adapters were asked; a line through them needs at least {LEAST_VERIFIERS}")
+    most = max(map(len, rows.values()))
+    if short := [prompt for prompt, row in rows.items() if len(row) < most]:
+        raise ValueError(f"{short[0]!r} has fewer candidates than others: let `evaluate.py choose` finish")
+    if most < count:
+        raise ValueError(f"--candidates is {count}; the prompts have {most}")
+    values = np.array([[c.value for c in row] for row in rows.values()])  # (P, N)
+    whole = values[1::2, : values.shape[1] // count * count].mean(1)
+    found = {}
+    for name in names:
+        scores = np.array([[c.scores[name] for c in row] for row in rows.values()], float)  # (P, N, steps)
+        areas = area_within_prompts(scores[::2, :, stop_of(choose_at, num_steps) - 1], values[::2])
+        kept = simulate(scores[1::2], values[1::2], count, rounds(num_steps, count, (choose_at,)))
+        gain = 100 * (kept.mean(1) - whole)
+        found[name] = {"area": list(bootstrap_interval(areas)), "choosing": list(bootstrap_interval(gain))}
+    return found
+
+
+def gradient_gains(folders: list[Path], against: str) -> dict[str, list[float]]:
+    """By adapter, the points of correct pictures that an arm has above another on the same prompts and seeds."""
+    arms = collect(folders)
+    if against not in arms:
+        raise ValueError(f"--against is {against!r}; the arms are {', '.join(arms)}")
+    base, found = arms.pop(against)["values"], {}
+    for name, arm in arms.items():
+        if arm["values"].keys() != base.keys():
+            raise ValueError(f"{name} and {against} show other prompts or seeds")
+        weights = read_settings(next(folder for folder in folders if folder.name == name))["dpt"]
+        by_prompt: dict[str, list[float]] = {}
+        for key, row in arm["values"].items():
+            by_prompt.setdefault(key[0], []).append(100 * (row["correct"] - base[key]["correct"]))
+        found[weights] = list(bootstrap_interval([np.mean(gains) for gains in by_prompt.values()]))
+    return found
+
+
+def fit(areas: np.ndarray, gains: np.ndarray) -> dict:
+    """The line through adapters, (V,) each: its slope for 0.1 of area, the interval, correlation and p."""
+
+    def slope(x, y):
+        return 0.1 * stats.linregress(x, y).slope if np.ptp(x) else 0.0  # a resample of one adapter alone has none
+
+    def correlation(x, axis):
+        return stats.zscore(x, axis=axis) @ stats.zscore(gains) / len(gains)
+
+    rng = np.random.default_rng(0)
+    interval = stats.bootstrap((areas, gains), slope, paired=True, method="percentile", n_resamples=2000, rng=rng)
+    null = stats.permutation_test((areas,), correlation, permutation_type="pairings", n_resamples=10_000, rng=rng)
+    return {
+        "slope": float(slope(areas, gains)),
+        "interval": [float(x) for x in interval.confidence_interval],
+        "correlation": float(null.statistic),
+        "p": float(null.pvalue),
+        "verifiers": len(areas),
+    }
+
+
+def draw(verifiers: dict[str, dict], fits: dict[str, dict], path: Path) -> None:
+    """The figure: a point an adapter with the intervals of either figure, and the line through them."""
+    figure = Figure(figsize=(5 * len(fits), 4.5), layout="constrained")
+    for axis, (gain, found) in zip(
+        np.atleast_1d(figure.subplots(1, len(fits), sharex=True)), fits.items(), strict=True
+    ):
+        rows = np.array([[row["area"], row[gain]] for row in verifiers.values() if gain in row])  # (V, 2, 3)
+        (x, x_low, x_high), (y, y_low, y_high) = rows.transpose(1, 2, 0)
+        bars = {"xerr": [x - x_low, x_high - x], "yerr": [y - y_low, y_high - y]}
+        axis.errorbar(x, y, **bars, fmt="o", ms=4, elinewidth=0.5, alpha=0.7)
+        ends = np.array([x.min(), x.max()])
+        axis.plot(ends, y.mean() + 10 * found["slope"] * (ends - x.mean()), color="black", lw=1)
+        low, high = found["interval"]
+        title = f"{found['slope']:.1f} points for 0.1 ({low:.1f} to {high:.1f}), r = {found['correlation']:.2f}"
+        axis.set(xlabel="area under the curve within prompts", ylabel=f"points gained by {gain}", title=title)
+        axis.axhline(0, color="grey", lw=0.8)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
