@@ -62,6 +62,9 @@ def train_stage(
     decay: float,
     ema: float,
     weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.999),
+    max_grad_norm: float = 1.0,
+    precision: torch.dtype = torch.bfloat16,
     clip_groups: list[list[nn.Parameter]] | None = None,
     parts: int = 1,
     save_every: int = 200,
@@ -74,7 +77,8 @@ def train_stage(
         name: names the stage's files in `folder`: `{name}.pt` (state) and `{name}.metrics.jsonl`.
         losses_at: maps a batch's number to named losses; the mean of their sums over a step's batches is minimised.
         ema: decay of the weights' average, warmed up as (1 + step) / (10 + step).
-        clip_groups: parameters whose gradients are clipped together, to length 1; by default all.
+        precision: of autocast; float32 turns it off.
+        clip_groups: parameters whose gradients are clipped together, to length `max_grad_norm`; by default all.
         parts: batches a step. They are computed side by side, each on a thread of its own: on two cores 1.2 times as
             fast as one batch of the joint size on both.
         evaluate: maps the averaged model and the step to figures for the metrics file.
@@ -85,7 +89,7 @@ def train_stage(
     state_path, metrics_path = folder / f"{name}.pt", folder / f"{name}.metrics.jsonl"
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = parameters[0].device.type
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
     average, start = copy.deepcopy(model).eval(), 0
     stateful = {"model": model, "average": average, "optimizer": optimizer}
     if state_path.exists():
@@ -101,7 +105,7 @@ def train_stage(
     def gradients_of(batch: int):
         torch.set_num_threads(threads)
         # autocast's cache of weights is one for all threads: which graph a weight's cast belongs to would be chance
-        with torch.autocast(device, torch.bfloat16, cache_enabled=False):
+        with torch.autocast(device, precision, enabled=precision != torch.float32, cache_enabled=False):
             losses = losses_at(batch)
         gradients = torch.autograd.grad(sum(losses.values()), parameters, allow_unused=True)
         return {name: loss.item() for name, loss in losses.items()}, gradients
@@ -120,7 +124,7 @@ def train_stage(
             raise FloatingPointError(f"{name}: loss is {sum(losses.values())} at step {step}: lower lr (now {lr})")
         for parameter, *of_parts in zip(parameters, *(gradients for _, gradients in results), strict=True):
             parameter.grad = None if of_parts[0] is None else sum(of_parts) / parts
-        grad_norm = max(nn.utils.clip_grad_norm_(group, 1.0) for group in clip_groups or [parameters])
+        grad_norm = max(nn.utils.clip_grad_norm_(group, max_grad_norm) for group in clip_groups or [parameters])
         optimizer.step()
         optimizer.zero_grad()
         update_average(average, model, min(ema, (1 + step) / (10 + step)))
