@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from dpt.data.coco import base_name, read_captions, read_json, stable_id
+from dpt.data.coco import base_name, read_captions, read_coco_json, stable_id
 from dpt.data.hard_negatives import INDEX_FILE, ItmNegatives
 from dpt.data.latents import IMAGE_SUFFIXES, MANIFEST, read_manifest, verify_folder
 from dpt.data.refcoco import Expression, ExpressionBox, load_expressions, read_expressions
@@ -186,7 +186,7 @@ def write_leak_free(annotations: Path, evaluation: list[Path], target: Path) -> 
     """
     held_out = {expression.path.name for path in evaluation for expression in load_expressions(path, path.parent)}
     left = {e.id for e in load_expressions(annotations, annotations.parent) if e.path.name in held_out}
-    content = read_json(annotations)  # with what is not read here
+    content = read_coco_json(annotations)  # with what is not read here
     images = [image for image in content["images"] if stable_id(image["id"]) not in left]
     boxes = [box for box in content["annotations"] if stable_id(box["image_id"]) not in left]
     write_text(target, json.dumps(content | {"images": images, "annotations": boxes}))

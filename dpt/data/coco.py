@@ -62,7 +62,7 @@ class CaptionedImage:
     caption: str
 
 
-def read_json(path: Path):
+def read_coco_json(path: Path):
     """The contents of a JSON file, NaN allowed. Raises ValueError naming the file where it is none."""
     text = read_text(path)
     try:
@@ -93,7 +93,7 @@ def read_annotations(
         return msgspec.json.decode(read_bytes(path), type=schema), []
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         pass  # read again in a slower way, to say what is wrong with which record
-    content, problems = read_json(path), []
+    content, problems = read_coco_json(path), []
     try:
         outline = msgspec.convert(content, Annotations[dict, dict])
     except msgspec.ValidationError as error:
@@ -119,11 +119,11 @@ def _plain(record: Struct) -> Struct:
     """The record. Raises ValueError where a text of it is none."""
     for name in record.__struct_fields__:
         if isinstance(value := getattr(record, name), str):
-            check_text(name, value)
+            check_characters(name, value)
     return record
 
 
-def check_text(name: str, text: str) -> str:
+def check_characters(name: str, text: str) -> str:
     """The text. Raises ValueError where it holds a lone surrogate, half of a character, which no tokenizer takes."""
     try:
         text.encode()

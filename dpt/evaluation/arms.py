@@ -113,7 +113,7 @@ def read_settings(folder: Path) -> Settings:
     return read_json(folder / SETTINGS_FILE, Settings)
 
 
-def differing_settings(before: dict, now: dict) -> list[str]:
+def differing_arms(before: dict, now: dict) -> list[str]:
     """Differences between two arms' `settings` (and further keys), as text; a key added since has its default."""
     return differences((Arm().settings() if before else {}) | before, now)
 

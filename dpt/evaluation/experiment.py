@@ -22,7 +22,7 @@ from pathlib import Path
 from dpt.checkpoint.checkpoint import checkpoints
 from dpt.config import TrainConfig, check_finished, load_config
 from dpt.evaluation import align, frechet, generate, itm, plan, rec, table
-from dpt.evaluation.arms import Arm, differing_settings
+from dpt.evaluation.arms import Arm, differing_arms
 from dpt.evaluation.figures import read_arm, read_packed
 from dpt.evaluation.flags import EARLY_TIMESTEPS
 from dpt.evaluation.plan import Experiment, Run, run_settings
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> dict:
         for stage in ("probe", "tune"):  # others start from probes
             train({name: one for name, one in args.runs.items() if one.stage == stage}, experiment, jobs=args.jobs)
     if "measure" in steps and experiment.measure and not args.only:
-        measure(experiment, args.tables / experiment.measure.split)
+        measure_checkpoints(experiment, args.tables / experiment.measure.split)
     if drawn:
         generate.draw_arms(
             drawn,
@@ -106,7 +106,7 @@ def packed_arms(experiment: Experiment, arms: list[Arm], prompt_set: str) -> dic
     if any(one["values"].keys() != pictures for one in kept.values()):
         raise ValueError(f"packed is {path}, which is of other prompts or image_seeds; leave it out, or name another")
     for arm in (arm for arm in arms if arm.name in kept):
-        if differing := differing_settings(kept[arm.name]["settings"], arm.settings()):
+        if differing := differing_arms(kept[arm.name]["settings"], arm.settings()):
             raise ValueError(
                 f"packed is {path}, for which {arm.name} was drawn with {', '.join(differing)}; leave it out"
             )
@@ -152,7 +152,7 @@ def train(runs: dict[str, Run], experiment: Experiment, *, jobs: int = 1) -> Non
                 raise ValueError(f"a training failed: {shlex.join(command[1:])}")
 
 
-def measure(experiment: Experiment, output: Path) -> None:
+def measure_checkpoints(experiment: Experiment, output: Path) -> None:
     """`itm` and `rec` of the checkpoints."""
     for task, module in (("itm", itm), ("rec", rec)):
         options = plan.measuring(task, experiment, output) | {"output": output, "timesteps": [*EARLY_TIMESTEPS]}

@@ -29,8 +29,8 @@ from dpt.backbones.unet_features import Conditioning
 from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.choosing import candidate_seeds
 from dpt.drawing import Artist, Drawing, counted_passes
-from dpt.evaluation import controls
-from dpt.evaluation.arms import SETTINGS_FILE, Arm, Settings, differing_settings, read_settings
+from dpt.evaluation import correction_controls
+from dpt.evaluation.arms import SETTINGS_FILE, Arm, Settings, differing_arms, read_settings
 from dpt.evaluation.flags import SEEDS_APART
 from dpt.evaluation.prompts import Prompt, load_prompt_set
 from dpt.files import write_text
@@ -124,11 +124,11 @@ class ArmArtist:
             load_external_lora(self.sd, Path(arm.lora))
         self.fingerprint = weights_fingerprint(*parts, self.sd.unet)
         if arm.untrained_adapter:
-            self.scorer = controls.untrained(self.scorer)
+            self.scorer = correction_controls.untrained(self.scorer)
         if arm.correction_direction == "random":
-            self.method = controls.random_direction(self.scorer)
+            self.method = correction_controls.random_direction(self.scorer)
         if arm.correct_for_another:
-            self.method = controls.another_prompt(self.sd, self.scorer, [prompt.text for prompt in prompts])
+            self.method = correction_controls.another_prompt(self.sd, self.scorer, [prompt.text for prompt in prompts])
         self.artist = Artist(self.sd, self.scorer)
 
     def draw(self, prompts: list[str], seeds: list[int], batch_size: int) -> list[Drawing]:
@@ -273,7 +273,7 @@ def check_folder(folder: Path, settings: Settings) -> None:
     records = read_metadata(folder)
     if lacking := [record["file"] for record in records if "noise_seed" not in record]:
         raise ValueError(f"{folder / METADATA_FILE}: the record of {lacking[0]} lacks noise_seed")
-    if records and (differing := differing_settings(before, settings)):
+    if records and (differing := differing_arms(before, settings)):
         raise ValueError(f"{folder} holds pictures of other settings: {', '.join(differing)}; choose another folder")
 
 

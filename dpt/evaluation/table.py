@@ -96,7 +96,7 @@ def make_tables(
         ("tex", "\n".join(latex(*table) for table in tables)),
     ):
         write_text(output / f"table.{suffix}", content)
-    draw_arms(result["arms"]).savefig(output / "table.png", dpi=110)
+    plot_arms(result["arms"]).savefig(output / "table.png", dpi=110)
     print(text)
     return result
 
@@ -210,7 +210,7 @@ def _cell(column: str, value) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def draw_arms(rows: dict[str, dict]) -> Figure:
+def plot_arms(rows: dict[str, dict]) -> Figure:
     """The first figure of each arm with its 95 % interval, beside it the paired difference to the arm named there."""
     first = next(key for key, value in next(iter(rows.values())).items() if isinstance(value, tuple))
     percent = 100 if first in LABELS else 1

@@ -70,7 +70,7 @@ def agreement(folder: Path) -> tuple[list[dict], dict[tuple[str, str], int]]:
     return wrong, counts
 
 
-def collect(folders: list[Path], count: int, output: Path) -> None:
+def collect_pictures(folders: list[Path], count: int, output: Path) -> None:
     """Writes `pictures.png` and `labels.jsonl` (labels still null) of `count` pictures, mixed.
 
     Raises:

@@ -236,7 +236,7 @@ class Stage(NamedTuple):
 
 
 OF_UNET = ("unet.channels", "unet.heads", "unet.num_latents", "unet.caption_dropout", "unet.web_noise.", "unet.train.")
-STAGES = {
+PRETRAINING_STAGES = {
     "clip": Stage(run_clip, (), ("clip.", "init_from")),
     "vae": Stage(run_vae, (), ("vae.channels", "vae.crop", "vae.kl_weight", "vae.train.", "init_from")),
     "latents": Stage(run_latents, ("vae",)),
@@ -252,7 +252,7 @@ def check_settings(config: PretrainConfig, stage: str, folder: Path) -> None:
     if not path.exists() or not ((folder / f"{stage}.pt").exists() or (folder / stage).exists()):
         return
     now, before = (flatten(c) for c in (config, load_config(PretrainConfig, path)))
-    own = [key for key in now if key.startswith(STAGES[stage].settings) and not key.endswith("_every")]
+    own = [key for key in now if key.startswith(PRETRAINING_STAGES[stage].settings) and not key.endswith("_every")]
     if differing := differences(before, {key: now[key] for key in own}):
         raise ValueError(
             f"stage {stage} in {folder} was begun with other settings: {', '.join(differing)}; name another folder"
@@ -265,8 +265,10 @@ def run(config: PretrainConfig) -> None:
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
     for stage in config.stages:
-        if lacking := [name for name in STAGES[stage].needed if not (folder / name).exists()]:
-            raise ValueError(f"stage {stage} needs {folder / lacking[0]}, which an earlier stage makes: {list(STAGES)}")
+        if lacking := [name for name in PRETRAINING_STAGES[stage].needed if not (folder / name).exists()]:
+            raise ValueError(
+                f"stage {stage} needs {folder / lacking[0]}, which an earlier stage makes: {list(PRETRAINING_STAGES)}"
+            )
         check_settings(config, stage, folder)
         save_config(config, folder / f"{stage}.yaml")
-        STAGES[stage].run(config, folder)
+        PRETRAINING_STAGES[stage].run(config, folder)

@@ -19,7 +19,7 @@ ROBERTA_WIDTH, ROBERTA_PARAMETERS = 768, 125_000_000
 NUM_TRAIN_TIMESTEPS = 1000  # of all models known here
 
 
-def report(config: TrainConfig, stage: str) -> str:
+def describe_run(config: TrainConfig, stage: str) -> str:
     """What a run would train, its batches, the memory that it can't do without, and what it starts from.
 
     Loads no weights but those of `init_from`.

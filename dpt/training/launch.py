@@ -39,8 +39,8 @@ def run_stage(stage: str, argv: list[str] | None, description: str) -> int:
         if args.dry_run:
             print(yaml.safe_dump(asdict(config), sort_keys=False), flush=True)
             with heavy_imports():
-                from dpt.training.dry_run import report
-            print(report(config, stage))
+                from dpt.training.dry_run import describe_run
+            print(describe_run(config, stage))
             paths = needed_files(config.data)
             lines = [f"{'found  ' if path.exists() else 'MISSING'}  {path}" for path in paths]
             print("\n".join(lines or ["data: the shapes world, made on the fly"]))
