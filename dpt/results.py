@@ -1,4 +1,4 @@
-"""docs/results.md: each section is written by a command and says which."""
+"""The pages of docs/log: each section is written by a command and says which."""
 
 import re
 import subprocess
@@ -7,7 +7,10 @@ from pathlib import Path
 
 from dpt.files import read_text, write_text
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs/results.md"
+LOG = Path(__file__).resolve().parents[1] / "docs/log"
+RESULTS = LOG.with_name("results.md")
+MOST_COLUMNS = 9
+"""Columns of a table that can be read on a page."""
 
 
 def check_replaceable(path: Path, read: Callable[[Path], object], *figures: Path) -> None:
@@ -26,10 +29,30 @@ def check_replaceable(path: Path, read: Callable[[Path], object], *figures: Path
         raise ValueError(f"{others[0]} is there, and not of this command; choose another --output")
 
 
-def table(header: list[str], rows: Iterable[Iterable]) -> str:
-    """A Markdown table."""
-    lines = [f"| {' | '.join(map(str, row))} |" for row in (header, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
+def markdown_table(header: list[str], rows: Iterable[Iterable], *, keys: int = 1) -> str:
+    """A Markdown table; in place of one with more than nine columns, several tables.
+
+    Args:
+        keys: the first so many columns are repeated in each table.
+    """
+    lines, tables = [[str(cell) for cell in row] for row in (header, *rows)], []
+    for start in range(keys, max(len(header), keys + 1), MOST_COLUMNS - keys):
+        shown = [line[:keys] + line[start : start + MOST_COLUMNS - keys] for line in lines]
+        shown.insert(1, ["---"] * len(shown[0]))
+        tables.append("".join(f"| {' | '.join(line)} |\n" for line in shown))
+    return "\n".join(tables)
+
+
+def page_of(page: Path, section: str) -> Path:
+    """The page that a section is written to.
+
+    Args:
+        page: a Markdown file; of the folder `LOG` its page with that section, or docs/results.md if there is none.
+    """
+    if page != LOG:
+        return page
+    begin = f"<!-- begin {section} -->"
+    return next((one for one in sorted(LOG.glob("*.md")) if begin in read_text(one)), RESULTS)
 
 
 def figure_beside(path: Path, name: str) -> Path:
@@ -43,7 +66,7 @@ def figure_beside(path: Path, name: str) -> Path:
 def record_section(path: Path, name: str, command: str, text: str) -> None:
     """Puts a section, with its command and commit, in place of the section of that name, or at the end; says where."""
     describe = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    commit = subprocess.run(describe, cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip() or "unknown"
+    commit = subprocess.run(describe, cwd=LOG, capture_output=True, text=True).stdout.strip() or "unknown"
     body = f"`{command}`, recorded at commit {commit}:\n\n{text}"
     block = f"<!-- begin {name} -->\n{body}\n<!-- end {name} -->"
     old = read_text(path) if path.exists() else "# Results\n"

@@ -32,12 +32,12 @@ from dpt.evaluation.flags import judge_options
 from dpt.evaluation.generate import noise_seed, process_state
 from dpt.evaluation.prompts import Prompt, load_prompt_set
 from dpt.evaluation.scorers import make_judge, value_of
-from dpt.evaluation.table import APART, markdown
+from dpt.evaluation.table import APART
 from dpt.files import append_line, read_json_lines, write_text
 from dpt.images import to_images
 from dpt.matching_score import score_of_features
 from dpt.metrics import area_within_prompts, bootstrap_interval
-from dpt.results import figure_beside, record_section
+from dpt.results import figure_beside, markdown_table, page_of, record_section
 from dpt.schedulers import predicted_clean
 
 CFG, LOWEST_CFG, PREDICTED = "cfg norm", "lowest cfg norm", "predicted picture"
@@ -80,9 +80,10 @@ def run(args: argparse.Namespace) -> dict:
     write_text(args.outdir / "choose.md", as_markdown(tables))
     draw_figure(tables, args.outdir / "choose.png")
     if args.record:
-        shutil.copy(args.outdir / "choose.png", figure_beside(args.record, "choose.png"))
+        page = page_of(args.record, "choose")
+        shutil.copy(args.outdir / "choose.png", figure_beside(page, "choose.png"))
         text = as_markdown(tables) + "\n![Correctness against cost, and areas under the curve](choose.png)\n"
-        record_section(args.record, "choose", shlex.join(["python", "evaluate.py", *args.words]), text)
+        record_section(page, "choose", shlex.join(["python", "evaluate.py", *args.words]), text)
     return {chooser: row["all"] for chooser, row in tables["auc"].items()}
 
 
@@ -266,9 +267,9 @@ def as_markdown(tables: dict) -> str:
         f"{tables['prompts']} prompts x {tables['candidates']} candidates. Percent that the judge finds correct "
         "(95 % intervals over prompts), and of choosers the points above a random choice, paired by prompt; cost in "
         "passes of one plain picture.\n\n"
-        + markdown(["candidates", "choose_at", "cost", *choosers, RANDOM, CEILING], grid)
+        + markdown_table(["candidates", "choose_at", "cost", *choosers, RANDOM, CEILING], grid, keys=3)
         + "\nArea under the curve within prompts, after so many steps:\n\n"
-        + markdown(["chooser", "category", *map(str, steps)], areas)
+        + markdown_table(["chooser", "category", *map(str, steps)], areas, keys=2)
     )
 
 

@@ -29,7 +29,7 @@ from dpt.evaluation.plan import Experiment, Run, run_settings
 from dpt.evaluation.prompts import load_prompt_set
 from dpt.evaluation.scorers import make_judge
 from dpt.files import read_text
-from dpt.results import record_section
+from dpt.results import markdown_table, page_of, record_section
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -114,10 +114,10 @@ def packed_arms(experiment: Experiment, arms: list[Arm], prompt_set: str) -> dic
 
 
 def record(args: argparse.Namespace, tables: list[Path], notes: str) -> None:
-    """Puts those of the tables that there are into a section of docs/results.md, and notes behind them."""
+    """Puts the tables that exist, and notes behind them, into the experiment's section of a page."""
     text = "\n".join(read_text(path) for path in tables if path.exists()) + notes
     name = " ".join(["experiment", args.config.stem, *args.overrides])
-    record_section(args.record, name, shlex.join(["python", "evaluate.py", *args.words]), text)
+    record_section(page_of(args.record, name), name, shlex.join(["python", "evaluate.py", *args.words]), text)
 
 
 def train(runs: dict[str, Run], experiment: Experiment, *, jobs: int = 1) -> None:
@@ -162,7 +162,7 @@ def measure_checkpoints(experiment: Experiment, output: Path) -> None:
 
 def protocol_table(protocol: dict[str, str]) -> str:
     """Markdown: what the protocol consists of, and where that comes from."""
-    return "\n" + table.markdown(["protocol", "source"], [list(pair) for pair in protocol.items()]) if protocol else ""
+    return "\n" + markdown_table(["protocol", "source"], protocol.items()) if protocol else ""
 
 
 def published_table(name: str) -> str:
@@ -181,4 +181,4 @@ def published_table(name: str) -> str:
     ]
     missing = [arm for arm, row in entry["rows"].items() if not any(row.get(column) is not None for column in columns)]
     note = f"Not known here, so left empty: {', '.join(missing)}.\n" if missing else ""
-    return f"\nPublished ({entry['source']}):\n\n{table.markdown(['arm', *columns], cells)}{note}"
+    return f"\nPublished ({entry['source']}):\n\n{markdown_table(['arm', *columns], cells)}{note}"

@@ -11,6 +11,7 @@ from dpt.bounds import bounded, check_bounds, one_of
 from dpt.config import load_config
 from dpt.evaluation.arms import Arm, check_names, check_seeds, load_arms
 from dpt.evaluation.flags import METRICS, STEPS
+from dpt.results import LOG
 
 SOURCES = ("paper", "reference code", "our choice", "not verified")
 SCRIPTS = Path(__file__).resolve().parents[2]
@@ -148,12 +149,10 @@ def check(args: argparse.Namespace) -> bool:
         raise ValueError(f"--only names {sorted(unknown)[0]!r}; there are {', '.join([*experiment.runs, *arms])}")
     if arms and experiment.against not in arms:
         raise ValueError(f"against is {experiment.against!r}; the arms are {', '.join(arms)}")
-    if args.record and args.record.is_dir():
+    if args.record not in (None, LOG) and args.record.is_dir():
         raise ValueError(f"--record is {args.record}, a folder; name a file")
     if args.record and (args.only or set(args.steps) != set(STEPS)):
-        raise ValueError(
-            "--record puts all of an experiment's tables into docs/results.md: leave out --only and --steps"
-        )
+        raise ValueError("--record puts all of an experiment's tables into one page: leave out --only and --steps")
     args.experiment = experiment
     args.runs = {name: run for name, run in experiment.runs.items() if not args.only or name in args.only}
     args.arms = {name: arm for name, arm in arms.items() if not args.only or name in args.only}

@@ -31,7 +31,6 @@ from dpt.config import AdapterConfig, ModelSettings, TrainConfig, load_config, s
 from dpt.data.collate import as_latents, encode_batch
 from dpt.data.loader import micro_batches
 from dpt.data.sources import training_samples, validation_samples
-from dpt.evaluation import table
 from dpt.evaluation.flags import SAME_FEATURES
 from dpt.evaluation.generate import process_state
 from dpt.evaluation.probes import autocast, cell, check_timesteps, load_base
@@ -39,12 +38,13 @@ from dpt.files import read_json, write_text
 from dpt.metrics import Interval, bootstrap_interval
 from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
-from dpt.results import check_replaceable, figure_beside, record_section
+from dpt.results import check_replaceable, figure_beside, markdown_table, page_of, record_section
 from dpt.tasks.task import passes_of
 from dpt.training.controls import control_batch, control_inputs, control_unet
 from dpt.training.loop import train_stage
 from dpt.training.validation import PAPER_TIMESTEP, batches_to_measure
 
+SECTION = "probe map"
 DECAY = {"constant": 0.0, "linear": 1.0}
 """schedule -> share of the steps over which the learning rate falls to zero"""
 CONTROL_NAMES = {
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> dict:
     schema, figures = dict[str, dict[str, dict[str, Cell]]], [args.output / f"probe_map.{end}" for end in ("md", "png")]
     check_replaceable(args.output / "probe_map.json", partial(read_json, schema=schema), *figures)
     if args.record:
-        figure_beside(args.record, "probe_map.png")
+        figure_beside(page_of(args.record, SECTION), "probe_map.png")
     config = load_config(TrainConfig, args.config, args.overrides)
     check_settings(config)
     _claim(args, config)
@@ -116,11 +116,12 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def record(args: argparse.Namespace, result: dict) -> None:
-    """Puts the map into a section of docs/results.md, its figure beside it."""
-    shutil.copy(args.output / "probe_map.png", figure_beside(args.record, "probe_map.png"))
+    """Puts the map into its section of a page, its figure beside the page."""
+    page = page_of(args.record, SECTION)
+    shutil.copy(args.output / "probe_map.png", figure_beside(page, "probe_map.png"))
     command = ["python", "evaluate.py", *args.words]
     text = f"![Blocks and timesteps](probe_map.png)\n\n{markdown(result)}"
-    record_section(args.record, "probe map", shlex.join(command), text)
+    record_section(page, SECTION, shlex.join(command), text)
 
 
 def check_settings(config: TrainConfig) -> None:
@@ -275,18 +276,17 @@ def grids(result: dict) -> dict[str, np.ndarray]:
 
 
 def markdown(result: dict) -> str:
-    """A table a panel: timesteps down, blocks across; and one of the controls beside the probe."""
-    blocks, parts = list(result["none"]), []
+    """A table a panel, blocks down and timesteps across; and one of the probe beside its controls at t = 500."""
+    blocks, parts, paper = list(result["none"]), [], str(PAPER_TIMESTEP)
     timesteps = list(result["none"][blocks[0]])
     for panel, grid in grids(result).items():
-        cells = [[f"t = {t}", *(f"{value:.1f}" for value in row)] for t, row in zip(timesteps, grid, strict=True)]
-        parts.append(table.markdown([PANELS[panel], *blocks], cells))
-    if str(PAPER_TIMESTEP) in timesteps:  # what selectivity is the difference of, with intervals
-        cells = [
-            [CONTROL_NAMES.get(control, control), *(cell(row[block][str(PAPER_TIMESTEP)], "itm") for block in blocks)]
-            for control, row in result.items()
-        ]
-        parts.append(table.markdown([f"ITM accuracy at t = {PAPER_TIMESTEP}, %", *blocks], cells))
+        cells = [[block, *(f"{value:.1f}" for value in row)] for block, row in zip(blocks, grid.T, strict=True)]
+        table = markdown_table(["block", *(f"t = {t}" for t in timesteps)], cells)
+        parts.append(f"{PANELS[panel]}, by block:\n\n{table}")
+    if paper in timesteps:  # selectivity is a difference of these
+        cells = [[block, *(cell(row[block][paper], "itm") for row in result.values())] for block in blocks]
+        table = markdown_table(["block", *(CONTROL_NAMES.get(control, control) for control in result)], cells)
+        parts.append(f"ITM accuracy at t = {paper}, %, by block:\n\n{table}")
     return "\n".join(parts)
 
 

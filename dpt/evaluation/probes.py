@@ -21,13 +21,12 @@ from dpt.backbones.stable_diffusion import StableDiffusion, load_stable_diffusio
 from dpt.checkpoint.checkpoint import DPTCheckpoint, load_checkpoint
 from dpt.config import TrainConfig, load_config
 from dpt.data.sources import validation_samples
-from dpt.evaluation import table
 from dpt.evaluation.generate import process_state
 from dpt.files import read_json, write_text
 from dpt.metrics import Interval, crossed_bootstrap
 from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
-from dpt.results import check_replaceable
+from dpt.results import check_replaceable, markdown_table
 from dpt.training.controls import control_unet
 from dpt.training.validation import FIGURES, PAPER_TIMESTEP, measure
 
@@ -253,7 +252,7 @@ def markdown(result: dict, measured: list[Measured]) -> str:
             header.insert(0, "without")
             cells = [[row[0], controls[row[0]].replace("none", ""), *row[1:]] for row in cells]
         samples = len({record["id"] for record in measured[0].records[key]})
-        parts.append(f"**{key or 'all'}**, {samples} samples\n\n{table.markdown([name, *header], cells)}")
+        parts.append(f"**{key or 'all'}**, {samples} samples\n\n{markdown_table([name, *header], cells)}")
     return "\n".join(parts)
 
 

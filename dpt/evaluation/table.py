@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from dpt.evaluation.figures import collect
 from dpt.files import decode, read_json, write_text
 from dpt.metrics import Interval, bootstrap_p, crossed_bootstrap, holm
-from dpt.results import check_replaceable
+from dpt.results import check_replaceable, markdown_table
 from dpt.shapes.oracle import LABELS
 
 APART = "unseen"  # a category that overall figures leave out
@@ -87,7 +87,7 @@ def make_tables(
         result[f"{figure} by category"] = _by_category(arms, reference, figure, sorted(known))
     tables = [arms_table(result["arms"])]
     tables += [category_table(figure, result[f"{figure} by category"]) for figure in by]
-    text = "\n".join(markdown(*table) for table in tables)
+    text = "\n".join(markdown_table(*table) for table in tables)
     text += f"\nFigures of an arm are of all categories but `{APART}`.\n" * (not categories and APART in known - chosen)
     text += notes
     for suffix, content in (
@@ -231,12 +231,6 @@ def plot_arms(rows: dict[str, dict]) -> Figure:
     for axis in (left, right):
         axis.grid(alpha=0.3)
     return drawing
-
-
-def markdown(header: list[str], cells: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *cells]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def latex(header: list[str], cells: list[list[str]]) -> str:
