@@ -50,8 +50,7 @@ def run(args: argparse.Namespace) -> dict:
     wanted = [one for arm in args.arms.values() for one in arm.each_seed(experiment.folder)]
     packed = packed_arms(experiment, wanted, prompts)
     drawn = [one for one in wanted if one.name not in packed] if "draw" in steps else []
-    for name in experiment.metrics if drawn else ():
-        make_judge(name)  # says what is missing before anything is trained
+    judges = [make_judge(name) for name in experiment.metrics if drawn]  # what is missing is said before training
     if "train" in steps:
         for stage in ("probe", "tune"):  # others start from probes
             train({name: one for name, one in args.runs.items() if one.stage == stage}, experiment, jobs=args.jobs)
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace) -> dict:
         return {}
     if drawn:
         folders = [root / one.name for one in drawn]
-        align.score_folders(folders, [make_judge(name) for name in experiment.metrics])
+        align.score_folders(folders, judges)
         if experiment.quality:
             frechet.guard_folders(folders)
     rows, output = {}, args.tables / (f"{label}-part" if args.only else label)
