@@ -70,17 +70,13 @@ def make_tables(
         raise ValueError(f"--against is {against!r}; the arms are {', '.join(arms)}")
     check_alike(arms)
     first = next(iter(arms.values()))[0]
-    of_prompt = first["categories"]
-    known = {category for found in of_prompt.values() for category in found}
-    chosen = set(categories or [category for category in known if category != APART] or [APART])
-    if unknown := chosen - known:
-        raise ValueError(f"--categories names {sorted(unknown)[0]!r}; there are {', '.join(sorted(known))}")
     if unknown := set(by) - first["figures"]:
         raise ValueError(f"--by names {sorted(unknown)[0]!r}; the figures are {', '.join(sorted(first['figures']))}")
+    known, chosen = categories_of(first, categories)
+    pairs = sorted(pair for pair in first["values"] if chosen & set(first["categories"][pair[0]]))
     reference = {name: (against_of or {}).get(name) or against for name in arms}
     result = {"arms": {}}
     for name, seeds in arms.items():
-        pairs = sorted(pair for pair in first["values"] if chosen & set(of_prompt[pair[0]]))
         other = reference[name] if reference[name] != name else None
         result["arms"][name] = _row(seeds, arms.get(other), other, pairs)
     for figure in by:
@@ -99,6 +95,19 @@ def make_tables(
     plot_arms(result["arms"]).savefig(output / "table.png", dpi=110)
     print(text)
     return result
+
+
+def categories_of(arm: dict, wanted: list[str] | None) -> tuple[set[str], set[str]]:
+    """The categories of an arm's prompts, and those that overall figures are of: `wanted`, or all but `unseen`.
+
+    Raises:
+        ValueError: a wanted category that no prompt is of.
+    """
+    known = {category for found in arm["categories"].values() for category in found}
+    chosen = set(wanted or [category for category in known if category != APART] or [APART])
+    if unknown := chosen - known:
+        raise ValueError(f"--categories names {sorted(unknown)[0]!r}; there are {', '.join(sorted(known))}")
+    return known, chosen
 
 
 def read_tables(path: Path) -> dict[str, dict]:
