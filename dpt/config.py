@@ -126,13 +126,13 @@ def check_finished(config: "TrainConfig", saved: "TrainConfig") -> None:
 
 
 def differing_settings(config: "TrainConfig", saved: "TrainConfig", free: tuple[str, ...]) -> list[str]:
-    """What differs, in words, but for keys that begin with one of `free`."""
+    """Settings that differ between two runs, as text; keys that begin with one of `free` may differ."""
     now = {key: value for key, value in flatten(config).items() if not key.startswith(free)}
     return differences(flatten(saved), now)
 
 
 def differences(before: dict, now: dict) -> list[str]:
-    """What of `now` was otherwise before, in words."""
+    """Settings that changed from `before` to `now`, as text."""
     return [f"{key} {before.get(key)} (now {value})" for key, value in now.items() if before.get(key) != value]
 
 
@@ -157,10 +157,10 @@ CONTROLS = {
     "text_blind": "all text: features are of the empty prompt, and one vector is compared with",
     "image_blind": "the image: what is noised is nothing",
 }
-"""name -> what a probe (or a tune) is deprived of"""
+"""Control -> the part that it takes away from a probe or a tune."""
 
 
-# What weights are made of. Upper bounds keep a damaged or hostile file from taking all memory.
+# Parts of weights. Upper bounds keep a damaged or hostile file from taking all memory.
 
 MOST_MAPS, MOST_RANK = 32, 2048
 """feature maps that an adapter reads, rank of a LoRA"""
@@ -203,7 +203,7 @@ class AdapterSettings:
 
 @dataclass
 class AdapterConfig(AdapterSettings):
-    """What an adapter is made of: its free sizes, and those that follow from the model (here SD 2.1's)."""
+    """All sizes of an adapter: its free ones, and those that follow from the model (here SD 2.1's)."""
 
     in_channels: list[int] = bounded([1280], at_least=1, at_most=16_384)
     """channels of each feature map"""
@@ -222,7 +222,7 @@ class AdapterConfig(AdapterSettings):
 
 @dataclass
 class DPTConfig:
-    """What the weights are, and for which model."""
+    """The weights of a checkpoint: their parts and their base model."""
 
     base_model: str = "sd21-base"
     feature: str = "up1"
@@ -231,7 +231,7 @@ class DPTConfig:
     """the decoder layer that ITM reads; the reference reads the first (0)"""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     control: str = one_of("none", *CONTROLS)
-    """what training was deprived of, so that measuring is too"""
+    """the control that training had, which measuring has too"""
     lora_rank: int = bounded(0, at_least=0, at_most=MOST_RANK)
     """0: no LoRA"""
     lora_alpha: float = bounded(0.0, at_least=0, at_most=1e6)
@@ -445,7 +445,7 @@ class TrainConfig:
     on_nan: str = one_of("raise", "raise", "skip")
     """a non-finite loss: raise, or skip the step and count it"""
     control: str = one_of("none", *CONTROLS)
-    """what is taken away, to see what an accuracy is worth: see `CONTROLS` (and model.feature=latents)"""
+    """a part that is taken away, to see what an accuracy is worth: see `CONTROLS`, and model.feature=latents"""
     log_every: int = bounded(10, at_least=1)
     tracker: str | None = None
     """a tracker of accelerate, such as tensorboard or wandb, beside metrics.jsonl"""

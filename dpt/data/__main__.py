@@ -19,7 +19,7 @@ from dpt.data.needed import needed_files
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Prints a table; exit code 1 where there are errors. Leakage is told, and is none."""
+    """Prints a table; the exit code is 1 where there are errors. Leakage is told, but is no error."""
     from dpt.data.check import SHOWN, check_tree, find, leakage, write_leak_free
 
     root = Path(args.root)

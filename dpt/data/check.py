@@ -1,4 +1,4 @@
-"""Verifies a data folder before a long run: what would stop training, and which images leak into evaluation."""
+"""Verifies a data folder before a long run: files that would stop training, and images that leak into evaluation."""
 
 import json
 from collections import Counter

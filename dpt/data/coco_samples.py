@@ -28,7 +28,7 @@ class CocoSamples:
         negatives: without them there is no matching, and samples hold one image and empty captions.
         latents: read instead of the images.
         flip: mirror half of the samples; "left" and "right" are swapped, or the sample is left as it is.
-        seed: of what is drawn: caption, negatives, mirroring.
+        seed: of the drawn caption, negatives and mirroring.
 
     Raises:
         ValueError: nothing left to train on.

@@ -53,7 +53,7 @@ class ItmNegatives:
     `texts_of` has the text ids of each image, by its name without folders.
 
     Raises:
-        ValueError: neither layout there, or a file that does not hold what it should; it is named.
+        ValueError: there is neither layout, or a file holds something else; it is named.
     """
 
     def __init__(self, path: Path):

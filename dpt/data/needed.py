@@ -1,4 +1,4 @@
-"""Which files a config names. Imports nothing heavy."""
+"""The files and folders that a config names. Imports nothing heavy."""
 
 from pathlib import Path
 

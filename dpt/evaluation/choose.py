@@ -7,8 +7,8 @@ of each adapter, the norm of guidance's difference (CFG-Rejection, arXiv 2505.23
 scorer says of the predicted clean picture at the steps of --where. A scorer then judges the finished pictures. From
 this one run come the area under the curve within prompts by step, and correctness against cost for a grid of (number
 of candidates, when), for each chooser, for a random choice and for the judge itself as ceiling. Writes
-candidates.jsonl, choose.json, choose.md and choose.png; what is in candidates.jsonl is not drawn again. Any adapter of
-noisy latents can be audited so.
+candidates.jsonl, choose.json, choose.md and choose.png. Candidates in candidates.jsonl are not drawn again. The command
+audits any adapter of noisy latents.
 """
 
 import argparse
@@ -51,15 +51,15 @@ class Candidate(msgspec.Struct):
     category: str
     seed: int
     value: float
-    """the judge's, of the finished picture"""
+    """the judge's value of the finished picture"""
     scores: dict[str, list[float | None]]
     """chooser -> its score after each step; None where it was not asked"""
     settings: str
-    """what must agree for candidates to be compared"""
+    """settings that all candidates of a file share, as text"""
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Draws what is missing, and writes tables and figure; returns the areas under the curve by chooser and step.
+    """Draws missing candidates, writes tables and figure, and returns the areas under the curve by chooser and step.
 
     Raises:
         ValueError: adapters, prompts or a folder that cannot be used; it is named.
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def read_candidates(path: Path, num_steps: int) -> list[Candidate]:
-    """The candidates of a file. Raises ValueError naming a line that has not the scores of all steps."""
+    """The candidates of a file. Raises ValueError naming a line that lacks scores of steps or choosers."""
     candidates = read_json_lines(path, Candidate)
     for n, one in enumerate(candidates, 1):
         if one.scores.keys() != candidates[0].scores.keys() or any(len(x) != num_steps for x in one.scores.values()):
@@ -141,7 +141,7 @@ def _rounded(score: float | None) -> float | None:
 
 
 def observing(guidance, scorers: dict, log: list[dict], judged=None, asked: set[int] = frozenset()):
-    """A `Denoiser` that notes after each pass what each chooser says of the batch's images.
+    """A `Denoiser` that notes the score of each chooser for each image of the batch, pass by pass.
 
     Args:
         judged: maps predicted clean latents to a judge's records.
@@ -224,7 +224,7 @@ def area_with_interval(scores: np.ndarray, values: np.ndarray) -> list[float] | 
 
 
 def simulate(scores: np.ndarray, values: np.ndarray, n: int, schedule) -> np.ndarray:
-    """Values of what is kept when each whole group of n of a prompt's candidates is chosen from, (P, groups)."""
+    """Values of the kept candidates, (P, groups): one is kept of each whole group of n of a prompt's candidates."""
     groups = values.shape[1] // n
     kept = np.zeros((len(values), groups))
     for p in range(len(values)):
@@ -238,7 +238,7 @@ def simulate(scores: np.ndarray, values: np.ndarray, n: int, schedule) -> np.nda
 
 
 def cost(schedule, candidates: int, num_steps: int) -> float:
-    """Passes of choosing, in those of one plain picture."""
+    """Passes of the U-Net that choosing takes, as a multiple of one plain picture's."""
     steps = sum(number * (part.stop - part.first) for part, number in with_numbers(schedule, candidates))
     return round(steps / num_steps, 3)
 

@@ -4,7 +4,7 @@
     python evaluate.py experiment configs/tables/compbench.yaml data=DATA --dry-run    # the commands it stands for
 
 The file names training runs, each with its seeds, checkpoints to measure as discriminators, arms to draw, and how they
-are scored. Whatever is finished is left as it is, a run that was killed goes on: give the same command again. --only
+are scored. Finished parts are left as they are and a killed run goes on: give the same command again. --only
 restricts it to some names of runs and arms, --steps to some of train, measure, draw, table. Pictures go to
 FOLDER/<prompt set>/<arm>, tables to FOLDER/tables/<this file's name>/<prompt set>, measurements to
 FOLDER/tables/<this file's name>/<split>. With several GPUs give the commands that --dry-run prints: only drawing is
@@ -33,7 +33,7 @@ from dpt.results import markdown_table, page_of, record_section
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Does what is left to do of the chosen steps; returns the table's rows, if it is made.
+    """Runs the chosen steps as far as they are not done; returns the table's rows, if a table is made.
 
     Args:
         args: as `plan.check` leaves them.
@@ -90,10 +90,10 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def packed_arms(experiment: Experiment, arms: list[Arm], prompt_set: str) -> dict[str, dict]:
-    """Those of the arms that the experiment's `packed` holds.
+    """Figures of those arms that the experiment's file `packed` holds, by name.
 
     Raises:
-        ValueError: a file that cannot be read, of other pictures, or an arm that was drawn with other settings.
+        ValueError: the file cannot be read or is of other pictures, or an arm was drawn with other settings.
     """
     path = experiment.packed
     if path is None:
@@ -123,7 +123,7 @@ def train(runs: dict[str, Run], experiment: Experiment, *, jobs: int = 1) -> Non
     """Trains the runs `<folder>/<name>-<seed>` that are not finished, a process each, `jobs` at once.
 
     Raises:
-        ValueError: a finished run of other settings, or a run that failed; what it said stands above.
+        ValueError: a finished run has other settings, or a run failed; its own message stands above.
     """
     commands = []
     for name, one in runs.items():
@@ -152,7 +152,7 @@ def train(runs: dict[str, Run], experiment: Experiment, *, jobs: int = 1) -> Non
 
 
 def measure_checkpoints(experiment: Experiment, output: Path) -> None:
-    """`itm` and `rec` of the checkpoints."""
+    """Runs `itm` and `rec` on the checkpoints of the experiment."""
     for task, module in (("itm", itm), ("rec", rec)):
         options = plan.measuring(task, experiment, output) | {"output": output, "timesteps": [*EARLY_TIMESTEPS]}
         options["checkpoints"] = [Path(path) for path in options["checkpoints"]]
@@ -160,12 +160,12 @@ def measure_checkpoints(experiment: Experiment, output: Path) -> None:
 
 
 def protocol_table(protocol: dict[str, str]) -> str:
-    """Markdown: what the protocol consists of, and where that comes from."""
+    """The parts of the protocol and their sources, as a Markdown table."""
     return "\n" + markdown_table(["protocol", "source"], protocol.items()) if protocol else ""
 
 
 def published_table(name: str) -> str:
-    """Markdown: published figures, with their source; a table without any says so.
+    """Published figures with their source, as Markdown; arms without figures are named.
 
     Raises:
         ValueError: no such table.

@@ -4,9 +4,10 @@
         --zero_shot --output outputs/evaluation/itm
 
 Accuracy (chance 50 %) on the text side and the image side, at t = 500 and in the mean over --timesteps, the pairs that
-are compared sharing noise. Checkpoints of controls may be named along: then the others' selectivity over the best of
-them is shown too. --zero_shot adds matching by the same model's denoising error, which needs no adapter (DiffusionITM,
-Krojer et al. 2023). Writes itm.json, itm.md and the records, from which what is measured is not measured again.
+are compared sharing noise. Checkpoints of controls may be named along: then the selectivity of the others, over the
+best control, is shown too. --zero_shot adds matching by the same model's denoising error, which needs no adapter
+(DiffusionITM, Krojer et al. 2023). Writes itm.json, itm.md and the records; samples with a record are not measured
+again.
 """
 
 import argparse
@@ -57,11 +58,11 @@ def _zero_shot(args: argparse.Namespace, variants: dict[str, list[str]]) -> Meas
 def denoising_matches(
     sd: StableDiffusion, samples: Samples, timesteps: list[int], num_samples: int, batch_size: int
 ) -> list[dict]:
-    """Records like those of `dpt.training.validation.measure`, of matching by denoising error.
+    """Records of matching by denoising error, like those of `dpt.training.validation.measure`.
 
     A caption's error is that of the noise predicted under it, and lower is truer; between images the error without a
-    prompt is subtracted (Krojer et al. 2023). At t = 500 the errors of that noise level decide; at each of `timesteps`
-    stands what the errors of all of them together decide.
+    prompt is subtracted (Krojer et al. 2023). At t = 500 the errors of that noise level decide; at each of
+    `timesteps` the sum of the errors at all of them decides.
     """
     records = []
     sizes = {"num_samples": num_samples, "batch_size": batch_size}

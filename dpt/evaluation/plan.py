@@ -59,7 +59,7 @@ class Experiment:
     """Runs in the order in which they are trained, arms in the order of the table."""
 
     folder: str = "outputs/experiment"
-    """for pictures and tables, and for training runs"""
+    """folder of pictures, tables and training runs"""
     data: str = "DATA"
     """what "{data}" stands for in settings and prompts: the folder of users' files"""
     runs: dict[str, Run] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Experiment:
     """only the first so many prompts a category; they have folders of their own"""
     packed: str | None = None
     """a file of `evaluate.py pack`: its arms are not drawn but tabled from there. Settings, prompts and seeds must be
-    the same; weights are not compared. What is in it is trained all the same: choose --steps draw table"""
+    the same; weights are not compared. Their runs are trained all the same: choose --steps draw table"""
     image_seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3])
     metrics: list[str] = field(default_factory=lambda: ["oracle", "shapes-clip"])
     quality: bool = True
@@ -89,7 +89,7 @@ class Experiment:
     by: list[str] = field(default_factory=lambda: ["correct"])
     """figures shown by category"""
     protocol: dict[str, str] = field(default_factory=dict)
-    """what the protocol consists of -> its source: one of `SOURCES`"""
+    """part of the protocol -> its source, one of `SOURCES`"""
     published: str = ""
     """a table of configs/tables/published.yaml to show beside"""
 

@@ -125,7 +125,7 @@ def record(args: argparse.Namespace, result: dict) -> None:
 
 
 def check_settings(config: TrainConfig) -> None:
-    """Raises ValueError where the config asks for what this training has not."""
+    """Raises ValueError at settings that this training does not take."""
     optim = config.optim
     refused = {
         "control": (config.control, ("none",), "--controls names the controls"),

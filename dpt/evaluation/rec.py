@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def draw_phrases(sd: StableDiffusion, scorer: Scorer, samples: ShapesSamples) -> Image.Image:
-    """The scene of the most phrases among the samples, once for each of the first eight: its surest box."""
+    """A grid of the scene with the most phrases, once for each of its first eight phrases with the surest box."""
     index = max(range(len(samples)), key=lambda k: len(samples.phrases(k)))
     latents = as_latents(samples.get(index, 0).images[None, :1], sd)[:, 0]
     image = to_images(sd.decode_latents(latents))[0]

@@ -22,8 +22,8 @@ LABELLED = {
     "late stages": LABELLED_FOLDER / "late",
     "with CLIP trained along": LABELLED_FOLDER / "joint",
 }
-"""pictures labelled by eye: of the oracle's thresholds that of outlines was chosen on the first half of the first set,
-that at the border on the first two, and nothing on the third"""
+"""Sets of pictures labelled by eye. The oracle's threshold of outlines was chosen on the first half of the first set,
+its threshold at the border on the first two sets, and nothing on the third."""
 
 
 class JudgedPicture(msgspec.Struct):

@@ -150,8 +150,8 @@ def clip_section(args: argparse.Namespace) -> str:
                 ["kind of hard negative", "mean cosine of the pooled states of 2,000 val captions and their negatives"],
                 kinds,
             ),
-            "What the U-Net reads of a word: how far the states of captions that differ in it lie apart, relative\n"
-            "to their length, at the word and at the end of the text:\n",
+            "Distance between the text encoder's states of captions that differ in one word, relative to the states'\n"
+            "length, at the word and at the end of the text:\n",
             markdown_table(["words", "at the word", "at the end"], words),
         ]
     )

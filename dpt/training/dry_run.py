@@ -1,4 +1,4 @@
-"""What a training run would do, without doing it."""
+"""A training run described, not run."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ NUM_TRAIN_TIMESTEPS = 1000  # of all models known here
 
 
 def describe_run(config: TrainConfig, stage: str) -> str:
-    """What a run would train, its batches, the memory that it can't do without, and what it starts from.
+    """The parameters, batches, least memory and start of a run, as text.
 
     Loads no weights but those of `init_from`.
 

@@ -1,4 +1,4 @@
-"""What the training scripts share: the command line, errors in one line. Imports nothing heavy before it must."""
+"""The command line of the training scripts, with errors in one line. Imports nothing heavy before it must."""
 
 import sys
 from dataclasses import asdict
@@ -15,7 +15,7 @@ from dpt.imports import heavy_imports
 
 
 def run_stage(stage: str, argv: list[str] | None, description: str) -> int:
-    """A training script: config file, overrides, exit code."""
+    """Runs a training script: config file and overrides in, exit code out."""
     parser = ArgumentParser(description=description)
     parser.add_argument("config", help="a YAML file: what differs from the defaults of `dpt.config.TrainConfig`")
     parser.add_argument("overrides", nargs="*", metavar="key=value")

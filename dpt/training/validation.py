@@ -1,6 +1,7 @@
-"""What is measured while training: ITM accuracy and REC precision at fixed noise.
+"""Validation: ITM accuracy and REC precision at fixed noise.
 
-What is compared shares noise and timestep (the reference scores the captions of an image under different noise).
+Pictures and texts that are compared share noise and timestep. The reference scores the captions of an image under
+different noise.
 """
 
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ class Samples(Protocol):
 
 
 def evenly_spread(count: int, num_samples: int, shard: tuple[int, int] = (0, 1)) -> np.ndarray:
-    """The k-th of n shares of at most so many indices, evenly spread over `count`; `shard` is (k, n)."""
+    """The k-th of n shares, `shard` being (k, n), of at most `num_samples` indices evenly spread over `count`."""
     return np.linspace(0, count - 1, min(num_samples, count)).round().astype(int)[shard[0] :: shard[1]]
 
 
@@ -89,7 +90,7 @@ def measure(
         task: the name of a task of the model.
         num_samples: evenly spread over the set.
         shard: (k, n): this process's share.
-        control: what is taken from the model; see `dpt.training.controls`.
+        control: its name; see `dpt.training.controls`.
     """
     model.eval()
     task, records = model.task(task), []
@@ -183,7 +184,7 @@ def summarize_ranking(records: list[dict]) -> dict[str, float]:
 
 
 def figures_of(records: list[dict]) -> list[str]:
-    """The names of what records of `measure` say in numbers."""
+    """Names of the figures that records of `measure` hold."""
     return [name for name in (records[0] if records else ()) if name in FIGURES]
 
 
