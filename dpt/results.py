@@ -29,17 +29,26 @@ def check_replaceable(path: Path, read: Callable[[Path], object], *figures: Path
         raise ValueError(f"{others[0]} is there, and not of this command; choose another --output")
 
 
-def markdown_table(header: list[str], rows: Iterable[Iterable], *, keys: int = 1) -> str:
-    """A Markdown table; in place of one with more than nine columns, several tables.
+def markdown_table(header: list[str], rows: Iterable[Iterable]) -> str:
+    """A Markdown table."""
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in (header, ["---"] * len(header), *rows))
 
-    Args:
-        keys: the first so many columns are repeated in each table.
-    """
-    lines, tables = [[str(cell) for cell in row] for row in (header, *rows)], []
-    for start in range(keys, max(len(header), keys + 1), MOST_COLUMNS - keys):
-        shown = [line[:keys] + line[start : start + MOST_COLUMNS - keys] for line in lines]
-        shown.insert(1, ["---"] * len(shown[0]))
-        tables.append("".join(f"| {' | '.join(line)} |\n" for line in shown))
+
+def narrowed(text: str) -> str:
+    """The text with several tables for each of more than nine columns; columns that tell its rows apart are in all."""
+    parts = re.split(r"((?:^\|.*\|\n)+)", text, flags=re.MULTILINE)
+    return "".join(_narrow_tables(part) if part.startswith("|") else part for part in parts)
+
+
+def _narrow_tables(table: str) -> str:
+    header, _, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines())
+    if len(header) <= MOST_COLUMNS:
+        return table
+    keys = next((k for k in range(1, MOST_COLUMNS - 1) if len({tuple(row[:k]) for row in rows}) == len(rows)), 1)
+    width, tables = MOST_COLUMNS - keys, []
+    for start in range(keys, len(header), width):
+        head, *shown = (row[:keys] + row[start : start + width] for row in (header, *rows))
+        tables.append(markdown_table(head, shown))
     return "\n".join(tables)
 
 
@@ -67,7 +76,7 @@ def record_section(path: Path, name: str, command: str, text: str) -> None:
     """Puts a section, with its command and commit, in place of the section of that name, or at the end; says where."""
     describe = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     commit = subprocess.run(describe, cwd=LOG, capture_output=True, text=True).stdout.strip() or "unknown"
-    body = f"`{command}`, recorded at commit {commit}:\n\n{text}"
+    body = f"`{command}`, recorded at commit {commit}:\n\n{narrowed(text)}"
     block = f"<!-- begin {name} -->\n{body}\n<!-- end {name} -->"
     old = read_text(path) if path.exists() else "# Results\n"
     pattern = re.compile(rf"<!-- begin {re.escape(name)} -->.*?<!-- end {re.escape(name)} -->", re.DOTALL)

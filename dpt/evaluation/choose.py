@@ -267,9 +267,9 @@ def as_markdown(tables: dict) -> str:
         f"{tables['prompts']} prompts x {tables['candidates']} candidates. Percent that the judge finds correct "
         "(95 % intervals over prompts), and of choosers the points above a random choice, paired by prompt; cost in "
         "passes of one plain picture.\n\n"
-        + markdown_table(["candidates", "choose_at", "cost", *choosers, RANDOM, CEILING], grid, keys=3)
+        + markdown_table(["candidates", "choose_at", "cost", *choosers, RANDOM, CEILING], grid)
         + "\nArea under the curve within prompts, after so many steps:\n\n"
-        + markdown_table(["chooser", "category", *map(str, steps)], areas, keys=2)
+        + markdown_table(["chooser", "category", *map(str, steps)], areas)
     )
 
 
