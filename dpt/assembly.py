@@ -6,11 +6,12 @@ from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.backbones.unet_features import block_channels, parse_feature, set_cpu_attention
 from dpt.checkpoint.checkpoint import DPTCheckpoint
-from dpt.config import AdapterConfig, DPTConfig, TrainConfig
+from dpt.config import AdapterConfig, DPTConfig
 from dpt.lora import add_lora, load_lora, lora_state
 from dpt.model import DPT
 from dpt.rec_text import RecTextEncoder
 from dpt.tasks import tasks_of
+from dpt.training.settings import TrainConfig
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """of the frozen weights; trained weights are float32"""

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from dpt.base_models import DTYPE_NAMES
 from dpt.bounds import ArgumentParser, device, fail, number
-from dpt.config import DataSettings
 from dpt.data.needed import needed_files
+from dpt.data.settings import DataSettings
 
 
 def run_check(args: argparse.Namespace) -> int:

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.config import DataSettings
 from dpt.data.coco import base_name, image_path, load_pixels
 from dpt.data.collate import Sample, sample_generator
 from dpt.data.flip import can_mirror, mirror_text
 from dpt.data.hard_negatives import ItmItem, ItmNegatives
 from dpt.data.latents import LatentFolder
 from dpt.data.refcoco import ReferredImage, load_expressions
+from dpt.data.settings import DataSettings
 
 
 class CocoSamples:

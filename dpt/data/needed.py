@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dpt.config import DataSettings
+from dpt.data.settings import DataSettings
 
 
 def needed_files(data: DataSettings) -> list[Path]:

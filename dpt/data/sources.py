@@ -6,8 +6,8 @@ A world of data is a module with `training_samples` and `validation_samples`.
 from collections.abc import Callable
 
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.config import DataSettings
 from dpt.data import coco_samples
+from dpt.data.settings import DataSettings
 from dpt.data.trajectories import RankedPrompts
 from dpt.shapes import samples as shapes_samples
 

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dpt.checkpoint.checkpoint import checkpoints
-from dpt.config import TrainConfig, check_finished, load_config
+from dpt.config import load_config
 from dpt.evaluation import align, frechet, generate, itm, plan, rec, table
 from dpt.evaluation.arms import Arm, differing_arms
 from dpt.evaluation.figures import read_arm, read_packed
@@ -30,6 +30,7 @@ from dpt.evaluation.prompts import load_prompt_set
 from dpt.evaluation.scorers import make_judge
 from dpt.files import read_text
 from dpt.results import markdown_table, page_of, record_section
+from dpt.training.settings import TrainConfig, check_finished
 
 
 def run(args: argparse.Namespace) -> dict:

@@ -15,12 +15,13 @@ import argparse
 import torch
 
 from dpt.backbones.stable_diffusion import StableDiffusion, weights_fingerprint
-from dpt.config import TrainConfig, load_config
+from dpt.config import load_config
 from dpt.data.collate import sample_generator
 from dpt.data.sources import validation_samples
 from dpt.evaluation import probes
 from dpt.evaluation.probes import Measured
 from dpt.tasks.itm import ImageTextMatching, wins
+from dpt.training.settings import TrainConfig
 from dpt.training.validation import PAPER_TIMESTEP, Samples, batches_to_measure
 
 ZERO_SHOT = "denoising error"

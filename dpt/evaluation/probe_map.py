@@ -27,7 +27,7 @@ from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.assembly import DTYPES, adapter_config, encode_options
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.backbones.unet_features import parse_feature
-from dpt.config import AdapterConfig, ModelSettings, TrainConfig, load_config, save_config
+from dpt.config import AdapterConfig, load_config, save_config
 from dpt.data.collate import as_latents, encode_batch
 from dpt.data.loader import micro_batches
 from dpt.data.sources import training_samples, validation_samples
@@ -42,6 +42,7 @@ from dpt.results import check_replaceable, figure_beside, markdown_table, page_o
 from dpt.tasks.task import passes_of
 from dpt.training.controls import control_batch, control_inputs, control_unet
 from dpt.training.loop import train_stage
+from dpt.training.settings import ModelSettings, TrainConfig
 from dpt.training.validation import PAPER_TIMESTEP, batches_to_measure
 
 SECTION = "probe map"

@@ -19,7 +19,7 @@ import torch
 from dpt.assembly import DTYPES
 from dpt.backbones.stable_diffusion import StableDiffusion, load_stable_diffusion, weights_fingerprint
 from dpt.checkpoint.checkpoint import DPTCheckpoint, load_checkpoint
-from dpt.config import TrainConfig, load_config
+from dpt.config import load_config
 from dpt.data.sources import validation_samples
 from dpt.evaluation.generate import process_state
 from dpt.files import read_json, write_text
@@ -28,6 +28,7 @@ from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
 from dpt.results import check_replaceable, markdown_table
 from dpt.training.controls import control_unet
+from dpt.training.settings import TrainConfig
 from dpt.training.validation import FIGURES, PAPER_TIMESTEP, measure
 
 Figures = TypedDict(

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from dpt.config import OptimSettings, TrainConfig
+from dpt.training.settings import OptimSettings, TrainConfig
 
 DEVICE_VARIABLES = ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE", "ACCELERATE_CPU_AFFINITY")
 """Variables by which `accelerate launch` names devices; the config sets everything else."""

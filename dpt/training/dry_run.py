@@ -10,10 +10,10 @@ from dpt.assembly import DTYPES, adapter_config
 from dpt.backbones.stable_diffusion import architecture
 from dpt.backbones.unet_features import LATENTS, block_channels, parse_feature
 from dpt.checkpoint.checkpoint import checkpoints, load_checkpoint
-from dpt.config import TrainConfig, check_stage
 from dpt.lora import add_lora
 from dpt.tasks import tasks_of
 from dpt.tasks.task import passes_of
+from dpt.training.settings import TrainConfig, check_stage
 
 ROBERTA_WIDTH, ROBERTA_PARAMETERS = 768, 125_000_000
 NUM_TRAIN_TIMESTEPS = 1000  # of all models known here

@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from dpt.checkpoint.checkpoint import DPTCheckpoint, checkpoints, load_checkpoint, read_tensors, save_checkpoint
-from dpt.config import TrainConfig, load_config
+from dpt.config import load_config
 from dpt.files import read_json
 from dpt.images import numbered
 from dpt.training.curves import drop_metrics_after, plot_curves
+from dpt.training.settings import TrainConfig
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 

@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.config import TrainConfig
 from dpt.data.collate import Batch, Sample, as_latents, collate, encode_batch
 from dpt.data.trajectories import RankedPrompts, encode_ranked
 from dpt.metrics import bootstrap_interval
@@ -23,6 +22,7 @@ from dpt.tasks import all_tasks
 from dpt.tasks.ranking import ranking_areas
 from dpt.tasks.task import Task
 from dpt.training.controls import control_batch, control_inputs
+from dpt.training.settings import TrainConfig
 
 PAPER_TIMESTEP = 500
 FIGURES = tuple(figure for task in all_tasks() for figure in task.figures)
