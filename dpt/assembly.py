@@ -13,7 +13,7 @@ from dpt.rec_text import RecTextEncoder
 from dpt.tasks import tasks_of
 from dpt.training.settings import TrainConfig
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """of the frozen weights; trained weights are float32"""
 
 

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from dpt.adapter.adapter import DiscriminativeAdapter
-from dpt.assembly import DTYPES, adapter_config, encode_options
+from dpt.assembly import WEIGHT_DTYPES, adapter_config, encode_options
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.backbones.unet_features import parse_feature
 from dpt.config import AdapterConfig, load_config, save_config
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> dict:
         weight_decay=optim.weight_decay,
         betas=tuple(optim.betas),
         max_grad_norm=optim.max_grad_norm,
-        precision=DTYPES[optim.mixed_precision],
+        precision=WEIGHT_DTYPES[optim.mixed_precision],
         clip_groups=[list(adapter.parameters()) for adapter in probes.adapters.values()],
         save_every=config.checkpoints.every,
     )

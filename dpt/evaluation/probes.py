@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import torch
 
-from dpt.assembly import DTYPES
+from dpt.assembly import WEIGHT_DTYPES
 from dpt.backbones.stable_diffusion import StableDiffusion, load_stable_diffusion, weights_fingerprint
 from dpt.checkpoint.checkpoint import DPTCheckpoint, load_checkpoint
 from dpt.config import load_config
@@ -81,14 +81,14 @@ def load_base(config: TrainConfig) -> StableDiffusion:
         config.model.name,
         revision=config.model.revision,
         local_files_only=config.model.local_files_only,
-        dtype=DTYPES[config.optim.mixed_precision],
+        dtype=WEIGHT_DTYPES[config.optim.mixed_precision],
         device=process_state().device,
     )
 
 
 def autocast(config: TrainConfig) -> torch.autocast:
     """The autocast that training runs under, for measuring."""
-    dtype = DTYPES[config.optim.mixed_precision]
+    dtype = WEIGHT_DTYPES[config.optim.mixed_precision]
     return torch.autocast(process_state().device.type, dtype, enabled=dtype != torch.float32)
 
 

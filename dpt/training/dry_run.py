@@ -6,7 +6,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from dpt.adapter.adapter import DiscriminativeAdapter
-from dpt.assembly import DTYPES, adapter_config
+from dpt.assembly import WEIGHT_DTYPES, adapter_config
 from dpt.backbones.stable_diffusion import architecture
 from dpt.backbones.unet_features import LATENTS, block_channels, parse_feature
 from dpt.checkpoint.checkpoint import checkpoints, load_checkpoint
@@ -48,7 +48,7 @@ def describe_run(config: TrainConfig, stage: str) -> str:
     passes = passes_of(task for task in tasks_of(wanted) if task.is_weighted(config.loss.weights))
     joint = optim.batch_size * optim.gradient_accumulation_steps
     length = f"{optim.steps:,} steps" if optim.epochs is None else f"{optim.epochs} epochs"
-    dtype = DTYPES[optim.mixed_precision]
+    dtype = WEIGHT_DTYPES[optim.mixed_precision]
     kept = sum(_cells(block, unet_config) for block in blocks) * optim.batch_size * len(passes)
     return "\n".join(
         [

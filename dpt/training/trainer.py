@@ -17,7 +17,7 @@ from accelerate.utils import gather_object, set_seed
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from dpt.assembly import DTYPES, encode_options, make_model, trained_weights
+from dpt.assembly import WEIGHT_DTYPES, encode_options, make_model, trained_weights
 from dpt.backbones.stable_diffusion import load_stable_diffusion
 from dpt.checkpoint.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from dpt.config import flatten, load_config, save_config
@@ -114,7 +114,7 @@ class Trainer:
             config.model.name,
             revision=config.model.revision,
             local_files_only=config.model.local_files_only,
-            dtype=DTYPES[config.optim.mixed_precision],
+            dtype=WEIGHT_DTYPES[config.optim.mixed_precision],
             device=self.accelerator.device,
             notice=self._say,
         )
