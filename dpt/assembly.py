@@ -1,4 +1,4 @@
-"""What a training run consists of: the U-Net with its LoRA, the adapter, from a config and a start."""
+"""The parts of a training run, from a config and a start: the U-Net with its LoRA, and the adapter."""
 
 import torch
 
@@ -6,18 +6,19 @@ from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.backbones.unet_features import block_channels, parse_feature, set_cpu_attention
 from dpt.checkpoint.checkpoint import DPTCheckpoint
-from dpt.config import AdapterConfig, DPTConfig, TrainConfig
+from dpt.config import AdapterConfig, DPTConfig
 from dpt.lora import add_lora, load_lora, lora_state
 from dpt.model import DPT
 from dpt.rec_text import RecTextEncoder
 from dpt.tasks import tasks_of
+from dpt.training.settings import TrainConfig
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""of the frozen weights; what is trained is float32"""
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""of the frozen weights; trained weights are float32"""
 
 
 def adapter_config(config: TrainConfig, unet_config, *, text_dim: int, rec_text_dim: int) -> AdapterConfig:
-    """What the configured adapter is for a U-Net of that config and text encoders of those widths."""
+    """The sizes of the configured adapter for a U-Net of that config and text encoders of those widths."""
     blocks = parse_feature(config.model.feature, unet_config)
     return AdapterConfig(
         in_channels=[block_channels(block, unet_config) for block in blocks],
@@ -29,7 +30,7 @@ def adapter_config(config: TrainConfig, unet_config, *, text_dim: int, rec_text_
 
 
 def encode_options(config: TrainConfig, sd: StableDiffusion) -> dict:
-    """What `encode_batch` is told of the settings in training."""
+    """The options of `encode_batch` in training."""
     noise, final = config.noise, sd.scheduler.config.num_train_timesteps - 1
     return {
         "seed": config.seed,
@@ -103,7 +104,7 @@ def _add_lora(config: TrainConfig, sd: StableDiffusion, start: DPTCheckpoint | N
 
 
 def trained_weights(config: TrainConfig, sd: StableDiffusion, model: DPT) -> DPTCheckpoint:
-    """What has been trained, as inference weights."""
+    """The trained weights, as a checkpoint for inference."""
     state = {name: value.detach().clone().cpu() for name, value in lora_state(sd.unet).items()}
     lora = next(iter(sd.unet.peft_config.values())) if state else None
     about = DPTConfig(

@@ -66,7 +66,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def given_sampling(args: argparse.Namespace) -> dict:
-    """What the flags said, by field; None where nothing was said."""
+    """The values of the flags by field; None for a flag that was not given."""
     return {entry.name: getattr(args, entry.name) for entry in fields(Sampling)}
 
 

@@ -83,7 +83,7 @@ class ScoreReader:
         guidance.watched = scorer.blocks
 
     def __call__(self, latents, timestep, step):
-        """What the wrapped denoiser returns."""
+        """The result of the wrapped denoiser."""
         result = self.denoise(latents, timestep, step)
         recorded = self.trace and self.trace[-1]["step"] == step
         if step in self.steps and not recorded:

@@ -3,7 +3,6 @@
 Shapes: B texts, T tokens, R width.
 """
 
-import pickle
 from dataclasses import dataclass
 
 import torch
@@ -14,14 +13,12 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, BatchEncoding, Pr
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.base_models import CKPT_FOLDER
 from dpt.bounds import Bounds
+from dpt.weights import UNPICKLING_ERRORS
 
 MOST = {"hidden_size": 16_384, "num_hidden_layers": 200, "intermediate_size": 65_536, "vocab_size": 2_000_000}
 """sizes of an encoder's config that memory is taken for"""
-LOADING_ERRORS = (
-    *(OSError, EOFError, MemoryError, pickle.UnpicklingError, SafetensorError, StrictDataclassError),
-    *(AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),
-)
-"""what transformers and torch's unpickler raise of files that are damaged, hold code or are of something else"""
+ENCODER_ERRORS = (*UNPICKLING_ERRORS, SafetensorError, StrictDataclassError)
+"""Errors of transformers and torch's unpickler at files that are damaged, hold code or are of something else."""
 
 
 @dataclass
@@ -77,7 +74,7 @@ def load_rec_text_encoder(
         # transformers would draw at random what is missing; the pooler, which RoBERTa's files lack, is not used
         if missing := sorted(key for key in found["missing_keys"] if not key.startswith("pooler.")):
             raise ValueError(f"{len(missing)} of its weights are missing, such as {missing[0]}")
-    except LOADING_ERRORS as error:
+    except ENCODER_ERRORS as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise ValueError(
             f"rec_text_encoder {name!r} cannot be loaded from {source} ({reason}): put its files into {folder}, name a "

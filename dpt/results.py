@@ -1,4 +1,4 @@
-"""docs/results.md: each section is written by a command and says which."""
+"""The pages of docs/log: each section is written by a command and says which."""
 
 import re
 import subprocess
@@ -7,7 +7,10 @@ from pathlib import Path
 
 from dpt.files import read_text, write_text
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs/results.md"
+LOG = Path(__file__).resolve().parents[1] / "docs/log"
+RESULTS = LOG.with_name("results.md")
+MOST_COLUMNS = 9
+"""Columns of a table that can be read on a page."""
 
 
 def check_replaceable(path: Path, read: Callable[[Path], object], *figures: Path) -> None:
@@ -26,10 +29,39 @@ def check_replaceable(path: Path, read: Callable[[Path], object], *figures: Path
         raise ValueError(f"{others[0]} is there, and not of this command; choose another --output")
 
 
-def table(header: list[str], rows: Iterable[Iterable]) -> str:
+def markdown_table(header: list[str], rows: Iterable[Iterable]) -> str:
     """A Markdown table."""
-    lines = [f"| {' | '.join(map(str, row))} |" for row in (header, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in (header, ["---"] * len(header), *rows))
+
+
+def narrowed(text: str) -> str:
+    """The text with several tables for each of more than nine columns; columns that tell its rows apart are in all."""
+    parts = re.split(r"((?:^\|.*\|\n)+)", text, flags=re.MULTILINE)
+    return "".join(_narrow_tables(part) if part.startswith("|") else part for part in parts)
+
+
+def _narrow_tables(table: str) -> str:
+    header, _, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines())
+    if len(header) <= MOST_COLUMNS:
+        return table
+    keys = next((k for k in range(1, MOST_COLUMNS - 1) if len({tuple(row[:k]) for row in rows}) == len(rows)), 1)
+    width, tables = MOST_COLUMNS - keys, []
+    for start in range(keys, len(header), width):
+        head, *shown = (row[:keys] + row[start : start + width] for row in (header, *rows))
+        tables.append(markdown_table(head, shown))
+    return "\n".join(tables)
+
+
+def page_of(page: Path, section: str) -> Path:
+    """The page that a section is written to.
+
+    Args:
+        page: a Markdown file; of the folder `LOG` its page with that section, or docs/results.md if there is none.
+    """
+    if page != LOG:
+        return page
+    begin = f"<!-- begin {section} -->"
+    return next((one for one in sorted(LOG.glob("*.md")) if begin in read_text(one)), RESULTS)
 
 
 def figure_beside(path: Path, name: str) -> Path:
@@ -43,8 +75,8 @@ def figure_beside(path: Path, name: str) -> Path:
 def record_section(path: Path, name: str, command: str, text: str) -> None:
     """Puts a section, with its command and commit, in place of the section of that name, or at the end; says where."""
     describe = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    commit = subprocess.run(describe, cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip() or "unknown"
-    body = f"`{command}`, recorded at commit {commit}:\n\n{text}"
+    commit = subprocess.run(describe, cwd=LOG, capture_output=True, text=True).stdout.strip() or "unknown"
+    body = f"`{command}`, recorded at commit {commit}:\n\n{narrowed(text)}"
     block = f"<!-- begin {name} -->\n{body}\n<!-- end {name} -->"
     old = read_text(path) if path.exists() else "# Results\n"
     pattern = re.compile(rf"<!-- begin {re.escape(name)} -->.*?<!-- end {re.escape(name)} -->", re.DOTALL)

@@ -4,7 +4,8 @@ import sys
 
 import torch
 
-from dpt.config import TrainConfig, load_config
+from dpt.config import load_config
+from dpt.training.settings import TrainConfig
 from dpt.training.trainer import Trainer
 
 target, config, *overrides = sys.argv[1:]

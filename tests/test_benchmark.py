@@ -45,7 +45,7 @@ def test_gradient_checkpointing_saves_memory():
 
 @pytest.mark.slow
 def test_a_probe_and_a_tune_step_of_stable_diffusion_s_size(capsys):
-    """SD 2.1's architecture with random weights: bfloat16, batch 1, 32x32 latents (figures: docs/results.md)."""
+    """SD 2.1's architecture with random weights: bfloat16, batch 1, 32x32 latents (figures: docs/log/speed.md)."""
     for kind in ("batched", "tune"):
         assert main(["training", "--model", "random-sd21", "--peak_of", kind]) == 0
         peak = float(capsys.readouterr().out)

@@ -3,9 +3,10 @@
 import pytest
 
 import train_probe
-from dpt.config import AdapterConfig, DPTConfig, TrainConfig, load_config, save_config
+from dpt.config import AdapterConfig, DPTConfig, load_config, save_config
 from dpt.evaluation.plan import Experiment
 from dpt.shapes.settings import PretrainConfig
+from dpt.training.settings import TrainConfig
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,10 @@ import pytest
 
 from dpt.base_models import CKPT_FOLDER, DPT_WEIGHTS, MODELS, config_beside, recommended
 from dpt.bounds import ArgumentParser
-from dpt.config import TrainConfig, check_stage, load_config
+from dpt.config import load_config
 from dpt.evaluation.flags import BLIP_FOLDER, OPEN_CLIP_FOLDER
 from dpt.flags import given_sampling
+from dpt.training.settings import TrainConfig, check_stage
 from dpt.typed_yaml import config_keys
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,9 +13,10 @@ import train_probe
 import train_tune
 from dpt.backbones.stable_diffusion import load_stable_diffusion
 from dpt.checkpoint.checkpoint import load_checkpoint
-from dpt.config import CONTROLS, OptimSettings, TrainConfig, load_config
+from dpt.config import CONTROLS, load_config
 from dpt.data.loader import step_indices
 from dpt.model import DPT
+from dpt.training.settings import OptimSettings, TrainConfig
 from dpt.training.trainer import learning_rate_factor, make_accelerator, schedule_stretch
 
 TINY = {

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from dpt.checkpoint.checkpoint import checkpoints
-from dpt.config import TrainConfig, save_config
+from dpt.config import save_config
 from dpt.training.curves import drop_metrics_after, plot_curves, read_metrics
 from dpt.training.run_folder import RunLog, check_run, set_damaged_aside
+from dpt.training.settings import TrainConfig
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt", "curves.png"])

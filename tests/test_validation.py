@@ -3,10 +3,11 @@ import torch
 
 from dpt.assembly import make_model
 from dpt.backbones.stable_diffusion import load_stable_diffusion
-from dpt.config import TrainConfig, load_config
+from dpt.config import load_config
 from dpt.data.collate import collate, encode_batch
 from dpt.rec_text import load_rec_text_encoder
 from dpt.shapes.samples import ShapesSamples
+from dpt.training.settings import TrainConfig
 from dpt.training.validation import measure, summarize
 
 

@@ -108,7 +108,7 @@ class DiscriminativeAdapter(nn.Module):
 
 @dataclass(frozen=True)
 class Scorer:
-    """What the matching score of a noisy latent is read with."""
+    """An adapter with all that a matching score of noisy latents needs."""
 
     adapter: DiscriminativeAdapter
     blocks: tuple[str, ...]

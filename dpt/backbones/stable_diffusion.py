@@ -347,8 +347,8 @@ def _source(model: str, notice) -> str:
     """The folder or hub id of a model. Raises ValueError for a single file."""
     if Path(model).is_file():
         raise ValueError(
-            f"model {model!r} is a single file; make it a folder once, as README shows, and pass --model FOLDER: "
-            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+            f"model {model!r} is a single file; make it a folder once, as docs/drawing.md shows, and pass --model "
+            "FOLDER: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
         )
     if model in MODELS and (MODELS[model] is None or (CKPT_FOLDER / model).is_dir()):
         return str(CKPT_FOLDER / model)

@@ -22,7 +22,7 @@ from dpt.benchmark import CORRECTED, TRAINING_KINDS
 from dpt.benchmark.startup import measure_startup
 from dpt.bounds import ArgumentParser, fail, number
 from dpt.imports import heavy_imports
-from dpt.results import RESULTS, record_section, table
+from dpt.results import LOG, markdown_table, page_of, record_section
 
 BATCH_SIZES = {"shapes": 8, "random-145m": 2, "random-sd21": 1}
 KINDS = {"sampling": ("plain", *CORRECTED, "whole", "feature"), "training": TRAINING_KINDS}
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--threads", type=number(int, at_least=1, at_most=1024), default=1, help="default: 1")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON instead of words")
-    output.add_argument("--record", action="store_true", help="put the words into docs/results.md")
+    output.add_argument("--record", action="store_true", help="put the words into the page of docs/log that has them")
     add("--peak_of", metavar="KIND", help="print one kind of step's peak memory in MB alone (Linux)")
     args = parser.parse_args(argv)
     if args.what == "startup":
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             return fail(error)
         result, section = {"repeats": args.repeats or 5, "commands": measured}, "startup"
         rows = [(f"`{name}`", f"{one['seconds']:.2f}", f"{one['peak_mb']:.0f}") for name, one in measured.items()]
-        text = table(["command", "seconds", "peak memory, MB"], rows)
+        text = markdown_table(["command", "seconds", "peak memory, MB"], rows)
     else:
         args.model = args.model or {"sampling": "shapes", "training": "random-145m"}[args.what]
         args.repeats = args.repeats or 7
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     print(json.dumps(result, indent=1) if args.json else text)
     if args.record:
         command = f"python -m dpt.benchmark {shlex.join(sys.argv[1:] if argv is None else argv)}"
-        record_section(RESULTS, section, command, text)
+        record_section(page_of(LOG, section), section, command, text)
     return 0
 
 

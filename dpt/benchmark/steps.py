@@ -29,7 +29,7 @@ TUNE_BATCH_SIZES = {"shapes": 16, "random-145m": 8, "random-sd21": 1}
 """of the peaks: the paper's 8 where it fits"""
 
 
-def make_unet(name: str) -> tuple[UNet2DConditionModel, DDIMScheduler, AdapterConfig, int]:
+def random_unet(name: str) -> tuple[UNet2DConditionModel, DDIMScheduler, AdapterConfig, int]:
     """A U-Net with its scheduler, the adapter it would have, and its number of text tokens.
 
     `random-sd21` is SD 2.1's architecture in bfloat16, for 32x32 latents.
@@ -68,7 +68,7 @@ def median_seconds(kinds: dict[str, Callable], repeats: int) -> dict[str, float]
 
 def sampling_steps(name: str, batch_size: int) -> dict[str, Callable]:
     """The kinds of `guided_step_kinds` for a model by name, with an adapter of random weights."""
-    unet, scheduler, config, num_tokens = make_unet(name)
+    unet, scheduler, config, num_tokens = random_unet(name)
     torch.manual_seed(1)
     scorer = Scorer(DiscriminativeAdapter(config).eval().requires_grad_(False), (FEATURE,))
     latents = torch.randn(batch_size, 4, unet.config.sample_size, unet.config.sample_size)
@@ -157,7 +157,7 @@ def training_steps(name: str, batch_size: int) -> dict:
 
     `batched`, `sequential` and `sequential_full` are a probe's, `tune` and `tune_checkpointed` a tune's.
     """
-    unet, scheduler, config, num_tokens = make_unet(name)
+    unet, scheduler, config, num_tokens = random_unet(name)
     torch.manual_seed(1)
     adapter = DiscriminativeAdapter(config)
     width, size = unet.config.cross_attention_dim, unet.config.sample_size

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from dpt.base_models import DTYPE_NAMES
 from dpt.bounds import ArgumentParser, device, fail, number
-from dpt.config import DataSettings
 from dpt.data.needed import needed_files
+from dpt.data.settings import DataSettings
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Prints a table; exit code 1 where there are errors. Leakage is told, and is none."""
+    """Prints a table; the exit code is 1 where there are errors. Leakage is told, but is no error."""
     from dpt.data.check import SHOWN, check_tree, find, leakage, write_leak_free
 
     root = Path(args.root)
@@ -120,8 +120,8 @@ def _device(args: argparse.Namespace) -> str:
     return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+def make_parser() -> ArgumentParser:
+    """The flags of all subcommands."""
     parser = ArgumentParser("python -m dpt.data", description=__doc__)
     commands = parser.add_subparsers(required=True)
     check = commands.add_parser("check", help="verify a data folder")
@@ -167,7 +167,12 @@ def main(argv: list[str] | None = None) -> int:
         size = number(int, at_least=1, at_most=4096)
         command.add_argument("--batch_size", type=size, default=8 if command is cache else 64)
         command.add_argument("--device", type=device, help="default: the first CUDA device, else the CPU")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    args = make_parser().parse_args(argv)
     try:
         return args.run(args)
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Verifies a data folder before a long run: what would stop training, and which images leak into evaluation."""
+"""Verifies a data folder before a long run: files that would stop training, and images that leak into evaluation."""
 
 import json
 from collections import Counter
@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from dpt.data.coco import base_name, read_captions, read_json, stable_id
+from dpt.data.coco import base_name, read_captions, read_coco_json, stable_id
 from dpt.data.hard_negatives import INDEX_FILE, ItmNegatives
 from dpt.data.latents import IMAGE_SUFFIXES, MANIFEST, read_manifest, verify_folder
 from dpt.data.refcoco import Expression, ExpressionBox, load_expressions, read_expressions
@@ -186,7 +186,7 @@ def write_leak_free(annotations: Path, evaluation: list[Path], target: Path) -> 
     """
     held_out = {expression.path.name for path in evaluation for expression in load_expressions(path, path.parent)}
     left = {e.id for e in load_expressions(annotations, annotations.parent) if e.path.name in held_out}
-    content = read_json(annotations)  # with what is not read here
+    content = read_coco_json(annotations)  # with what is not read here
     images = [image for image in content["images"] if stable_id(image["id"]) not in left]
     boxes = [box for box in content["annotations"] if stable_id(box["image_id"]) not in left]
     write_text(target, json.dumps(content | {"images": images, "annotations": boxes}))
@@ -206,9 +206,7 @@ def check_tree(root: Path, *, decode: bool = False) -> list[Findings]:
     lists = [check_annotations(p, sizes) for name in ("captions_*.json", "finetune_*.json") for p in find(root, name)]
     lists += [check_negatives(p.parent, sizes) for p in find(root, INDEX_FILE)]
     lists += [check_negatives(p, sizes) for p in find(root, "*.tsv")]
-    latents = []
-    for path in find(root, MANIFEST):
-        latents.append(check_latents(path.parent))
+    latents = [check_latents(path.parent) for path in find(root, MANIFEST)]
     if not images and not lists:
         raise ValueError(f"{root} holds no images and no annotation files; docs/data.md shows what it should hold")
     return [findings, *lists, *latents]

@@ -62,7 +62,7 @@ class CaptionedImage:
     caption: str
 
 
-def read_json(path: Path):
+def read_coco_json(path: Path):
     """The contents of a JSON file, NaN allowed. Raises ValueError naming the file where it is none."""
     text = read_text(path)
     try:
@@ -79,21 +79,21 @@ def read_json(path: Path):
 def read_annotations(
     path: Path, image: type[I], annotation: type[A], *, kind: str, noun: str
 ) -> tuple[Annotations[I, A], list[str]]:
-    """A COCO-style file, and what is wrong with those of its records that do not fit, which are left out.
+    """A COCO-style file without the records that do not fit, and the problems of those records.
 
     Args:
         kind: what the file is called in errors.
-        noun: what its ids are of.
+        noun: the thing that an id names.
 
     Raises:
-        ValueError: no JSON, or none with lists of images and annotations; the message names the file.
+        ValueError: the file is no JSON, or lacks lists of images and annotations; it is named.
     """
     schema = Annotations[image, annotation]
     try:
         return msgspec.json.decode(read_bytes(path), type=schema), []
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         pass  # read again in a slower way, to say what is wrong with which record
-    content, problems = read_json(path), []
+    content, problems = read_coco_json(path), []
     try:
         outline = msgspec.convert(content, Annotations[dict, dict])
     except msgspec.ValidationError as error:
@@ -116,14 +116,14 @@ def _fitting(records: list[dict], schema: type, key: str, noun: str, problems: l
 
 
 def _plain(record: Struct) -> Struct:
-    """The record. Raises ValueError where a text of it is none."""
+    """The record. Raises ValueError where one of its texts holds half a character."""
     for name in record.__struct_fields__:
         if isinstance(value := getattr(record, name), str):
-            check_text(name, value)
+            check_characters(name, value)
     return record
 
 
-def check_text(name: str, text: str) -> str:
+def check_characters(name: str, text: str) -> str:
     """The text. Raises ValueError where it holds a lone surrogate, half of a character, which no tokenizer takes."""
     try:
         text.encode()
@@ -147,14 +147,14 @@ def base_name(file_name: str) -> str:
 
 
 def image_path(folder: Path, file_name: str) -> Path:
-    """Where an image lies that an annotation file names: below the folder as it is written, or right in it."""
+    """The path of an image that an annotation file names: below the folder as it is written, or right in it."""
     written = folder / file_name.replace("\\", "/")
     name = base_name(file_name)
     return written if name == file_name or written.exists() else folder / name
 
 
 def read_captions(path: Path) -> tuple[Annotations[CocoImage, CocoCaption], list[str]]:
-    """A `captions_*.json`, and what is wrong with records that do not fit; see `read_annotations`."""
+    """A `captions_*.json`, and the problems of records that do not fit; see `read_annotations`."""
     return read_annotations(path, CocoImage, CocoCaption, kind="COCO caption", noun="image")
 
 
@@ -162,7 +162,7 @@ def load_captions(annotations: Path, images: Path) -> list[CaptionedImage]:
     """All captions of a `captions_*.json`, in its order.
 
     Raises:
-        ValueError: unreadable, no such file, or a caption of an image that is not in it.
+        ValueError: the file cannot be read, or has a caption of an image that is not in it.
     """
     content, problems = read_captions(annotations)
     if problems:
@@ -175,7 +175,7 @@ def load_captions(annotations: Path, images: Path) -> list[CaptionedImage]:
 
 
 def first_of(problems: list[str]) -> str:
-    """The first, and how many more there are."""
+    """The first item and the number of the others, as text."""
     return problems[0] + (f", and {len(problems) - 1} more" if len(problems) > 1 else "")
 
 

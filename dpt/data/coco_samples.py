@@ -7,13 +7,13 @@ import numpy as np
 import torch
 
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.config import DataSettings
 from dpt.data.coco import base_name, image_path, load_pixels
 from dpt.data.collate import Sample, sample_generator
 from dpt.data.flip import can_mirror, mirror_text
 from dpt.data.hard_negatives import ItmItem, ItmNegatives
 from dpt.data.latents import LatentFolder
 from dpt.data.refcoco import ReferredImage, load_expressions
+from dpt.data.settings import DataSettings
 
 
 class CocoSamples:
@@ -28,7 +28,7 @@ class CocoSamples:
         negatives: without them there is no matching, and samples hold one image and empty captions.
         latents: read instead of the images.
         flip: mirror half of the samples; "left" and "right" are swapped, or the sample is left as it is.
-        seed: of what is drawn: caption, negatives, mirroring.
+        seed: of the drawn caption, negatives and mirroring.
 
     Raises:
         ValueError: nothing left to train on.
@@ -45,8 +45,6 @@ class CocoSamples:
         flip: bool = False,
         seed: int = 0,
     ):
-        if latents and flip:
-            raise ValueError("data.flip is true and data.latents is given; cached latents cannot be mirrored")
         self.images, self.size, self.negatives, self.latents, self.flip = images, size, negatives, latents, flip
         self.without_caption, self.seed = 0, seed
         if expressions is not None and negatives is not None:
@@ -126,16 +124,13 @@ class CocoSamples:
 
 def mirror(sample: Sample) -> Sample:
     """The sample seen in a mirror: pixels, boxes, words and their character spans."""
-    expression, tokens_positive = sample.expression, []
-    for spans in sample.tokens_positive:
-        tokens_positive.append(mirror_text(expression, spans)[1])
     return Sample(
         id=sample.id,
         images=sample.images.flip(-1),
         captions=tuple(mirror_text(caption)[0] for caption in sample.captions),
-        expression=mirror_text(expression)[0],
+        expression=mirror_text(sample.expression)[0],
         boxes=torch.cat([1 - sample.boxes[:, :1], sample.boxes[:, 1:]], dim=1),
-        tokens_positive=tokens_positive,
+        tokens_positive=[mirror_text(sample.expression, spans)[1] for spans in sample.tokens_positive],
     )
 
 

@@ -54,7 +54,7 @@ class TrajectorySettings:
     """Settings of `python -m dpt.data trajectories`: every key of its YAML file."""
 
     output: str = ""
-    """the folder that they go to"""
+    """the folder of the trajectories"""
     model: str = "sd21-base"
     dpt: str = "none"
     """weights whose LoRA draws; none: the base model"""
@@ -66,7 +66,7 @@ class TrajectorySettings:
     """prompt sets that are evaluated on: a prompt that is in one is refused"""
     noises: int = bounded(8, at_least=2, at_most=1024)
     seed: int = bounded(500, at_least=0, below=1000)
-    """of each prompt's first noise, beside those of evaluate.py: it draws seeds from 0 on"""
+    """seed of each prompt's first noise; the seeds of evaluate.py begin at 0"""
     guidance_scale: float | None = bounded(None, at_least=0, below=1000)
     num_inference_steps: int | None = bounded(None, at_least=1, at_most=500)
     """by default what is recommended for the model"""
@@ -96,7 +96,7 @@ class PictureValue(Struct):
 
 
 def make(settings: TrajectorySettings, *, device: torch.device | str) -> tuple[int, int]:
-    """Draws and judges what is missing; a killed run goes on with the same settings.
+    """Draws and judges the missing pictures; a killed run goes on with the same settings.
 
     Returns:
         How many prompts were drawn, and how many pictures judged.
@@ -122,7 +122,7 @@ def make(settings: TrajectorySettings, *, device: torch.device | str) -> tuple[i
 
 
 def _normal(text: str) -> str:
-    """A prompt without what makes no other of it: case, spaces, the last full stop."""
+    """A prompt in lower case, with single spaces and without a full stop at its end."""
     return " ".join(text.casefold().split()).rstrip(".")
 
 
@@ -183,7 +183,7 @@ def _write_shard(path: Path, tensors: dict[str, torch.Tensor], prompts: list[Dra
 
 
 def _keeper(kept: list[torch.Tensor], steps: list[int]):
-    """A guidance method that changes nothing, and keeps what the U-Net reads at some steps."""
+    """A guidance method that changes nothing, and keeps the latents that the U-Net reads at some steps."""
 
     def method(guidance, sampling, prompts, seeds, trace):
         def denoise(latents, timestep, step):

@@ -16,7 +16,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct, convert
 
-from dpt.data.coco import Name, base_name, check_text
+from dpt.data.coco import Name, base_name, check_characters
 from dpt.files import read_json, read_text, write_text
 
 INDEX_FILE = "imgname2txtid.json"
@@ -53,7 +53,7 @@ class ItmNegatives:
     `texts_of` has the text ids of each image, by its name without folders.
 
     Raises:
-        ValueError: neither layout there, or a file that does not hold what it should; it is named.
+        ValueError: there is neither layout, or a file holds something else; it is named.
     """
 
     def __init__(self, path: Path):
@@ -82,7 +82,7 @@ class ItmNegatives:
             where, row = f"{self.path}, row {text_id + 1}", self._rows[text_id]
         try:
             lists = [_literal_list(name, getattr(row, name)) for name in FIELDS[2:]]
-            return ItmItem(check_text("title", row.title), check_text("filepath", row.filepath), *lists)
+            return ItmItem(check_characters("title", row.title), check_characters("filepath", row.filepath), *lists)
         except ValueError as error:
             raise ValueError(f"{where} is no item of hard negatives: {error}") from error
 
@@ -92,7 +92,7 @@ def _literal_list(name: str, text: str) -> tuple[str, ...]:
     if len(text) > MAX_LIST or not _LIST.fullmatch(text):
         raise ValueError(f"{name}: {text[:60]!r} is no list of strings")
     try:
-        return tuple(check_text(name, value) for value in ast.literal_eval(text.strip()))
+        return tuple(check_characters(name, value) for value in ast.literal_eval(text.strip()))
     except SyntaxError as error:  # such as an escape that is cut off
         raise ValueError(f"{name}: {text[:60]!r} is no list of strings") from error
 

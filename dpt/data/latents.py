@@ -50,7 +50,7 @@ def vae_fingerprint(vae: torch.nn.Module) -> list[float]:
 
 
 def manifest(sd: StableDiffusion, size: int) -> Manifest:
-    """That of latents of a model and size."""
+    """The manifest of latents of a model and size."""
     shape = list(sd.latent_shape(size, size))
     return Manifest(sd.name, vae_fingerprint(sd.vae), sd.vae.config.scaling_factor, size, shape)
 
@@ -147,7 +147,7 @@ def verify_folder(folder: Path) -> list[str]:
     A file that was encoded again, in another batch or shard, has several; any of them is right.
 
     Raises:
-        ValueError: a list of checksums that is none; file and line are named.
+        ValueError: a list of checksums cannot be read; file and line are named.
     """
     sums: dict[str, set[str]] = {}
     for path in sorted(folder.glob("checksums_*.jsonl")):

@@ -1,4 +1,4 @@
-"""Which sample comes when: by seed and step alone, whatever the number of processes, and after any resumption."""
+"""The order of samples: by seed and step alone, whatever the number of processes, and after any resumption."""
 
 import itertools
 from collections.abc import Callable, Iterator

@@ -1,8 +1,8 @@
-"""Which files a config names. Imports nothing heavy."""
+"""The files and folders that a config names. Imports nothing heavy."""
 
 from pathlib import Path
 
-from dpt.config import DataSettings
+from dpt.data.settings import DataSettings
 
 
 def needed_files(data: DataSettings) -> list[Path]:

@@ -54,7 +54,7 @@ class ReferredImage:
 
 
 def read_expressions(path: Path) -> tuple[Annotations[Expression, ExpressionBox], list[str]]:
-    """A `finetune_*.json`, and what is wrong with records that do not fit; see `read_annotations`."""
+    """A `finetune_*.json`, and the problems of records that do not fit; see `read_annotations`."""
     return read_annotations(path, Expression, ExpressionBox, kind="REC annotation", noun="expression")
 
 
@@ -64,7 +64,7 @@ def load_expressions(annotations: Path, images: Path) -> list[ReferredImage]:
     Crowds are left out, and boxes without area, as the reference does.
 
     Raises:
-        ValueError: unreadable, no such file, or one that would be trained on without its boxes; the message names it.
+        ValueError: the file cannot be read, or its boxes do not belong to its expressions; it is named.
     """
     content, problems = read_expressions(annotations)
     if problems:

@@ -1,4 +1,4 @@
-"""Which samples a run trains on, and which it is measured on, by its config.
+"""The samples that a run trains on and those that it is measured on, by its config.
 
 A world of data is a module with `training_samples` and `validation_samples`.
 """
@@ -6,8 +6,8 @@ A world of data is a module with `training_samples` and `validation_samples`.
 from collections.abc import Callable
 
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.config import DataSettings
 from dpt.data import coco_samples
+from dpt.data.settings import DataSettings
 from dpt.data.trajectories import RankedPrompts
 from dpt.shapes import samples as shapes_samples
 
@@ -18,7 +18,7 @@ def training_samples(data: DataSettings, sd: StableDiffusion, *, seed: int, noti
     """The training set of the paper's losses; None where there are trajectories alone.
 
     Args:
-        seed: of what is drawn of a sample: its caption, negatives, mirroring.
+        seed: of a sample's drawn caption, negatives and mirroring.
 
     Raises:
         ValueError: a missing folder or file, or nothing in it; it is named.

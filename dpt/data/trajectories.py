@@ -72,7 +72,7 @@ class Label(Struct):
 
 
 def label_file(folder: Path, scorer: str) -> Path:
-    """Where a scorer's values are; of a file of one's own by its stem."""
+    """The file of a scorer's values; a user's own file of values gives it its stem."""
     return folder / f"labels_{Path(scorer).stem if scorer.endswith('.jsonl') else scorer}.jsonl"
 
 
@@ -90,7 +90,7 @@ def numbered_shards(folder: Path) -> Iterator[tuple[range, Shard]]:
 
 
 def read_shard(folder: Path, shard: Shard) -> dict[str, torch.Tensor]:
-    """A shard's tensors. Raises ValueError where the file is missing or is not the one that was written."""
+    """A shard's tensors. Raises ValueError where the file is missing or has changed."""
     content = read_bytes(folder / shard.file)
     if hashlib.sha256(content).hexdigest() != shard.sha256:
         raise ValueError(
@@ -101,7 +101,7 @@ def read_shard(folder: Path, shard: Shard) -> dict[str, torch.Tensor]:
 
 
 def read_labels(path: Path) -> list[Label]:
-    """A scorer's values. Raises ValueError naming a line that is none, or whose value is not finite."""
+    """A scorer's values. Raises ValueError naming a line that cannot be read, or whose value is not finite."""
     labels = read_json_lines(path, Label)
     for n, label in enumerate(labels, 1):
         if not np.isfinite(label.value):
@@ -128,7 +128,7 @@ class RankedPrompts:
     Each epoch takes one of the kept steps of each prompt. All latents are kept in memory, in half precision.
 
     Args:
-        scorer: whose values.
+        scorer: the name of the scorer whose values count.
         held_out: the tenth prompts that are left out of training, instead of the others.
         num_prompts: the first so many of the folder.
         latent_shape: of the model that is to learn.

@@ -109,18 +109,7 @@ class Studio:
         Raises:
             ValueError: an empty prompt or length, text that is none, or a number that cannot be.
         """
-        for name, text in {"the prompt": prompt, "the phrase": phrase}.items():
-            check_text(name, text or "")
-        if not (prompt or "").strip():
-            raise ValueError("the prompt is empty; say what to draw")
-        if seed is None or not 0 <= seed < SEED_LIMIT:
-            raise ValueError(f"the seed is {seed}; it must be a number from 0 to 2**62")
-        if norm is None:
-            raise ValueError("the correction's length is empty; give a number")
-        if candidates is None or not 1 <= candidates <= MOST_CANDIDATES:
-            raise ValueError(f"candidates is {candidates}; it must be a number from 1 to {MOST_CANDIDATES}")
-        if choose_at is None or not 0 < choose_at <= 1:
-            raise ValueError(f"choose at is {choose_at}; it must be a fraction of the steps, above 0 and at most 1")
+        check_request(prompt, phrase, seed, norm, candidates, choose_at)
         images, points, gallery, note = {}, [], [], grammar_note(self.sd.name, [prompt])
         num_steps, fractions = self.sampling.num_inference_steps, (choose_at,) if candidates > 1 else None
         corrected = self.sampling.changed(
@@ -160,6 +149,29 @@ class Studio:
     def _draw_one(self, prompt, seed, sampling, report):
         tell = {"on_step": lambda step, record: report(record), "on_choice": lambda *choice: report(choice)}
         return self.artist.draw([prompt], [seed], sampling, trace=True, **tell)
+
+
+def check_request(
+    prompt: str | None,
+    phrase: str | None,
+    seed: float | None,
+    norm: float | None,
+    candidates: float | None,
+    choose_at: float | None,
+) -> None:
+    """Raises ValueError where the page's fields, of which the user may have emptied any, are no drawing's settings."""
+    for name, text in {"the prompt": prompt, "the phrase": phrase}.items():
+        check_text(name, text or "")
+    if not (prompt or "").strip():
+        raise ValueError("the prompt is empty; say what to draw")
+    if seed is None or not 0 <= seed < SEED_LIMIT:
+        raise ValueError(f"the seed is {seed}; it must be a number from 0 to 2**62")
+    if norm is None:
+        raise ValueError("the correction's length is empty; give a number")
+    if candidates is None or not 1 <= candidates <= MOST_CANDIDATES:
+        raise ValueError(f"candidates is {candidates}; it must be a number from 1 to {MOST_CANDIDATES}")
+    if choose_at is None or not 0 < choose_at <= 1:
+        raise ValueError(f"choose at is {choose_at}; it must be a fraction of the steps, above 0 and at most 1")
 
 
 def captioned(candidate: dict) -> tuple[np.ndarray, str]:

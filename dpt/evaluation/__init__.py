@@ -1,1 +1,1 @@
-"""What `evaluate.py` does: one module a subcommand."""
+"""The subcommands of `evaluate.py`, one module each."""

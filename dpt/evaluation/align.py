@@ -3,9 +3,9 @@
     python evaluate.py align outputs/evaluation/base outputs/evaluation/dpt --metrics oracle
 
 A folder is an arm's, with its `metadata.jsonl`, or holds pictures named as T2I-CompBench names them, <prompt>_<6
-digits>.png, in itself or in samples/, whether the numbers run on over the prompts or begin anew with each. Scores go to
-`<metric>.jsonl` in it, a line a picture with the hashes of its file and of the scorer; what is there for the same of
-both is not computed again. `oracle` says correct, misaligned or malformed (shapes prompts only); `shapes-clip` is the
+digits>.png, in itself or in samples/. The numbers may run on over the prompts, or begin anew with each. Scores go to
+`<metric>.jsonl` in the folder, a line a picture, with the hashes of picture and scorer. A score with the same hashes is
+not computed again. `oracle` says correct, misaligned or malformed (shapes prompts only); `shapes-clip` is the
 cosine by the small CLIP of the shapes world; `clip` the CLIP score by OpenCLIP; `blip` BLIP's matching and contrastive
 heads. The latter two read weights that you put into ckpt/.
 """
@@ -32,7 +32,7 @@ Box = tuple[str, float, float, float, float]
 
 
 class Score(TypedDict, total=False):
-    """A line of a file of scores; whatever else it holds is a number, a metric's by its name."""
+    """A line of a file of scores. Its other keys are names of metrics, their values numbers."""
 
     file: Required[str]
     sha256: Required[str]
@@ -43,13 +43,13 @@ class Score(TypedDict, total=False):
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Scores what has no score yet; returns the number of new scores by folder and metric."""
+    """Scores the pictures that have no score yet; returns the number of new scores by folder and metric."""
     judges = [make_judge(metric, **judge_options(args)) for metric in args.metrics]
     return score_folders(args.folders, judges, batch_size=args.batch_size)
 
 
 def score_folders(folders: list[Path], judges: list[Judge], *, batch_size: int = 64) -> dict:
-    """Adds the missing scores of each folder; returns how many they were, by folder and metric.
+    """Adds the missing scores of each folder; returns their number by folder and metric.
 
     Raises:
         ValueError: a folder without pictures, a picture that cannot be read, or a score that is no number.
@@ -61,7 +61,7 @@ def score_folders(folders: list[Path], judges: list[Judge], *, batch_size: int =
 
 
 def score(folder: Path, judge: Judge, batch_size: int) -> int:
-    """Adds the missing scores of a folder and returns how many they were."""
+    """Adds the missing scores of a folder and returns their number."""
     records = pictures(folder)
     path, hashes = folder / f"{judge.name}.jsonl", file_hashes(folder, records)
     known = {(r["file"], r["sha256"], r.get("scorer")) for r in score_lines(path)}
@@ -72,7 +72,7 @@ def score(folder: Path, judge: Judge, batch_size: int) -> int:
         try:
             results = judge.metric(images, [record["prompt"] for record in batch])
         except ValueError as error:
-            raise ValueError(f"{folder}, {batch[0]['file']} and what follows: {error}") from error
+            raise ValueError(f"{folder}, {batch[0]['file']} and the pictures after it: {error}") from error
         for record, result in zip(batch, results, strict=True):
             bad = [key for key, value in result.items() if isinstance(value, float) and not np.isfinite(value)]
             if bad:
@@ -88,10 +88,10 @@ def file_hashes(folder: Path, records: list[dict]) -> dict[str, str]:
 
 
 def score_lines(path: Path) -> list[dict]:
-    """The lines of a file of scores, as `Score` says, with their figures; empty without a file.
+    """The lines of a file of scores, with their figures; an empty list without a file.
 
     Raises:
-        ValueError: a line that is none; file, line and field are named.
+        ValueError: a line does not fit `Score`; file, line and field are named.
     """
     if not path.exists():
         return []
@@ -105,7 +105,7 @@ def score_lines(path: Path) -> list[dict]:
 
 
 def read_scores(folder: Path, hashes: dict[str, str]) -> dict[str, dict[str, dict]]:
-    """Metric -> file -> its newest score, of the files as `file_hashes` finds them now."""
+    """The newest score of each file by metric and file; scores of files that have changed since are left out."""
     paths = [path for path in sorted(folder.glob("*.jsonl")) if path.name != METADATA_FILE]
     found = {}
     for path in paths:
@@ -121,7 +121,7 @@ def pictures(folder: Path) -> list[dict]:
     """The folder's pictures by its metadata or, without one, by their names: at least file, prompt, category, seed.
 
     Raises:
-        ValueError: there are none, or the metadata cannot be read or names pictures that are not there.
+        ValueError: there are no pictures, or the metadata cannot be read or names pictures that are missing.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not there, or no folder")

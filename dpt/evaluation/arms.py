@@ -1,9 +1,9 @@
-"""Arms: what is compared. An arm says which weights draw, and how.
+"""Arms: the weights and settings that tables compare.
 
 A YAML file holds one arm, or several by name under `arms`; configs/shapes/arms.yaml holds those of the embedded model.
-"FILE:NAME" is one of several. An arm names what differs from the defaults below. Its `dpt` and `lora` may hold
-"{seed}", the training seed, and then stand for one set of weights for each of `train_seeds`, and "{folder}", the folder
-of the training runs.
+"FILE:NAME" is one of several. An arm names the settings that differ from the defaults below. Its `dpt` and `lora` may
+hold "{folder}", the folder of the training runs, and "{seed}", the training seed: then they stand for one set of
+weights for each of `train_seeds`.
 """
 
 import argparse
@@ -40,9 +40,9 @@ class Arm(Sampling):
     dpt: str | None = None
     """adapter and LoRA: anything that `load_checkpoint` reads"""
     lora: str | None = None
-    """instead: a LoRA in diffusers' format, such as another method's"""
+    """in place of `dpt`: a LoRA in diffusers' format, such as another method's"""
     train_seeds: list[int] = bounded([0], at_least=0)
-    """of the weights, where `dpt` or `lora` holds {seed}"""
+    """seeds of the trainings that made the weights; each takes the place of {seed} in `dpt` or `lora`"""
     correction_direction: str = one_of("gradient", "gradient", "random")
     """as a control: random, a step of the gradient's length anywhere"""
     correct_for_another: bool = False
@@ -62,7 +62,7 @@ class Arm(Sampling):
         if self.name and not re.fullmatch(r"\w[\w.+-]*(/\d+)?", self.name):
             raise ValueError(f"name is {self.name!r}; it names a folder: letters, digits and . _ + - alone")
         if not self.dpt and (self.best_of > 1 or self.needs_adapter):
-            raise ValueError("dpt is missing: correcting oneself and choosing by score need an adapter")
+            raise ValueError("dpt is missing: self-correction and choosing by score need an adapter")
         if self.best_of > 1 and self.candidates > 1:
             raise ValueError("best_of and candidates exclude each other: set one of them")
         if self.correct_for_another and (self.correction_target == "noise" or self.correct_candidates):
@@ -78,7 +78,7 @@ class Arm(Sampling):
 
     @property
     def sampling(self) -> Sampling:
-        """Its sampling alone."""
+        """The sampling settings of the arm."""
         return Sampling(**values(self))
 
     def each_seed(self, folder: str = "") -> list["Arm"]:
@@ -101,7 +101,7 @@ class Arm(Sampling):
         ]
 
     def settings(self) -> dict:
-        """Everything that a picture depends on but its weights: all fields that are no labels."""
+        """The settings that a picture depends on, by name: all fields but the labels."""
         labels = ("name", "about", "against", "train_seeds")
         sampling = [entry.name for entry in fields(Sampling)]
         own = [entry.name for entry in fields(self) if entry.name not in (*labels, *sampling)]
@@ -113,7 +113,7 @@ def read_settings(folder: Path) -> Settings:
     return read_json(folder / SETTINGS_FILE, Settings)
 
 
-def differing_settings(before: dict, now: dict) -> list[str]:
+def differing_arms(before: dict, now: dict) -> list[str]:
     """Differences between two arms' `settings` (and further keys), as text; a key added since has its default."""
     return differences((Arm().settings() if before else {}) | before, now)
 
@@ -132,7 +132,7 @@ def load_arms(place: str | Path, overrides: list[str] = ()) -> list[Arm]:
         overrides: "key=value", for each of them.
 
     Raises:
-        ValueError: unreadable, no such arm, an unknown key or a value that cannot be; the place is named.
+        ValueError: the file cannot be read, lacks the arm, or holds an unknown key or value; the place is named.
     """
     path, name = str(place), None
     if ":" in path and not Path(path).exists():
@@ -159,7 +159,7 @@ def _built(name: str, entry: dict, overrides: list[str]) -> Arm:
 
 
 def check(args: argparse.Namespace) -> bool:
-    """Loads the arms of `generate` into `args`, by name; whether there is anything to do."""
+    """Loads the arms of `generate` into `args`, by name. Returns True: there is something to do."""
     args.arms = check_names([arm for place in args.arms for arm in load_arms(place, args.set)])
     check_seeds(args.seeds, "--seeds")
     return True

@@ -7,8 +7,8 @@ of each adapter, the norm of guidance's difference (CFG-Rejection, arXiv 2505.23
 scorer says of the predicted clean picture at the steps of --where. A scorer then judges the finished pictures. From
 this one run come the area under the curve within prompts by step, and correctness against cost for a grid of (number
 of candidates, when), for each chooser, for a random choice and for the judge itself as ceiling. Writes
-candidates.jsonl, choose.json, choose.md and choose.png; what is in candidates.jsonl is not drawn again. Any adapter of
-noisy latents can be audited so.
+candidates.jsonl, choose.json, choose.md and choose.png. Candidates in candidates.jsonl are not drawn again. The command
+audits any adapter of noisy latents.
 """
 
 import argparse
@@ -32,12 +32,12 @@ from dpt.evaluation.flags import judge_options
 from dpt.evaluation.generate import noise_seed, process_state
 from dpt.evaluation.prompts import Prompt, load_prompt_set
 from dpt.evaluation.scorers import make_judge, value_of
-from dpt.evaluation.table import APART, markdown
+from dpt.evaluation.table import APART
 from dpt.files import append_line, read_json_lines, write_text
 from dpt.images import to_images
 from dpt.matching_score import score_of_features
 from dpt.metrics import area_within_prompts, bootstrap_interval
-from dpt.results import figure_beside, record_section
+from dpt.results import figure_beside, markdown_table, page_of, record_section
 from dpt.schedulers import predicted_clean
 
 CFG, LOWEST_CFG, PREDICTED = "cfg norm", "lowest cfg norm", "predicted picture"
@@ -51,15 +51,15 @@ class Candidate(msgspec.Struct):
     category: str
     seed: int
     value: float
-    """the judge's, of the finished picture"""
+    """the judge's value of the finished picture"""
     scores: dict[str, list[float | None]]
     """chooser -> its score after each step; None where it was not asked"""
     settings: str
-    """what must agree for candidates to be compared"""
+    """settings that all candidates of a file share, as text"""
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Draws what is missing, and writes tables and figure; returns the areas under the curve by chooser and step.
+    """Draws missing candidates, writes tables and figure, and returns the areas under the curve by chooser and step.
 
     Raises:
         ValueError: adapters, prompts or a folder that cannot be used; it is named.
@@ -80,14 +80,15 @@ def run(args: argparse.Namespace) -> dict:
     write_text(args.outdir / "choose.md", as_markdown(tables))
     draw_figure(tables, args.outdir / "choose.png")
     if args.record:
-        shutil.copy(args.outdir / "choose.png", figure_beside(args.record, "choose.png"))
+        page = page_of(args.record, "choose")
+        shutil.copy(args.outdir / "choose.png", figure_beside(page, "choose.png"))
         text = as_markdown(tables) + "\n![Correctness against cost, and areas under the curve](choose.png)\n"
-        record_section(args.record, "choose", shlex.join(["python", "evaluate.py", *args.words]), text)
+        record_section(page, "choose", shlex.join(["python", "evaluate.py", *args.words]), text)
     return {chooser: row["all"] for chooser, row in tables["auc"].items()}
 
 
 def read_candidates(path: Path, num_steps: int) -> list[Candidate]:
-    """The candidates of a file. Raises ValueError naming a line that has not the scores of all steps."""
+    """The candidates of a file. Raises ValueError naming a line that lacks scores of steps or choosers."""
     candidates = read_json_lines(path, Candidate)
     for n, one in enumerate(candidates, 1):
         if one.scores.keys() != candidates[0].scores.keys() or any(len(x) != num_steps for x in one.scores.values()):
@@ -145,7 +146,7 @@ def _rounded(score: float | None) -> float | None:
 
 
 def observing(guidance, scorers: dict, log: list[dict], judged=None, asked: set[int] = frozenset()):
-    """A `Denoiser` that notes after each pass what each chooser says of the batch's images.
+    """A `Denoiser` that notes the score of each chooser for each image of the batch, pass by pass.
 
     Args:
         judged: maps predicted clean latents to a judge's records.
@@ -228,7 +229,7 @@ def area_with_interval(scores: np.ndarray, values: np.ndarray) -> list[float] | 
 
 
 def simulate(scores: np.ndarray, values: np.ndarray, n: int, schedule) -> np.ndarray:
-    """Values of what is kept when each whole group of n of a prompt's candidates is chosen from, (P, groups)."""
+    """Values of the kept candidates, (P, groups): one is kept of each whole group of n of a prompt's candidates."""
     groups = values.shape[1] // n
     kept = np.zeros((len(values), groups))
     for p in range(len(values)):
@@ -242,7 +243,7 @@ def simulate(scores: np.ndarray, values: np.ndarray, n: int, schedule) -> np.nda
 
 
 def cost(schedule, candidates: int, num_steps: int) -> float:
-    """Passes of choosing, in those of one plain picture."""
+    """Passes of the U-Net that choosing takes, as a multiple of one plain picture's."""
     steps = sum(number * (part.stop - part.first) for part, number in with_numbers(schedule, candidates))
     return round(steps / num_steps, 3)
 
@@ -271,9 +272,9 @@ def as_markdown(tables: dict) -> str:
         f"{tables['prompts']} prompts x {tables['candidates']} candidates. Percent that the judge finds correct "
         "(95 % intervals over prompts), and of choosers the points above a random choice, paired by prompt; cost in "
         "passes of one plain picture.\n\n"
-        + markdown(["candidates", "choose_at", "cost", *choosers, RANDOM, CEILING], grid)
+        + markdown_table(["candidates", "choose_at", "cost", *choosers, RANDOM, CEILING], grid)
         + "\nArea under the curve within prompts, after so many steps:\n\n"
-        + markdown(["chooser", "category", *map(str, steps)], areas)
+        + markdown_table(["chooser", "category", *map(str, steps)], areas)
     )
 
 

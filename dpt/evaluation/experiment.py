@@ -4,7 +4,7 @@
     python evaluate.py experiment configs/tables/compbench.yaml data=DATA --dry-run    # the commands it stands for
 
 The file names training runs, each with its seeds, checkpoints to measure as discriminators, arms to draw, and how they
-are scored. Whatever is finished is left as it is, a run that was killed goes on: give the same command again. --only
+are scored. Finished parts are left as they are and a killed run goes on: give the same command again. --only
 restricts it to some names of runs and arms, --steps to some of train, measure, draw, table. Pictures go to
 FOLDER/<prompt set>/<arm>, tables to FOLDER/tables/<this file's name>/<prompt set>, measurements to
 FOLDER/tables/<this file's name>/<split>. With several GPUs give the commands that --dry-run prints: only drawing is
@@ -20,20 +20,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dpt.checkpoint.checkpoint import checkpoints
-from dpt.config import TrainConfig, check_finished, load_config
+from dpt.config import load_config
 from dpt.evaluation import align, frechet, generate, itm, plan, rec, table
-from dpt.evaluation.arms import Arm, differing_settings
+from dpt.evaluation.arms import Arm, differing_arms
 from dpt.evaluation.figures import read_arm, read_packed
 from dpt.evaluation.flags import EARLY_TIMESTEPS
 from dpt.evaluation.plan import Experiment, Run, run_settings
 from dpt.evaluation.prompts import load_prompt_set
 from dpt.evaluation.scorers import make_judge
 from dpt.files import read_text
-from dpt.results import record_section
+from dpt.results import markdown_table, page_of, record_section
+from dpt.training.settings import TrainConfig, check_finished
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Does what is left to do of the chosen steps; returns the table's rows, if it is made.
+    """Runs the chosen steps as far as they are not done; returns the table's rows, if a table is made.
 
     Args:
         args: as `plan.check` leaves them.
@@ -50,13 +51,12 @@ def run(args: argparse.Namespace) -> dict:
     wanted = [one for arm in args.arms.values() for one in arm.each_seed(experiment.folder)]
     packed = packed_arms(experiment, wanted, prompts)
     drawn = [one for one in wanted if one.name not in packed] if "draw" in steps else []
-    for name in experiment.metrics if drawn else ():
-        make_judge(name)  # says what is missing before anything is trained
+    judges = [make_judge(name) for name in experiment.metrics if drawn]  # what is missing is said before training
     if "train" in steps:
         for stage in ("probe", "tune"):  # others start from probes
             train({name: one for name, one in args.runs.items() if one.stage == stage}, experiment, jobs=args.jobs)
     if "measure" in steps and experiment.measure and not args.only:
-        measure(experiment, args.tables / experiment.measure.split)
+        measure_checkpoints(experiment, args.tables / experiment.measure.split)
     if drawn:
         generate.draw_arms(
             drawn,
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> dict:
         return {}
     if drawn:
         folders = [root / one.name for one in drawn]
-        align.score_folders(folders, [make_judge(name) for name in experiment.metrics])
+        align.score_folders(folders, judges)
         if experiment.quality:
             frechet.guard_folders(folders)
     rows, output = {}, args.tables / (f"{label}-part" if args.only else label)
@@ -91,10 +91,10 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def packed_arms(experiment: Experiment, arms: list[Arm], prompt_set: str) -> dict[str, dict]:
-    """Those of the arms that the experiment's `packed` holds.
+    """Figures of those arms that the experiment's file `packed` holds, by name.
 
     Raises:
-        ValueError: a file that cannot be read, of other pictures, or an arm that was drawn with other settings.
+        ValueError: the file cannot be read or is of other pictures, or an arm was drawn with other settings.
     """
     path = experiment.packed
     if path is None:
@@ -106,7 +106,7 @@ def packed_arms(experiment: Experiment, arms: list[Arm], prompt_set: str) -> dic
     if any(one["values"].keys() != pictures for one in kept.values()):
         raise ValueError(f"packed is {path}, which is of other prompts or image_seeds; leave it out, or name another")
     for arm in (arm for arm in arms if arm.name in kept):
-        if differing := differing_settings(kept[arm.name]["settings"], arm.settings()):
+        if differing := differing_arms(kept[arm.name]["settings"], arm.settings()):
             raise ValueError(
                 f"packed is {path}, for which {arm.name} was drawn with {', '.join(differing)}; leave it out"
             )
@@ -114,17 +114,17 @@ def packed_arms(experiment: Experiment, arms: list[Arm], prompt_set: str) -> dic
 
 
 def record(args: argparse.Namespace, tables: list[Path], notes: str) -> None:
-    """Puts those of the tables that there are into a section of docs/results.md, and notes behind them."""
+    """Puts the tables that exist, and notes behind them, into the experiment's section of a page."""
     text = "\n".join(read_text(path) for path in tables if path.exists()) + notes
     name = " ".join(["experiment", args.config.stem, *args.overrides])
-    record_section(args.record, name, shlex.join(["python", "evaluate.py", *args.words]), text)
+    record_section(page_of(args.record, name), name, shlex.join(["python", "evaluate.py", *args.words]), text)
 
 
 def train(runs: dict[str, Run], experiment: Experiment, *, jobs: int = 1) -> None:
     """Trains the runs `<folder>/<name>-<seed>` that are not finished, a process each, `jobs` at once.
 
     Raises:
-        ValueError: a finished run of other settings, or a run that failed; what it said stands above.
+        ValueError: a finished run has other settings, or a run failed; its own message stands above.
     """
     commands = []
     for name, one in runs.items():
@@ -152,8 +152,8 @@ def train(runs: dict[str, Run], experiment: Experiment, *, jobs: int = 1) -> Non
                 raise ValueError(f"a training failed: {shlex.join(command[1:])}")
 
 
-def measure(experiment: Experiment, output: Path) -> None:
-    """`itm` and `rec` of the checkpoints."""
+def measure_checkpoints(experiment: Experiment, output: Path) -> None:
+    """Runs `itm` and `rec` on the checkpoints of the experiment."""
     for task, module in (("itm", itm), ("rec", rec)):
         options = plan.measuring(task, experiment, output) | {"output": output, "timesteps": [*EARLY_TIMESTEPS]}
         options["checkpoints"] = [Path(path) for path in options["checkpoints"]]
@@ -161,12 +161,12 @@ def measure(experiment: Experiment, output: Path) -> None:
 
 
 def protocol_table(protocol: dict[str, str]) -> str:
-    """Markdown: what the protocol consists of, and where that comes from."""
-    return "\n" + table.markdown(["protocol", "source"], [list(pair) for pair in protocol.items()]) if protocol else ""
+    """The parts of the protocol and their sources, as a Markdown table."""
+    return "\n" + markdown_table(["protocol", "source"], protocol.items()) if protocol else ""
 
 
 def published_table(name: str) -> str:
-    """Markdown: published figures, with their source; a table without any says so.
+    """Published figures with their source, as Markdown; arms without figures are named.
 
     Raises:
         ValueError: no such table.
@@ -181,4 +181,4 @@ def published_table(name: str) -> str:
     ]
     missing = [arm for arm, row in entry["rows"].items() if not any(row.get(column) is not None for column in columns)]
     note = f"Not known here, so left empty: {', '.join(missing)}.\n" if missing else ""
-    return f"\nPublished ({entry['source']}):\n\n{table.markdown(['arm', *columns], cells)}{note}"
+    return f"\nPublished ({entry['source']}):\n\n{markdown_table(['arm', *columns], cells)}{note}"

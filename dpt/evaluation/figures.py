@@ -41,7 +41,7 @@ class PackedArm(msgspec.Struct):
 
 
 class Quality(msgspec.Struct, omit_defaults=True):
-    """`quality.json`: what `evaluate.py quality` found, and of which pictures."""
+    """`quality.json`: the figures of `evaluate.py quality`, and a hash of the pictures they are of."""
 
     pictures: str
     frechet: float
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def write_packed(packed: dict[str, dict], path: Path) -> None:
-    """Writes arms by name, as `read_arm` gives them with their `settings`; a line an arm.
+    """Writes arms, a line each; `packed` holds what `read_arm` gives and the `settings`, by name.
 
     Raises:
         ValueError: arms of different pictures.
@@ -84,7 +84,7 @@ def write_packed(packed: dict[str, dict], path: Path) -> None:
 
 
 def _encoded(values: list[float]) -> str | list[float]:
-    """Yes and no as a string of 1 and 0, numbers to five places."""
+    """A column of figures: truth values as a string of 1 and 0, numbers to five places."""
     if set(values) <= {0.0, 1.0}:
         return "".join(str(int(value)) for value in values)
     return [round(value, 5) for value in values]
@@ -94,7 +94,7 @@ def read_packed(path: Path) -> dict[str, dict]:
     """The arms that `write_packed` was given, scores to five places.
 
     Raises:
-        ValueError: a file that cannot be read as such.
+        ValueError: the file is not one of `write_packed`; it is named.
     """
     try:
         return _unpacked(text_lines(read_text(path)))
@@ -133,7 +133,7 @@ def _decoded(row: str | list[float], where: str) -> list[float]:
 
 
 def collect(paths: list[Path]) -> dict[str, dict]:
-    """Figures of arms by name, as `read_arm` gives them, of folders and packed files.
+    """Figures of the arms in folders and packed files, by name, as `read_arm` gives them.
 
     Raises:
         ValueError: folders without scores, or two arms of one name.
@@ -154,7 +154,7 @@ def collect(paths: list[Path]) -> dict[str, dict]:
 
 
 def read_arm(folder: Path) -> dict:
-    """An arm's figures by (prompt, seed), the categories of its prompts, its costs, and what `quality` found."""
+    """An arm's figures by (prompt, seed), the categories of its prompts, its costs, and the figures of `quality`."""
     records, values = pictures(folder), {}
     hashes = file_hashes(folder, records)
     scores = read_scores(folder, hashes)
@@ -176,7 +176,7 @@ def read_arm(folder: Path) -> dict:
 
 
 def read_quality(folder: Path, hashes: dict[str, str]) -> dict[str, float]:
-    """Figures of `quality` for the very pictures of these `file_hashes`; empty where it did not look at them."""
+    """Figures of `quality` where they are of pictures with these `file_hashes`; else an empty dict."""
     path = folder / QUALITY_FILE
     if not path.exists():
         return {}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dpt.base_models import CKPT_FOLDER, DTYPE_NAMES
 from dpt.bounds import number
-from dpt.results import RESULTS
+from dpt.results import LOG
 
 SEEDS_APART = 1000  # seed s of the k-th prompt stands for the noise of seed k * SEEDS_APART + s
 METRICS = ("oracle", "shapes-clip", "clip", "blip")
@@ -33,8 +33,8 @@ def _batch_size(default: int, what: str = "pictures") -> dict:
 
 
 def _record(what: str) -> dict:
-    options = {"nargs": "?", "const": RESULTS, "type": Path, "metavar": "FILE"}
-    return options | {"help": f"put the {what} into docs/results.md too"}
+    options = {"nargs": "?", "const": LOG, "type": Path, "metavar": "FILE"}
+    return options | {"help": f"put the {what} into a Markdown file too (default: the page of docs/log that has them)"}
 
 
 def _add_judges(add: Callable) -> None:

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def guard_folders(folders: list[Path]) -> dict:
-    """Writes every folder's figures, where they are not those of the same pictures; returns them by folder.
+    """Writes the figures of folders that have none of their present pictures; returns all figures by folder.
 
     Raises:
         ValueError: a folder without pictures, a picture that cannot be read, or a prompt outside the shapes grammar.

@@ -2,7 +2,7 @@
 
     python evaluate.py generate --arms configs/shapes/arms.yaml:base --prompts shapes:val --outdir outputs/evaluation
 
-Writes OUTDIR/<arm>/{arm.json, metadata.jsonl, samples/}. A picture that is there is not drawn again: after a kill give
+Writes OUTDIR/<arm>/{arm.json, metadata.jsonl, samples/}. A finished picture is not drawn again: after a kill give
 the same command. Under `accelerate launch` every process draws its share. A folder holds one arm with one set of
 weights; another is refused, and so is a folder with anything else in it. Every prompt has noise of its own, the same in
 all arms: with one noise for all, whether it is a lucky one would decide the figures.
@@ -29,8 +29,8 @@ from dpt.backbones.unet_features import Conditioning
 from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.choosing import candidate_seeds
 from dpt.drawing import Artist, Drawing, counted_passes
-from dpt.evaluation import controls
-from dpt.evaluation.arms import SETTINGS_FILE, Arm, Settings, differing_settings, read_settings
+from dpt.evaluation import correction_controls
+from dpt.evaluation.arms import SETTINGS_FILE, Arm, Settings, differing_arms, read_settings
 from dpt.evaluation.flags import SEEDS_APART
 from dpt.evaluation.prompts import Prompt, load_prompt_set
 from dpt.files import write_text
@@ -55,7 +55,7 @@ ASIDE = "unrecorded"  # begins the names of folders for pictures that a kill lef
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Draws what is missing; returns how many pictures there are and how many are new, arm by arm.
+    """Draws the missing pictures; returns the number of all pictures and of new ones, arm by arm.
 
     Args:
         args: as `dpt.evaluation.arms.check` leaves them.
@@ -81,7 +81,7 @@ def draw_arms(
     batch_size: int = 32,
     compbench: bool = False,
 ) -> dict:
-    """Draws what of the arms is missing, one for each set of weights; see `generate` for what is returned, by arm.
+    """Draws the missing pictures of arms that name one set of weights each; returns the counts of `generate` by arm.
 
     Raises:
         ValueError: prompts or a folder that cannot be used; it is named.
@@ -124,11 +124,11 @@ class ArmArtist:
             load_external_lora(self.sd, Path(arm.lora))
         self.fingerprint = weights_fingerprint(*parts, self.sd.unet)
         if arm.untrained_adapter:
-            self.scorer = controls.untrained(self.scorer)
+            self.scorer = correction_controls.untrained(self.scorer)
         if arm.correction_direction == "random":
-            self.method = controls.random_direction(self.scorer)
+            self.method = correction_controls.random_direction(self.scorer)
         if arm.correct_for_another:
-            self.method = controls.another_prompt(self.sd, self.scorer, [prompt.text for prompt in prompts])
+            self.method = correction_controls.another_prompt(self.sd, self.scorer, [prompt.text for prompt in prompts])
         self.artist = Artist(self.sd, self.scorer)
 
     def draw(self, prompts: list[str], seeds: list[int], batch_size: int) -> list[Drawing]:
@@ -159,7 +159,7 @@ class ArmArtist:
 def generate(
     arm: Arm, prompts: list[Prompt], seeds: list[int], folder: Path, *, batch_size: int, compbench: bool = False
 ) -> dict:
-    """Draws what of an arm's pictures is missing in its folder.
+    """Draws the pictures of an arm that its folder lacks.
 
     Raises:
         ValueError: the folder is not this arm's, or holds pictures of other settings, weights, noise or names.
@@ -196,14 +196,14 @@ def generate(
 
 
 def said_of(drawing: Drawing) -> dict:
-    """The part of a record that is of choosing and correcting: scores of corrected steps, candidates."""
+    """The keys of a record about correcting and choosing: scores of corrected steps, candidates."""
     scores = [round(record["score"], 4) for record in drawing.trace if record["length"]]
     chosen = {"kept_seed": drawing.seed, "candidates": drawing.candidates} if drawing.candidates else {}
     return ({"scores": scores} if scores else {}) | chosen
 
 
 def noise_seed(prompt: Prompt, seed: int) -> int:
-    """The seed of a prompt's noise: `seed` of the prompt's own."""
+    """The seed of a picture's noise: every prompt has `SEEDS_APART` seeds of its own."""
     return prompt.number * SEEDS_APART + seed
 
 
@@ -253,7 +253,7 @@ def _missing(
 
 
 def check_folder(folder: Path, settings: Settings) -> None:
-    """Raises ValueError unless a folder is empty, or an arm's with no pictures but of these settings."""
+    """Raises ValueError unless a folder is empty, or holds an arm whose pictures have these settings."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -273,12 +273,12 @@ def check_folder(folder: Path, settings: Settings) -> None:
     records = read_metadata(folder)
     if lacking := [record["file"] for record in records if "noise_seed" not in record]:
         raise ValueError(f"{folder / METADATA_FILE}: the record of {lacking[0]} lacks noise_seed")
-    if records and (differing := differing_settings(before, settings)):
+    if records and (differing := differing_arms(before, settings)):
         raise ValueError(f"{folder} holds pictures of other settings: {', '.join(differing)}; choose another folder")
 
 
 def _claim(folder: Path, settings: Settings, state: PartialState) -> None:
-    """Makes the folder this arm's. Raises ValueError where it is another's, in all processes."""
+    """Makes the folder this arm's. Raises ValueError in all processes where it is another's."""
     check_folder(folder, settings)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -288,7 +288,7 @@ def _claim(folder: Path, settings: Settings, state: PartialState) -> None:
 
 
 def _set_unrecorded_aside(folder: Path) -> None:
-    """Moves pictures that a kill left without their record; they are drawn again. What others laid there stays."""
+    """Moves pictures that a kill left without their record; they are drawn again. Other files stay."""
     known = {record["file"] for record in read_metadata(folder)}
     beside = [path for place in ("samples", "*/samples") for path in folder.glob(f"{place}/*")]
     beside = [path for path in beside if not path.relative_to(folder).parts[0].startswith(ASIDE)]

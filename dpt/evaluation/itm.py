@@ -4,9 +4,10 @@
         --zero_shot --output outputs/evaluation/itm
 
 Accuracy (chance 50 %) on the text side and the image side, at t = 500 and in the mean over --timesteps, the pairs that
-are compared sharing noise. Checkpoints of controls may be named along: then the others' selectivity over the best of
-them is shown too. --zero_shot adds matching by the same model's denoising error, which needs no adapter (DiffusionITM,
-Krojer et al. 2023). Writes itm.json, itm.md and the records, from which what is measured is not measured again.
+are compared sharing noise. Checkpoints of controls may be named along: then the selectivity of the others, over the
+best control, is shown too. --zero_shot adds matching by the same model's denoising error, which needs no adapter
+(DiffusionITM, Krojer et al. 2023). Writes itm.json, itm.md and the records; samples with a record are not measured
+again.
 """
 
 import argparse
@@ -14,13 +15,14 @@ import argparse
 import torch
 
 from dpt.backbones.stable_diffusion import StableDiffusion, weights_fingerprint
-from dpt.config import TrainConfig, load_config
-from dpt.data.collate import as_latents, collate, sample_generator
+from dpt.config import load_config
+from dpt.data.collate import sample_generator
 from dpt.data.sources import validation_samples
 from dpt.evaluation import probes
 from dpt.evaluation.probes import Measured
-from dpt.tasks.itm import wins
-from dpt.training.validation import PAPER_TIMESTEP, Samples, evenly_spread
+from dpt.tasks.itm import ImageTextMatching, wins
+from dpt.training.settings import TrainConfig
+from dpt.training.validation import PAPER_TIMESTEP, Samples, batches_to_measure
 
 ZERO_SHOT = "denoising error"
 
@@ -57,27 +59,25 @@ def _zero_shot(args: argparse.Namespace, variants: dict[str, list[str]]) -> Meas
 def denoising_matches(
     sd: StableDiffusion, samples: Samples, timesteps: list[int], num_samples: int, batch_size: int
 ) -> list[dict]:
-    """Records like those of `dpt.training.validation.measure`, of matching by denoising error.
+    """Records of matching by denoising error, like those of `dpt.training.validation.measure`.
 
     A caption's error is that of the noise predicted under it, and lower is truer; between images the error without a
-    prompt is subtracted (Krojer et al. 2023). At t = 500 the errors of that noise level decide; at each of `timesteps`
-    stands what the errors of all of them together decide.
+    prompt is subtracted (Krojer et al. 2023). At t = 500 the errors of that noise level decide; at each of
+    `timesteps` the sum of the errors at all of them decides.
     """
-    chosen = evenly_spread(len(samples), num_samples)
     records = []
-    for start in range(0, len(chosen), batch_size):
-        batch = [samples.get(int(index), 0) for index in chosen[start : start + batch_size]]
-        joined = collate(batch)
-        latents = as_latents(joined.images[:, :2], sd).to(sd.device).float()  # (B, 2, C, h, w)
-        texts = [text for captions in joined.captions for text in captions[:2]]
+    sizes = {"num_samples": num_samples, "batch_size": batch_size}
+    for _, of_batch, batch in batches_to_measure(samples, sd, ImageTextMatching(), **sizes):
+        latents = batch.images.to(sd.device).float()  # (B, 2, C, h, w)
+        texts = [text for captions in batch.captions for text in captions[:2]]
         context, _ = sd.encode_prompts([*texts, ""])
-        captions, empty = context[:-1].unflatten(0, (-1, 2)), context[-1:].expand(len(batch), -1, -1)
+        captions, empty = context[:-1].unflatten(0, (-1, 2)), context[-1:].expand(len(of_batch), -1, -1)
         pairs = ((0, captions[:, 0]), (0, captions[:, 1]), (1, captions[:, 0]), (0, empty), (1, empty))
-        errors = {t: _errors(sd, latents, pairs, joined.ids, t) for t in {*timesteps, PAPER_TIMESTEP}}
+        errors = {t: _errors(sd, latents, pairs, batch.ids, t) for t in {*timesteps, PAPER_TIMESTEP}}
         together = wins(_ahead(sum(errors[t] for t in timesteps)))
         decided = {t: together for t in timesteps} | {PAPER_TIMESTEP: wins(_ahead(errors[PAPER_TIMESTEP]))}
         for timestep, won in decided.items():
-            for sample, (text, image) in zip(batch, won.tolist(), strict=True):
+            for sample, (text, image) in zip(of_batch, won.tolist(), strict=True):
                 kind = sample.negative_kind
                 records.append({"id": sample.id, "timestep": timestep, "text": text, "image": image, "kind": kind})
     return records

@@ -37,10 +37,10 @@ MOST_BYTES = 25_000_000
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Writes the page; returns what it holds, in numbers.
+    """Writes the page; returns its path, number of pictures and size.
 
     Raises:
-        ValueError: folders without pictures, an unreadable file, or a page that is too large or would replace a file.
+        ValueError: folders without pictures, an unreadable file, a page too large, or another file in its place.
     """
     check_replaceable(args.output, _check_page)
     arms = [folder_name(folder) for folder in args.folders]

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> dict:
     """Draws the figure; returns its numbers: name -> passes and (mean, low, high).
 
     Raises:
-        ValueError: folders without the oracle's verdicts or without their passes, or an output that cannot be.
+        ValueError: folders without the oracle's verdicts or the passes, or an output that is no figure's name.
     """
     formats, beside = Figure().canvas.get_supported_filetypes(), args.output.with_suffix(".json")
     if args.output.is_dir() or args.output.suffix.removeprefix(".") not in formats:

@@ -11,6 +11,7 @@ from dpt.bounds import bounded, check_bounds, one_of
 from dpt.config import load_config
 from dpt.evaluation.arms import Arm, check_names, check_seeds, load_arms
 from dpt.evaluation.flags import METRICS, STEPS
+from dpt.results import LOG
 
 SOURCES = ("paper", "reference code", "our choice", "not verified")
 SCRIPTS = Path(__file__).resolve().parents[2]
@@ -58,7 +59,7 @@ class Experiment:
     """Runs in the order in which they are trained, arms in the order of the table."""
 
     folder: str = "outputs/experiment"
-    """for pictures and tables, and for training runs"""
+    """folder of pictures, tables and training runs"""
     data: str = "DATA"
     """what "{data}" stands for in settings and prompts: the folder of users' files"""
     runs: dict[str, Run] = field(default_factory=dict)
@@ -76,7 +77,7 @@ class Experiment:
     """only the first so many prompts a category; they have folders of their own"""
     packed: str | None = None
     """a file of `evaluate.py pack`: its arms are not drawn but tabled from there. Settings, prompts and seeds must be
-    the same; weights are not compared. What is in it is trained all the same: choose --steps draw table"""
+    the same; weights are not compared. Their runs are trained all the same: choose --steps draw table"""
     image_seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3])
     metrics: list[str] = field(default_factory=lambda: ["oracle", "shapes-clip"])
     quality: bool = True
@@ -88,7 +89,7 @@ class Experiment:
     by: list[str] = field(default_factory=lambda: ["correct"])
     """figures shown by category"""
     protocol: dict[str, str] = field(default_factory=dict)
-    """what the protocol consists of -> its source: one of `SOURCES`"""
+    """part of the protocol -> its source, one of `SOURCES`"""
     published: str = ""
     """a table of configs/tables/published.yaml to show beside"""
 
@@ -148,12 +149,10 @@ def check(args: argparse.Namespace) -> bool:
         raise ValueError(f"--only names {sorted(unknown)[0]!r}; there are {', '.join([*experiment.runs, *arms])}")
     if arms and experiment.against not in arms:
         raise ValueError(f"against is {experiment.against!r}; the arms are {', '.join(arms)}")
-    if args.record and args.record.is_dir():
+    if args.record not in (None, LOG) and args.record.is_dir():
         raise ValueError(f"--record is {args.record}, a folder; name a file")
     if args.record and (args.only or set(args.steps) != set(STEPS)):
-        raise ValueError(
-            "--record puts all of an experiment's tables into docs/results.md: leave out --only and --steps"
-        )
+        raise ValueError("--record puts all of an experiment's tables into one page: leave out --only and --steps")
     args.experiment = experiment
     args.runs = {name: run for name, run in experiment.runs.items() if not args.only or name in args.only}
     args.arms = {name: arm for name, arm in arms.items() if not args.only or name in args.only}

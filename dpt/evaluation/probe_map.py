@@ -10,6 +10,7 @@ kill the same command goes on. The config is a training config: model, adapter, 
 
 import argparse
 import json
+import math
 import shlex
 import shutil
 from dataclasses import replace
@@ -23,27 +24,30 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from dpt.adapter.adapter import DiscriminativeAdapter
-from dpt.assembly import adapter_config, encode_options
+from dpt.assembly import WEIGHT_DTYPES, adapter_config, encode_options
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.backbones.unet_features import parse_feature
-from dpt.config import AdapterConfig, TrainConfig, load_config, save_config
-from dpt.data.collate import as_latents, collate, encode_batch
+from dpt.config import AdapterConfig, load_config, save_config
+from dpt.data.collate import as_latents, encode_batch
 from dpt.data.loader import micro_batches
 from dpt.data.sources import training_samples, validation_samples
-from dpt.evaluation import table
 from dpt.evaluation.flags import SAME_FEATURES
 from dpt.evaluation.generate import process_state
-from dpt.evaluation.probes import cell, check_timesteps, load_base
+from dpt.evaluation.probes import autocast, cell, check_timesteps, load_base
 from dpt.files import read_json, write_text
 from dpt.metrics import Interval, bootstrap_interval
 from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
-from dpt.results import check_replaceable, figure_beside, record_section
+from dpt.results import check_replaceable, figure_beside, markdown_table, page_of, record_section
 from dpt.tasks.task import passes_of
 from dpt.training.controls import control_batch, control_inputs, control_unet
 from dpt.training.loop import train_stage
-from dpt.training.validation import PAPER_TIMESTEP, evenly_spread
+from dpt.training.settings import ModelSettings, TrainConfig
+from dpt.training.validation import PAPER_TIMESTEP, batches_to_measure
 
+SECTION = "probe map"
+DECAY = {"constant": 0.0, "linear": 1.0}
+"""schedule -> share of the steps over which the learning rate falls to zero"""
 CONTROL_NAMES = {
     "none": "the probe",
     "constant_text": "a constant vector for the pooled text",
@@ -73,7 +77,7 @@ def run(args: argparse.Namespace) -> dict:
     schema, figures = dict[str, dict[str, dict[str, Cell]]], [args.output / f"probe_map.{end}" for end in ("md", "png")]
     check_replaceable(args.output / "probe_map.json", partial(read_json, schema=schema), *figures)
     if args.record:
-        figure_beside(args.record, "probe_map.png")
+        figure_beside(page_of(args.record, SECTION), "probe_map.png")
     config = load_config(TrainConfig, args.config, args.overrides)
     check_settings(config)
     _claim(args, config)
@@ -81,17 +85,21 @@ def run(args: argparse.Namespace) -> dict:
     check_timesteps(args.timesteps, probes.sd)
     samples = training_samples(config.data, probes.sd, seed=config.seed)
     optim = config.optim
+    steps = optim.steps if optim.epochs is None else math.ceil(optim.epochs * len(samples) / optim.batch_size)
     train_stage(
         "probe_map",
         args.output,
         probes.adapters,
         partial(_losses_at, probes, samples),
-        steps=optim.steps,
+        steps=steps,
         lr=optim.lr,
         warmup=optim.warmup_steps,
-        decay=1.0,
+        decay=DECAY[optim.schedule],
         ema=0.0,
         weight_decay=optim.weight_decay,
+        betas=tuple(optim.betas),
+        max_grad_norm=optim.max_grad_norm,
+        precision=WEIGHT_DTYPES[optim.mixed_precision],
         clip_groups=[list(adapter.parameters()) for adapter in probes.adapters.values()],
         save_every=config.checkpoints.every,
     )
@@ -109,30 +117,29 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def record(args: argparse.Namespace, result: dict) -> None:
-    """Puts the map into a section of docs/results.md, its figure beside it."""
-    shutil.copy(args.output / "probe_map.png", figure_beside(args.record, "probe_map.png"))
+    """Puts the map into its section of a page, its figure beside the page."""
+    page = page_of(args.record, SECTION)
+    shutil.copy(args.output / "probe_map.png", figure_beside(page, "probe_map.png"))
     command = ["python", "evaluate.py", *args.words]
     text = f"![Blocks and timesteps](probe_map.png)\n\n{markdown(result)}"
-    record_section(args.record, "probe map", shlex.join(command), text)
+    record_section(page, SECTION, shlex.join(command), text)
 
 
 def check_settings(config: TrainConfig) -> None:
-    """Raises ValueError where the config asks for what this training has not."""
-    default = TrainConfig()
-    fixed = {
-        "control": (config.control, "none"),
-        "init_from": (config.init_from, None),
-        "optim.mixed_precision": (config.optim.mixed_precision, "bf16"),
-        "optim.schedule": (config.optim.schedule, "linear"),
-        "optim.epochs": (config.optim.epochs, None),
-        "optim.gradient_accumulation_steps": (config.optim.gradient_accumulation_steps, 1),
-        "optim.betas": (config.optim.betas, default.optim.betas),
-        "optim.max_grad_norm": (config.optim.max_grad_norm, 1.0),
-        "model.feature": (config.model.feature, default.model.feature),
+    """Raises ValueError at settings that this training does not take."""
+    optim = config.optim
+    refused = {
+        "control": (config.control, ("none",), "--controls names the controls"),
+        "init_from": (config.init_from, (None,), "adapters of all blocks begin untrained"),
+        "model.feature": (config.model.feature, (ModelSettings.feature,), "all blocks are probed"),
+        "data.kind": (config.data.kind, ("shapes", "coco"), "trajectories have no hard negatives to match"),
+        "optim.mixed_precision": (optim.mixed_precision, ("no", "bf16"), "losses are not scaled, as fp16 needs"),
+        "optim.schedule": (optim.schedule, tuple(DECAY), "the learning rate falls on a line, or not at all"),
+        "optim.gradient_accumulation_steps": (optim.gradient_accumulation_steps, (1,), "a step is one batch"),
     }
-    for name, (value, only) in fixed.items():
-        if value != only:
-            raise ValueError(f"{name} is {value}; probe-map trains with {only}, on all blocks")
+    for name, (value, possible, reason) in refused.items():
+        if value not in possible:
+            raise ValueError(f"{name} is {value}; probe-map takes {' or '.join(map(str, possible))}: {reason}")
 
 
 def _claim(args: argparse.Namespace, config: TrainConfig) -> None:
@@ -214,26 +221,18 @@ class ProbeMap(nn.Module):
         """Figures on val samples, by control, block and timestep: means with 95 % intervals."""
         self.eval()
         records: dict[tuple, list[dict]] = {}
-        size = self.config.optim.batch_size
+        sizes = {"num_samples": num_samples, "batch_size": self.config.optim.batch_size}
         for name, samples in tasks.items():
             task = self.readers["none"].task(name)
             passes = list(task.measured)
-            chosen = evenly_spread(len(samples), num_samples)
-            for start in range(0, len(chosen), size):
-                batch = [samples.get(int(index), 0) for index in chosen[start : start + size]]
-                batch = [sample for sample in batch if task.takes(sample)]
-                if not batch:
-                    continue
-                joined = collate(batch)
-                joined.images = as_latents(joined.images[:, :2], self.sd)
+            for _, of_batch, batch in batches_to_measure(samples, self.sd, task, **sizes):
                 for timestep in timesteps:
-                    window = (timestep, timestep)
-                    with torch.autocast(self.sd.device.type, torch.bfloat16):
+                    with autocast(self.config):
                         for control, block, model, feature, inputs in self._each_map(
-                            joined, passes, training=False, timesteps=window
+                            batch, passes, training=False, timesteps=(timestep, timestep)
                         ):
                             hs = model.read([feature], passes, inputs["timesteps"])
-                            found = task.records(model.adapter, hs, inputs, batch)
+                            found = task.records(model.adapter, hs, inputs, of_batch)
                             records.setdefault((control, block, timestep, name), []).extend(found)
         return self._summary(records, timesteps)
 
@@ -278,18 +277,17 @@ def grids(result: dict) -> dict[str, np.ndarray]:
 
 
 def markdown(result: dict) -> str:
-    """A table a panel: timesteps down, blocks across; and one of the controls beside the probe."""
-    blocks, parts = list(result["none"]), []
+    """A table a panel, blocks down and timesteps across; and one of the probe beside its controls at t = 500."""
+    blocks, parts, paper = list(result["none"]), [], str(PAPER_TIMESTEP)
     timesteps = list(result["none"][blocks[0]])
     for panel, grid in grids(result).items():
-        cells = [[f"t = {t}", *(f"{value:.1f}" for value in row)] for t, row in zip(timesteps, grid, strict=True)]
-        parts.append(table.markdown([PANELS[panel], *blocks], cells))
-    if str(PAPER_TIMESTEP) in timesteps:  # what selectivity is the difference of, with intervals
-        cells = [
-            [CONTROL_NAMES.get(control, control), *(cell(row[block][str(PAPER_TIMESTEP)], "itm") for block in blocks)]
-            for control, row in result.items()
-        ]
-        parts.append(table.markdown([f"ITM accuracy at t = {PAPER_TIMESTEP}, %", *blocks], cells))
+        cells = [[block, *(f"{value:.1f}" for value in row)] for block, row in zip(blocks, grid.T, strict=True)]
+        table = markdown_table(["block", *(f"t = {t}" for t in timesteps)], cells)
+        parts.append(f"{PANELS[panel]}, by block:\n\n{table}")
+    if paper in timesteps:  # selectivity is a difference of these
+        cells = [[block, *(cell(row[block][paper], "itm") for row in result.values())] for block in blocks]
+        table = markdown_table(["block", *(CONTROL_NAMES.get(control, control) for control in result)], cells)
+        parts.append(f"ITM accuracy at t = {paper}, %, by block:\n\n{table}")
     return "\n".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""What `evaluate.py itm` and `evaluate.py rec` share: checkpoints measured on one set of samples, beside each other.
+"""Checkpoints measured on one set of samples, beside each other: the shared part of `evaluate.py itm` and `rec`.
 
 A probe's *selectivity* is its figure minus that of the best control measured with it (Hewitt & Liang 2019). Controls
 are checkpoints trained with `control=...` or `model.feature=latents`.
@@ -16,26 +16,26 @@ import msgspec
 import numpy as np
 import torch
 
-from dpt.assembly import DTYPES
+from dpt.assembly import WEIGHT_DTYPES
 from dpt.backbones.stable_diffusion import StableDiffusion, load_stable_diffusion, weights_fingerprint
 from dpt.checkpoint.checkpoint import DPTCheckpoint, load_checkpoint
-from dpt.config import TrainConfig, load_config
+from dpt.config import load_config
 from dpt.data.sources import validation_samples
-from dpt.evaluation import table
 from dpt.evaluation.generate import process_state
 from dpt.files import read_json, write_text
 from dpt.metrics import Interval, crossed_bootstrap
 from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
-from dpt.results import check_replaceable
+from dpt.results import check_replaceable, markdown_table
 from dpt.training.controls import control_unet
+from dpt.training.settings import TrainConfig
 from dpt.training.validation import FIGURES, PAPER_TIMESTEP, measure
 
 Figures = TypedDict(
     "Figures", {"t500": Interval, "mean": Interval, "t500 against": str, "mean against": str}, total=False
 )
 Summary = dict[str, dict[str, dict[str, Figures]]]
-"""what `summary` returns"""
+"""Figures by set, checkpoint and column."""
 
 
 class ItmRecord(TypedDict):
@@ -59,7 +59,7 @@ Record = TypeVar("Record")
 
 
 class Kept(msgspec.Struct, Generic[Record]):
-    """What was measured of a checkpoint, and of what: the records of each set."""
+    """A file of measurements: the records of each set, and what they are of."""
 
     identity: dict[str, str | int | list[int]]
     records: dict[str, list[Record]]
@@ -67,7 +67,7 @@ class Kept(msgspec.Struct, Generic[Record]):
 
 @dataclass
 class Measured:
-    """One checkpoint: what it is, and a record a sample and timestep by set."""
+    """One checkpoint, and for each set a record a sample and timestep."""
 
     name: str
     control: str
@@ -81,19 +81,19 @@ def load_base(config: TrainConfig) -> StableDiffusion:
         config.model.name,
         revision=config.model.revision,
         local_files_only=config.model.local_files_only,
-        dtype=DTYPES[config.optim.mixed_precision],
+        dtype=WEIGHT_DTYPES[config.optim.mixed_precision],
         device=process_state().device,
     )
 
 
 def autocast(config: TrainConfig) -> torch.autocast:
-    """What training runs under, so that measuring does."""
-    dtype = DTYPES[config.optim.mixed_precision]
+    """The autocast that training runs under, for measuring."""
+    dtype = WEIGHT_DTYPES[config.optim.mixed_precision]
     return torch.autocast(process_state().device.type, dtype, enabled=dtype != torch.float32)
 
 
 def load_probe(checkpoint: DPTCheckpoint, config: TrainConfig) -> tuple[DPT, StableDiffusion]:
-    """A checkpoint on the config's model, deprived of what its control says."""
+    """A checkpoint on the config's model, with the U-Net of its control."""
     sd = load_base(config)
     control_unet(checkpoint.config.control, sd)
     scorer = checkpoint.attach(sd, measuring=True)
@@ -104,7 +104,7 @@ def load_probe(checkpoint: DPTCheckpoint, config: TrainConfig) -> tuple[DPT, Sta
 
 
 def measure_all(args: argparse.Namespace, task: str, variants: dict[str, list[str]]) -> list[Measured]:
-    """Measures every checkpoint on the val sets of each variant of the config; what is on disk is not measured again.
+    """Measures every checkpoint on the val sets of each variant of the config; records on disk are read instead.
 
     Args:
         variants: label -> overrides of the config.
@@ -174,7 +174,7 @@ def check_timesteps(timesteps: list[int], sd: StableDiffusion) -> list[int]:
 
 
 def kept(args: argparse.Namespace, name: str, config: TrainConfig, weights: str, compute: Callable[[], dict]) -> dict:
-    """What `compute` gives, from disk where it was computed of the same weights, data and samples."""
+    """The records that `compute` gives, from disk if they are there for the same weights, data and samples."""
     identity = {
         "weights": weights,
         "data": repr(config.data),
@@ -194,7 +194,7 @@ def kept(args: argparse.Namespace, name: str, config: TrainConfig, weights: str,
 
 
 def read_kept(path: Path, task: str) -> Kept:
-    """A file of `kept`. Raises ValueError naming file and field, also where a sample lacks a timestep."""
+    """The file of `kept`. Raises ValueError naming file and field, also where a sample lacks a timestep."""
     try:
         found = read_json(path, Kept[RECORDS[task]])
         for name, records in found.records.items():
@@ -207,7 +207,7 @@ def read_kept(path: Path, task: str) -> Kept:
 
 
 def summary(measured: list[Measured], columns: list[str], timesteps: list[int]) -> dict:
-    """Figures of all checkpoints, and the selectivity of those that are no controls.
+    """Figures of all checkpoints, and the selectivity of probes.
 
     Returns:
         set -> name -> column -> "t500" or "mean" -> (mean, low, high); probes measured beside controls have
@@ -245,7 +245,7 @@ def _values(found: dict[int, dict[int, dict]], column: str, timesteps: list[int]
 
 
 def markdown(result: dict, measured: list[Measured]) -> str:
-    """The summary as tables, one a set, in percent; "without" is what a control lacks."""
+    """The summary as tables, one a set, in percent; the column "without" names what a control lacks."""
     controls, parts = {one.name: one.control for one in measured}, []
     for key, rows in result.items():
         (name, *header), cells = laid_out(rows)
@@ -253,7 +253,7 @@ def markdown(result: dict, measured: list[Measured]) -> str:
             header.insert(0, "without")
             cells = [[row[0], controls[row[0]].replace("none", ""), *row[1:]] for row in cells]
         samples = len({record["id"] for record in measured[0].records[key]})
-        parts.append(f"**{key or 'all'}**, {samples} samples\n\n{table.markdown([name, *header], cells)}")
+        parts.append(f"**{key or 'all'}**, {samples} samples\n\n{markdown_table([name, *header], cells)}")
     return "\n".join(parts)
 
 
@@ -287,7 +287,7 @@ def write(args: argparse.Namespace, task: str, result: dict, measured: list[Meas
 
 
 def split_by(measured: list[Measured], key: str) -> list[Measured]:
-    """The same with a further set `<set>: <value>` for each value that the records hold under `key`."""
+    """The checkpoints with further sets `<set>: <value>`, one for each value that the records hold under `key`."""
     parts = []
     for one in measured:
         records = dict(one.records)

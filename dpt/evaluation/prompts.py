@@ -43,7 +43,7 @@ def load_prompt_set(name: str, *, per_category: int | None = None) -> list[Promp
         per_category: only the first so many of each category; their numbers, and so their noise, are the whole set's.
 
     Raises:
-        ValueError: no such set, or a file that does not hold what it should; it is named.
+        ValueError: the set is unknown, or a file holds something else; it is named.
     """
     if per_category is not None and per_category < 1:
         raise ValueError(f"per_category is {per_category}; it must be at least 1")

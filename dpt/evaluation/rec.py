@@ -16,7 +16,7 @@ from PIL import Image
 from dpt.adapter.adapter import Scorer
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.checkpoint.checkpoint import load_checkpoint
-from dpt.config import TrainConfig, load_config
+from dpt.config import load_config
 from dpt.data.collate import as_latents
 from dpt.data.sources import validation_samples
 from dpt.demo.studio import find_phrase
@@ -24,6 +24,7 @@ from dpt.evaluation import probes
 from dpt.images import make_grid, to_images, with_boxes
 from dpt.lora import remove_lora
 from dpt.shapes.samples import ShapesSamples
+from dpt.training.settings import TrainConfig
 from dpt.training.validation import FIGURES, PAPER_TIMESTEP, Samples
 
 NUM_SHOWN, NUM_PHRASES = 6, 8
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def draw_phrases(sd: StableDiffusion, scorer: Scorer, samples: ShapesSamples) -> Image.Image:
-    """The scene of the most phrases among the samples, once for each of the first eight: its surest box."""
+    """A grid of the scene with the most phrases, once for each of its first eight phrases with the surest box."""
     index = max(range(len(samples)), key=lambda k: len(samples.phrases(k)))
     latents = as_latents(samples.get(index, 0).images[None, :1], sd)[:, 0]
     image = to_images(sd.decode_latents(latents))[0]

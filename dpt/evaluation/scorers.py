@@ -6,7 +6,6 @@ error says which weights are missing, from where they come, and into which folde
 
 import hashlib
 import inspect
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +23,12 @@ from dpt.evaluation.generate import process_state
 from dpt.shapes import grammar, scenes
 from dpt.shapes import oracle as oracle_module
 from dpt.shapes.clip import embed_images, embed_texts, load_clip
+from dpt.weights import UNPICKLING_ERRORS
 
 OPEN_CLIP_SOURCE = "huggingface.co/laion/CLIP-ViT-H-14-laion2B-s32B-b79K, its open_clip_model.safetensors"
 BLIP_SOURCE = "huggingface.co/Salesforce/blip-itm-base-coco (or a larger one), its whole folder"
-BROKEN = (
-    *(OSError, EOFError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, OverflowError, MemoryError),
-    *(pickle.UnpicklingError, SafetensorError),
-)
-"""errors of the libraries' readers of weights at files that are damaged or something else"""
+BROKEN = (*UNPICKLING_ERRORS, SafetensorError)
+"""Errors of the libraries' readers of weights at files that are damaged or something else."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +120,7 @@ def _clip(name: str, path: Path | None) -> Judge:
         raise ValueError(f"--metrics clip needs weights of {name}: put {source}, into {path}")
     try:
         model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=str(path), device=device)
-    except (*BROKEN, AssertionError) as error:  # OpenCLIP asserts that shapes of another model's weights are its own
+    except BROKEN as error:  # OpenCLIP asserts that shapes of another model's weights are its own
         raise ValueError(f"{path} does not hold weights of {name}: {' '.join(str(error).split())[:200]}") from error
     tokenizer, model = open_clip.get_tokenizer(name), model.eval()
 

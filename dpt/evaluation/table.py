@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from dpt.evaluation.figures import collect
 from dpt.files import decode, read_json, write_text
 from dpt.metrics import Interval, bootstrap_p, crossed_bootstrap, holm
-from dpt.results import check_replaceable
+from dpt.results import check_replaceable, markdown_table
 from dpt.shapes.oracle import LABELS
 
 APART = "unseen"  # a category that overall figures leave out
@@ -70,24 +70,20 @@ def make_tables(
         raise ValueError(f"--against is {against!r}; the arms are {', '.join(arms)}")
     check_alike(arms)
     first = next(iter(arms.values()))[0]
-    of_prompt = first["categories"]
-    known = {category for found in of_prompt.values() for category in found}
-    chosen = set(categories or [category for category in known if category != APART] or [APART])
-    if unknown := chosen - known:
-        raise ValueError(f"--categories names {sorted(unknown)[0]!r}; there are {', '.join(sorted(known))}")
     if unknown := set(by) - first["figures"]:
         raise ValueError(f"--by names {sorted(unknown)[0]!r}; the figures are {', '.join(sorted(first['figures']))}")
+    known, chosen = categories_of(first, categories)
+    pairs = sorted(pair for pair in first["values"] if chosen & set(first["categories"][pair[0]]))
     reference = {name: (against_of or {}).get(name) or against for name in arms}
     result = {"arms": {}}
     for name, seeds in arms.items():
-        pairs = sorted(pair for pair in first["values"] if chosen & set(of_prompt[pair[0]]))
         other = reference[name] if reference[name] != name else None
         result["arms"][name] = _row(seeds, arms.get(other), other, pairs)
     for figure in by:
         result[f"{figure} by category"] = _by_category(arms, reference, figure, sorted(known))
     tables = [arms_table(result["arms"])]
     tables += [category_table(figure, result[f"{figure} by category"]) for figure in by]
-    text = "\n".join(markdown(*table) for table in tables)
+    text = "\n".join(markdown_table(*table) for table in tables)
     text += f"\nFigures of an arm are of all categories but `{APART}`.\n" * (not categories and APART in known - chosen)
     text += notes
     for suffix, content in (
@@ -96,9 +92,22 @@ def make_tables(
         ("tex", "\n".join(latex(*table) for table in tables)),
     ):
         write_text(output / f"table.{suffix}", content)
-    draw_arms(result["arms"]).savefig(output / "table.png", dpi=110)
+    plot_arms(result["arms"]).savefig(output / "table.png", dpi=110)
     print(text)
     return result
+
+
+def categories_of(arm: dict, wanted: list[str] | None) -> tuple[set[str], set[str]]:
+    """The categories of an arm's prompts, and those that overall figures are of: `wanted`, or all but `unseen`.
+
+    Raises:
+        ValueError: a wanted category that no prompt is of.
+    """
+    known = {category for found in arm["categories"].values() for category in found}
+    chosen = set(wanted or [category for category in known if category != APART] or [APART])
+    if unknown := chosen - known:
+        raise ValueError(f"--categories names {sorted(unknown)[0]!r}; there are {', '.join(sorted(known))}")
+    return known, chosen
 
 
 def read_tables(path: Path) -> dict[str, dict]:
@@ -210,7 +219,7 @@ def _cell(column: str, value) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def draw_arms(rows: dict[str, dict]) -> Figure:
+def plot_arms(rows: dict[str, dict]) -> Figure:
     """The first figure of each arm with its 95 % interval, beside it the paired difference to the arm named there."""
     first = next(key for key, value in next(iter(rows.values())).items() if isinstance(value, tuple))
     percent = 100 if first in LABELS else 1
@@ -231,12 +240,6 @@ def draw_arms(rows: dict[str, dict]) -> Figure:
     for axis in (left, right):
         axis.grid(alpha=0.3)
     return drawing
-
-
-def markdown(header: list[str], cells: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *cells]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def latex(header: list[str], cells: list[list[str]]) -> str:

@@ -109,7 +109,7 @@ def wording_loss(clip, tokenizer, world: ShapesWorld, step: int, *, batch_size: 
     """Cross-entropy of finding a caption's other wording among those of the batch and of all hard negatives.
 
     It trains the text tower alone. Pictures teach it relations too late: without this a caption and its flip were
-    pooled at cosine 0.996, with it at 0.76 (docs/results.md).
+    pooled at cosine 0.996, with it at 0.76 (docs/log/base.md).
     """
     captions, others, negatives = [], [], []
     for index in range(step * batch_size, (step + 1) * batch_size):

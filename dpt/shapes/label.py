@@ -31,10 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         with heavy_imports():
-            from dpt.shapes.labelling import collect, sheets
+            from dpt.shapes.labelling import collect_pictures, sheets
 
         if args.command == "collect":
-            collect(args.folders, args.count, args.folder)
+            collect_pictures(args.folders, args.count, args.folder)
         else:
             sheets(args.output, args.folder)
     except (ValueError, OSError) as error:

@@ -22,8 +22,8 @@ LABELLED = {
     "late stages": LABELLED_FOLDER / "late",
     "with CLIP trained along": LABELLED_FOLDER / "joint",
 }
-"""pictures labelled by eye: of the oracle's thresholds that of outlines was chosen on the first half of the first set,
-that at the border on the first two, and nothing on the third"""
+"""Sets of pictures labelled by eye. The oracle's threshold of outlines was chosen on the first half of the first set,
+its threshold at the border on the first two sets, and nothing on the third."""
 
 
 class JudgedPicture(msgspec.Struct):
@@ -70,7 +70,7 @@ def agreement(folder: Path) -> tuple[list[dict], dict[tuple[str, str], int]]:
     return wrong, counts
 
 
-def collect(folders: list[Path], count: int, output: Path) -> None:
+def collect_pictures(folders: list[Path], count: int, output: Path) -> None:
     """Writes `pictures.png` and `labels.jsonl` (labels still null) of `count` pictures, mixed.
 
     Raises:

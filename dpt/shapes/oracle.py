@@ -1,4 +1,4 @@
-"""Says what is in a picture of the `shapes` world and whether a prompt is true of it. numpy and scipy only.
+"""The oracle of the `shapes` world: objects of a picture, and whether a prompt is true of it. numpy and scipy only.
 
 Objects are connected regions that differ from the background. A region is well-formed when it is of one colour of the
 palette, is not cut off by the border, is as large as an object can be, and has the outline of one of the five shapes.
@@ -54,7 +54,7 @@ LABELS = get_args(Label)
 class Detection:
     """An object found in a picture: names, centre in pixels, radius as in `scenes`, box normalised cxcywh.
 
-    `fault` says why it is no well-formed object, or is None.
+    `fault` is the reason why it is no well-formed object, or None.
     """
 
     color: str

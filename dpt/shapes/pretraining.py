@@ -1,4 +1,4 @@
-"""The stages of the embedded model's pretraining. Each leaves what it made in the folder and does nothing twice."""
+"""The stages of the embedded model's pretraining. Each keeps its results in the folder and does nothing twice."""
 
 import json
 import shutil
@@ -155,7 +155,7 @@ def run_unet(config: PretrainConfig, folder: Path) -> None:
 
 
 def assemble(config: PretrainConfig, folder: Path, scaling_factor: float) -> StableDiffusion:
-    """The trained frozen parts with a new U-Net."""
+    """A pipeline of the trained, frozen parts and a new U-Net."""
     clip, tokenizer = clips.load_clip(folder / "clip")
     text_encoder = CLIPTextModel(clip.config.text_config)
     text_encoder.load_state_dict(clip.text_model.state_dict())
@@ -200,7 +200,7 @@ def run_export(config: PretrainConfig, folder: Path) -> None:
 def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a folder under a temporary name, then puts it in the place of one of that name.
 
-    What the one before held besides stays, in a folder whose name is printed.
+    Other files of the folder before stay, in a folder whose name is printed.
 
     Raises:
         ValueError: the folder before is not empty and no model's.
@@ -230,13 +230,13 @@ def _loop(train: Optimization) -> dict:
 class Stage(NamedTuple):
     run: Callable[[PretrainConfig, Path], object]
     needed: tuple[str, ...] = ()
-    """what earlier stages have left in the folder"""
+    """files of earlier stages that it needs"""
     settings: tuple[str, ...] = ()
-    """the keys, or beginnings of keys, of what it depends on"""
+    """keys, or beginnings of keys, of the settings that it depends on"""
 
 
 OF_UNET = ("unet.channels", "unet.heads", "unet.num_latents", "unet.caption_dropout", "unet.web_noise.", "unet.train.")
-STAGES = {
+PRETRAINING_STAGES = {
     "clip": Stage(run_clip, (), ("clip.", "init_from")),
     "vae": Stage(run_vae, (), ("vae.channels", "vae.crop", "vae.kl_weight", "vae.train.", "init_from")),
     "latents": Stage(run_latents, ("vae",)),
@@ -252,7 +252,7 @@ def check_settings(config: PretrainConfig, stage: str, folder: Path) -> None:
     if not path.exists() or not ((folder / f"{stage}.pt").exists() or (folder / stage).exists()):
         return
     now, before = (flatten(c) for c in (config, load_config(PretrainConfig, path)))
-    own = [key for key in now if key.startswith(STAGES[stage].settings) and not key.endswith("_every")]
+    own = [key for key in now if key.startswith(PRETRAINING_STAGES[stage].settings) and not key.endswith("_every")]
     if differing := differences(before, {key: now[key] for key in own}):
         raise ValueError(
             f"stage {stage} in {folder} was begun with other settings: {', '.join(differing)}; name another folder"
@@ -265,8 +265,10 @@ def run(config: PretrainConfig) -> None:
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
     for stage in config.stages:
-        if lacking := [name for name in STAGES[stage].needed if not (folder / name).exists()]:
-            raise ValueError(f"stage {stage} needs {folder / lacking[0]}, which an earlier stage makes: {list(STAGES)}")
+        if lacking := [name for name in PRETRAINING_STAGES[stage].needed if not (folder / name).exists()]:
+            raise ValueError(
+                f"stage {stage} needs {folder / lacking[0]}, which an earlier stage makes: {list(PRETRAINING_STAGES)}"
+            )
         check_settings(config, stage, folder)
         save_config(config, folder / f"{stage}.yaml")
-        STAGES[stage].run(config, folder)
+        PRETRAINING_STAGES[stage].run(config, folder)

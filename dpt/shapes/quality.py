@@ -2,7 +2,7 @@
 
     python -m dpt.shapes.quality oracle|clip|base|curve
 
-Each prints a Markdown section and puts it into docs/results.md, in place of the section of that name.
+Each prints a Markdown section and puts it into a page of docs/log, in place of the section of that name.
 """
 
 import shlex
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dpt.bounds import ArgumentParser, fail, number
 from dpt.imports import heavy_imports
-from dpt.results import RESULTS, record_section
+from dpt.results import LOG, page_of, record_section
 from dpt.shapes.settings import SEEDS_APART
 
 
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("section", choices=("oracle", "clip", "base", "curve"))
-    add("--output", type=Path, default=RESULTS, help="the Markdown file (default: docs/results.md)")
+    add("--output", type=Path, default=LOG, help="a Markdown file (default: the page of docs/log that has it)")
     add("--renders", type=count, default=5000, help="oracle: fresh renders")
     add("--round_trips", type=count, default=5000, help="oracle: of these, sent through the VAE")
     add("--guidance", **scales, help="base: scales to try")
@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--seeds", type=seeds, default=1, help="base: image seeds a prompt")
     add("--run", type=Path, default=run, help="curve: the folder of the pretraining")
     args = parser.parse_args(argv)
+    args.output = page_of(args.output, args.section)
     try:
         with heavy_imports():
             from dpt.shapes.quality_tables import SECTIONS

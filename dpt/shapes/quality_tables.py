@@ -15,7 +15,7 @@ from dpt.base_models import CKPT_FOLDER, recommended
 from dpt.drawing import Artist
 from dpt.images import make_grid, to_images, to_pixels
 from dpt.metrics import bootstrap_interval
-from dpt.results import figure_beside, table
+from dpt.results import figure_beside, markdown_table
 from dpt.settings import Sampling
 from dpt.shapes.clip import load_clip, pooled_cosines, retrieval
 from dpt.shapes.labelling import LABELLED, JudgedPicture, agreement
@@ -91,7 +91,7 @@ def _percent(share):
     return f"{mean:.1f} ({low:.1f} to {high:.1f})"
 
 
-# Sections of docs/results.md
+# Sections of docs/log
 
 
 def oracle_section(args: argparse.Namespace) -> str:
@@ -121,8 +121,8 @@ def oracle_section(args: argparse.Namespace) -> str:
             wrong, counts = agreement(folder)
             rows += _agreement_rows(name, wrong, counts, halves=folder == LABELLED_FOLDER)
             cells = [(eye, *(counts.get((eye, label), 0) for label in LABELS)) for eye in LABELS]
-            tables.append(table([f"{name}: by eye \\ oracle", *LABELS], cells))
-    return "\n\n".join([table(["", "pictures", "%", "required %"], rows), *tables])
+            tables.append(markdown_table([f"{name}: by eye \\ oracle", *LABELS], cells))
+    return "\n".join([markdown_table(["", "pictures", "%", "required %"], rows), *tables])
 
 
 def _agreement_rows(name: str, wrong: list[dict], counts: dict, *, halves: bool) -> list[tuple]:
@@ -142,17 +142,17 @@ def clip_section(args: argparse.Namespace) -> str:
     figures = retrieval(clip, tokenizer)
     kinds = [(kind, f"{cosine:.4f}") for kind, cosine in pooled_cosines(clip, tokenizer).items()]
     words = [(pair, f"{word:.2f}", f"{end:.2f}") for pair, (word, end) in word_distances().items()]
-    return "\n\n".join(
+    return "\n".join(
         [
             f"Of 512 val captions, {100 * figures['retrieval_at_1']:.1f} % rank their own scene first of 512, and "
-            f"{100 * figures['hard_negative_accuracy']:.1f} % are preferred to their hard negative (chance 50 %).",
-            table(
+            f"{100 * figures['hard_negative_accuracy']:.1f} % are preferred to their hard negative (chance 50 %).\n",
+            markdown_table(
                 ["kind of hard negative", "mean cosine of the pooled states of 2,000 val captions and their negatives"],
                 kinds,
             ),
-            "What the U-Net reads of a word: how far the states of captions that differ in it lie apart, relative\n"
-            "to their length, at the word and at the end of the text:",
-            table(["words", "at the word", "at the end"], words),
+            "Distance between the text encoder's states of captions that differ in one word, relative to the states'\n"
+            "length, at the word and at the end of the text:\n",
+            markdown_table(["words", "at the word", "at the end"], words),
         ]
     )
 
@@ -183,12 +183,12 @@ def base_section(args: argparse.Namespace) -> str:
     # the six categories make up the total; `unseen` pairs stand apart
     groups["all but unseen"] = [r for r in records if r["category"] != "unseen"]
     labels = [f"{label} %" for label in LABELS]
-    return "\n\n".join(
+    return "\n".join(
         [
-            f"Guidance on the first {args.prompts_for_guidance} val prompts a category, one picture each:",
-            table(["guidance scale", *labels], [(f"{g:g}", *map(_percent, tried[g].values())) for g in tried]),
-            f"All val prompts, guidance {best:g}, 20 DDIM steps, {args.seeds} picture(s) each, all of other noise:",
-            table(
+            f"Guidance on the first {args.prompts_for_guidance} val prompts a category, one picture each:\n",
+            markdown_table(["guidance scale", *labels], [(f"{g:g}", *map(_percent, tried[g].values())) for g in tried]),
+            f"All val prompts, guidance {best:g}, 20 DDIM steps, {args.seeds} picture(s) each, all of other noise:\n",
+            markdown_table(
                 ["category", "pictures", *labels],
                 [(name, len(group), *map(_percent, shares(group).values())) for name, group in groups.items()],
             ),
@@ -210,7 +210,7 @@ def curve_section(args: argparse.Namespace) -> str:
         for r in records
     ]
     header = ["step", "val loss", "unweighted", *(f"{label} %" for label in LABELS)]
-    return f"![Loss and verdicts while the U-Net was trained](pretraining.png)\n\n{table(header, rows)}"
+    return f"![Loss and verdicts while the U-Net was trained](pretraining.png)\n\n{markdown_table(header, rows)}"
 
 
 SECTIONS = {"oracle": oracle_section, "clip": clip_section, "base": base_section, "curve": curve_section}

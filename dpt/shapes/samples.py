@@ -11,9 +11,9 @@ import torch
 from dpt.arrays import read_array, save_array
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.base_models import CKPT_FOLDER
-from dpt.config import DataSettings
 from dpt.data.collate import Sample, sample_generator
 from dpt.data.mining import most_similar
+from dpt.data.settings import DataSettings
 from dpt.shapes.clip import embed_images, embed_texts, load_clip
 from dpt.shapes.grammar import caption_text
 from dpt.shapes.scenes import render
@@ -31,7 +31,7 @@ class ShapesSamples:
 
     Args:
         seed: of the world.
-        draw_seed: of what is drawn of a sample in an epoch: wording, expression, negatives.
+        draw_seed: of a sample's drawn wording, expression and negatives in an epoch.
         leave_out: kinds of edited negatives; the next sample whose kind is another takes their place.
         negatives: "edited", a minimal edit of the sample's own scene, or "mined", the other scenes of the set whose
             captions and pictures are most alike by the small CLIP (as in the paper, where CLIP mines them).

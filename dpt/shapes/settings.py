@@ -43,7 +43,7 @@ class Optimization:
     decay: float = bounded(0.4, at_least=0, at_most=1)
     """share of the steps at the end over which the learning rate falls to zero"""
     ema: float = bounded(0.995, at_least=0, below=1)
-    """decay of the weights' average, which is what a stage delivers"""
+    """decay of the weights' average; a stage delivers the average"""
     batch_size: int = bounded(64, at_least=1, at_most=100_000)
     parts: int = bounded(1, at_least=1, at_most=1000)
     """of a batch, computed side by side on a thread each"""
@@ -83,7 +83,7 @@ class Vae:
     decoder: Optimization = field(default_factory=lambda: Optimization(steps=700, batch_size=8, lr=1e-3))
     """the decoder alone, on whole pictures, with the encoder, and so the latents, as they are"""
     decoder_noise: float = bounded(0.3, at_least=0)
-    """what it is trained to see through: generated latents are never exact (in units of the whitened latents)"""
+    """noise that it learns to see through, in units of the whitened latents: generated latents are never exact"""
 
     def __post_init__(self):
         check_bounds(self, "vae.")

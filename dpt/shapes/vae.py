@@ -47,7 +47,7 @@ def vae_losses(
     colours instead of the palette's, so that the latents tell colours apart rather than name them.
 
     Args:
-        latent_noise: what is decoded gets noise of a standard deviation drawn from |N(0, latent_noise^2)| a picture.
+        latent_noise: decoded latents get noise whose standard deviation is drawn from |N(0, latent_noise^2)| a picture.
     """
     pixels = []
     for k in range(batch_size):
@@ -108,7 +108,7 @@ def cache_latents(
 
     Args:
         draw: picture number -> (H, W, 3) uint8.
-        key: tells what `draw` draws.
+        key: names the pictures of `draw`.
     """
     digest = hashlib.sha256(key.encode())
     for tensor in vae.state_dict().values():

@@ -61,7 +61,7 @@ class ShapesWorld:
         self.split, self.seed, self.noise = split, seed, noise or WebNoise()
 
     def key(self) -> str:
-        """Tells the world's scenes from other splits', other seeds' and another mix of categories."""
+        """The name of the world's scenes, which differs by split, seed and mix of categories."""
         return f"{self.split} {self.seed} {CATEGORY_WEIGHTS}"
 
     def generator(self, index: int, stream: int = 0) -> np.random.Generator:
@@ -109,7 +109,7 @@ def load_prompts(split: str, category: str) -> tuple[str, ...]:
 
 
 def training_prompts(category: str, count: int) -> list[str]:
-    """Prompts of a category whose meanings are none of val's and test's, distinct; "single" and "unseen" have none."""
+    """Distinct prompts of a category, of no meaning of val's or test's; "single" and "unseen" have none."""
     rng, texts, seen = np.random.default_rng((1, CATEGORIES.index(category))), [], set()
     held_out = {parse(text).key() for s in ("val", "test") for c in PROMPT_CATEGORIES for text in load_prompts(s, c)}
     while len(texts) < count:

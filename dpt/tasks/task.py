@@ -60,7 +60,7 @@ class Task:
         return True
 
     def targets(self, batch: Batch, rec_text: RecTextEncoder, device: torch.device) -> dict:
-        """What the losses compare with, to be added to the input of `DPT.forward`."""
+        """The targets of the losses, to be added to the input of `DPT.forward`."""
         return {}
 
     def loss(self, adapter: DiscriminativeAdapter, hs: dict[Pass, torch.Tensor], inputs: dict) -> dict:

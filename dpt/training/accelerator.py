@@ -8,14 +8,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from dpt.config import OptimSettings, TrainConfig
+from dpt.training.settings import OptimSettings, TrainConfig
 
 DEVICE_VARIABLES = ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE", "ACCELERATE_CPU_AFFINITY")
-"""what `accelerate launch` says of where to run; the config says all else"""
+"""Variables by which `accelerate launch` names devices; the config sets everything else."""
 
 
 def learning_rate_factor(step: int, *, steps: float, warmup_steps: float, schedule: str) -> float:
-    """What the learning rate is multiplied by: linear warm-up, then constant, linear or cosine to zero at `steps`.
+    """Factor of the learning rate: linear warm-up, then constant, linear or cosine to zero at `steps`.
 
     Beyond `steps` a cosine rises again, as the reference's does with more processes than accumulated batches.
     """
@@ -27,7 +27,7 @@ def learning_rate_factor(step: int, *, steps: float, warmup_steps: float, schedu
 
 
 def schedule_stretch(optim: OptimSettings, processes: int) -> float:
-    """How many times as long as the run its schedule is: the reference counts micro-batches, and steps a process."""
+    """Length of the schedule in runs: the reference counts micro-batches, and steps once a process."""
     return optim.gradient_accumulation_steps / processes if optim.schedule_length == "reference" else 1
 
 

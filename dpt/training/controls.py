@@ -1,4 +1,4 @@
-"""What is taken away from a probe, to see what its accuracy is worth.
+"""Controls of a probe: something is taken away from it, to see what its accuracy is worth.
 
 A probe that does as well without the U-Net's features, or without the text, has not read alignment off the U-Net
 (Hewitt & Liang 2019). A control changes what the model is given, and nothing else.
@@ -32,10 +32,10 @@ def control_batch(control: str, batch: Batch, sd: StableDiffusion) -> Batch:
 
 
 def control_inputs(control: str, inputs: dict, batch: Batch, sd: StableDiffusion, *, training: bool) -> dict:
-    """The input of `DPT.forward` as the control wants it; labels are shuffled in training alone.
+    """The input of `DPT.forward` under the control; labels are shuffled in training alone.
 
     Args:
-        inputs: what `encode_batch` made of the batch.
+        inputs: the result of `encode_batch` for the batch.
     """
     if control in ("empty_prompt", "text_blind"):
         empty, _ = sd.encode_prompts([""])

@@ -19,7 +19,7 @@ def read_metrics(path: Path) -> list[dict[str, int | float]]:
     """The records of a metrics file: figures by name, of a step each.
 
     Raises:
-        ValueError: a line that is none; file, line and field are named.
+        ValueError: a line is no record of a step; file, line and field are named.
     """
     records = read_json_lines(path, dict[str, Number])
     for n, record in enumerate(records, 1):
@@ -29,7 +29,7 @@ def read_metrics(path: Path) -> list[dict[str, int | float]]:
 
 
 def drop_metrics_after(path: Path, step: int) -> None:
-    """Leaves out what a killed run wrote after the step it goes on from, and a line that was cut off.
+    """Removes the records after the step that a killed run goes on from, and a line that was cut off.
 
     Raises:
         ValueError: a file that is no metrics file; it stays as it is.

@@ -1,4 +1,4 @@
-"""What a training run would do, without doing it."""
+"""A training run described, not run."""
 
 from pathlib import Path
 
@@ -6,21 +6,21 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from dpt.adapter.adapter import DiscriminativeAdapter
-from dpt.assembly import DTYPES, adapter_config
+from dpt.assembly import WEIGHT_DTYPES, adapter_config
 from dpt.backbones.stable_diffusion import architecture
 from dpt.backbones.unet_features import LATENTS, block_channels, parse_feature
 from dpt.checkpoint.checkpoint import checkpoints, load_checkpoint
-from dpt.config import TrainConfig, check_stage
 from dpt.lora import add_lora
 from dpt.tasks import tasks_of
 from dpt.tasks.task import passes_of
+from dpt.training.settings import TrainConfig, check_stage
 
 ROBERTA_WIDTH, ROBERTA_PARAMETERS = 768, 125_000_000
 NUM_TRAIN_TIMESTEPS = 1000  # of all models known here
 
 
-def report(config: TrainConfig, stage: str) -> str:
-    """What a run would train, its batches, the memory that it can't do without, and what it starts from.
+def describe_run(config: TrainConfig, stage: str) -> str:
+    """The parameters, batches, least memory and start of a run, as text.
 
     Loads no weights but those of `init_from`.
 
@@ -48,7 +48,7 @@ def report(config: TrainConfig, stage: str) -> str:
     passes = passes_of(task for task in tasks_of(wanted) if task.is_weighted(config.loss.weights))
     joint = optim.batch_size * optim.gradient_accumulation_steps
     length = f"{optim.steps:,} steps" if optim.epochs is None else f"{optim.epochs} epochs"
-    dtype = DTYPES[optim.mixed_precision]
+    dtype = WEIGHT_DTYPES[optim.mixed_precision]
     kept = sum(_cells(block, unet_config) for block in blocks) * optim.batch_size * len(passes)
     return "\n".join(
         [

@@ -1,4 +1,4 @@
-"""What the training scripts share: the command line, errors in one line. Imports nothing heavy before it must."""
+"""The command line of the training scripts, with errors in one line. Imports nothing heavy before it must."""
 
 import sys
 from dataclasses import asdict
@@ -8,16 +8,17 @@ import yaml
 
 from dpt.base_models import checkpoints
 from dpt.bounds import ArgumentParser, fail, is_out_of_memory
-from dpt.config import TrainConfig, check_stage, load_config
+from dpt.config import load_config
 from dpt.data.needed import needed_files
 from dpt.hub import check_there
 from dpt.imports import heavy_imports
+from dpt.training.settings import TrainConfig, check_stage
 
 
 def run_stage(stage: str, argv: list[str] | None, description: str) -> int:
-    """A training script: config file, overrides, exit code."""
+    """Runs a training script: config file and overrides in, exit code out."""
     parser = ArgumentParser(description=description)
-    parser.add_argument("config", help="a YAML file: what differs from the defaults of `dpt.config.TrainConfig`")
+    parser.add_argument("config", help="a YAML file: what differs from `dpt.training.settings.TrainConfig`")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved config, what it would train, memory and data found"
@@ -39,8 +40,8 @@ def run_stage(stage: str, argv: list[str] | None, description: str) -> int:
         if args.dry_run:
             print(yaml.safe_dump(asdict(config), sort_keys=False), flush=True)
             with heavy_imports():
-                from dpt.training.dry_run import report
-            print(report(config, stage))
+                from dpt.training.dry_run import describe_run
+            print(describe_run(config, stage))
             paths = needed_files(config.data)
             lines = [f"{'found  ' if path.exists() else 'MISSING'}  {path}" for path in paths]
             print("\n".join(lines or ["data: the shapes world, made on the fly"]))

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,6 +63,9 @@ def train_stage(
     decay: float,
     ema: float,
     weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.999),
+    max_grad_norm: float = 1.0,
+    precision: torch.dtype = torch.bfloat16,
     clip_groups: list[list[nn.Parameter]] | None = None,
     parts: int = 1,
     save_every: int = 200,
@@ -74,7 +78,8 @@ def train_stage(
         name: names the stage's files in `folder`: `{name}.pt` (state) and `{name}.metrics.jsonl`.
         losses_at: maps a batch's number to named losses; the mean of their sums over a step's batches is minimised.
         ema: decay of the weights' average, warmed up as (1 + step) / (10 + step).
-        clip_groups: parameters whose gradients are clipped together, to length 1; by default all.
+        precision: of autocast; float32 turns it off.
+        clip_groups: parameters whose gradients are clipped together, to length `max_grad_norm`; by default all.
         parts: batches a step. They are computed side by side, each on a thread of its own: on two cores 1.2 times as
             fast as one batch of the joint size on both.
         evaluate: maps the averaged model and the step to figures for the metrics file.
@@ -84,29 +89,14 @@ def train_stage(
     folder.mkdir(parents=True, exist_ok=True)
     state_path, metrics_path = folder / f"{name}.pt", folder / f"{name}.metrics.jsonl"
     parameters = [p for p in model.parameters() if p.requires_grad]
-    device = parameters[0].device.type
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
-    average, start = copy.deepcopy(model).eval(), 0
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+    average = copy.deepcopy(model).eval()
     stateful = {"model": model, "average": average, "optimizer": optimizer}
-    if state_path.exists():
-        state = read_state(state_path)
-        try:
-            for key, part in stateful.items():
-                part.load_state_dict(state[key])
-        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-            raise ValueError(f"{state_path} is of another model: {error}; remove it to begin anew") from error
-        start = state["step"]
+    start = _restore(state_path, stateful)
+    if start:
         drop_metrics_after(metrics_path, start)
-
-    def gradients_of(batch: int):
-        torch.set_num_threads(threads)
-        # autocast's cache of weights is one for all threads: which graph a weight's cast belongs to would be chance
-        with torch.autocast(device, torch.bfloat16, cache_enabled=False):
-            losses = losses_at(batch)
-        gradients = torch.autograd.grad(sum(losses.values()), parameters, allow_unused=True)
-        return {name: loss.item() for name, loss in losses.items()}, gradients
-
     threads = max(1, torch.get_num_threads() // parts)
+    gradients_of = partial(_losses_and_gradients, losses_at, parameters, precision, threads)
     pool = ThreadPoolExecutor(parts)
     bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=5)
     began = time.perf_counter()
@@ -115,12 +105,12 @@ def train_stage(
         for group in optimizer.param_groups:
             group["lr"] = lr * schedule(step, steps=steps, warmup=warmup, decay=decay)
         results = list(pool.map(gradients_of, range(step * parts, (step + 1) * parts)))
-        losses = {key: sum(part[key] for part, _ in results) / parts for key in results[0][0]}
+        losses = {key: sum(of_part[key] for of_part, _ in results) / parts for key in results[0][0]}
         if not math.isfinite(sum(losses.values())):
             raise FloatingPointError(f"{name}: loss is {sum(losses.values())} at step {step}: lower lr (now {lr})")
         for parameter, *of_parts in zip(parameters, *(gradients for _, gradients in results), strict=True):
             parameter.grad = None if of_parts[0] is None else sum(of_parts) / parts
-        grad_norm = max(nn.utils.clip_grad_norm_(group, 1.0) for group in clip_groups or [parameters])
+        grad_norm = max(nn.utils.clip_grad_norm_(group, max_grad_norm) for group in clip_groups or [parameters])
         optimizer.step()
         optimizer.zero_grad()
         update_average(average, model, min(ema, (1 + step) / (10 + step)))
@@ -137,3 +127,33 @@ def train_stage(
             with replacing(state_path) as temporary:
                 torch.save({key: part.state_dict() for key, part in stateful.items()} | {"step": step + 1}, temporary)
     return average
+
+
+def _restore(path: Path, stateful: dict) -> int:
+    """Loads what the file at `path` holds of each part, and returns its step; 0 without a file."""
+    if not path.exists():
+        return 0
+    state = read_state(path)
+    try:
+        for key, part in stateful.items():
+            part.load_state_dict(state[key])
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise ValueError(f"{path} is of another model: {error}; remove it to begin anew") from error
+    return state["step"]
+
+
+def _losses_and_gradients(
+    losses_at: Callable[[int], dict[str, torch.Tensor]],
+    parameters: list[nn.Parameter],
+    precision: torch.dtype,
+    threads: int,
+    batch: int,
+) -> tuple[dict[str, float], tuple[torch.Tensor | None, ...]]:
+    """A batch's losses, and the gradients of their sum by the parameters, on so many threads of torch."""
+    torch.set_num_threads(threads)
+    device, lower = parameters[0].device.type, precision != torch.float32
+    # autocast's cache of weights is one for all threads: which graph a weight's cast belongs to would be chance
+    with torch.autocast(device, precision, enabled=lower, cache_enabled=False):
+        losses = losses_at(batch)
+    gradients = torch.autograd.grad(sum(losses.values()), parameters, allow_unused=True)
+    return {name: loss.item() for name, loss in losses.items()}, gradients

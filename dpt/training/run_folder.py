@@ -18,16 +18,17 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from dpt.checkpoint.checkpoint import DPTCheckpoint, checkpoints, load_checkpoint, read_tensors, save_checkpoint
-from dpt.config import TrainConfig, load_config
+from dpt.config import load_config
 from dpt.files import read_json
 from dpt.images import numbered
 from dpt.training.curves import drop_metrics_after, plot_curves
+from dpt.training.settings import TrainConfig
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 class TrainingState(TypedDict):
-    """What a resumption must know beside tensors; what else `save_step` is given is kept as it is."""
+    """The state of a run beside its tensors. Further keys that `save_step` is given are kept as they are."""
 
     step: int
     skipped: int
@@ -37,7 +38,7 @@ class TrainingState(TypedDict):
 
 
 def check_run(folder: Path, *, resume: bool) -> None:
-    """Raises ValueError where a run folder would be taken that another run, or anything else, has begun to fill."""
+    """Raises ValueError where the run folder holds another run, or other files."""
     config = folder / "config.yaml"
     if not resume and (config.exists() or checkpoints(folder)):
         raise ValueError(f"run folder {folder} exists: pass resume=true to go on with it, or another run_name")
@@ -50,7 +51,7 @@ def check_run(folder: Path, *, resume: bool) -> None:
 
 
 def set_damaged_aside(folder: Path, notice=print) -> None:
-    """Renames checkpoints that cannot be read, newest first, until one can, and removes what a killed save left.
+    """Renames unreadable checkpoints, newest first, until one can be read, and removes the remains of a killed save.
 
     Raises:
         ValueError: there are checkpoints, and none can be read.
@@ -87,7 +88,7 @@ def save_step(
 
     Args:
         names: of the optimiser's parameters, in its order.
-        state: what else a resumption needs, as JSON.
+        state: further values that a resumption needs, as JSON.
     """
     target = folder / "checkpoints" / f"step_{step:07d}"
     tensors = {}
@@ -143,7 +144,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensor
 
 
 class RunLog:
-    """What a run says and measures: `log.txt`, `metrics.jsonl` and `curves.png` in its folder.
+    """Messages and figures of a run: `log.txt`, `metrics.jsonl` and `curves.png` in its folder.
 
     Args:
         step: where the run goes on; metrics after it, of a run that was killed, are dropped.

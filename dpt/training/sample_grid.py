@@ -5,10 +5,11 @@ from pathlib import Path
 from dpt.adapter.adapter import Scorer
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.base_models import recommended
-from dpt.config import DPTConfig, TrainConfig
+from dpt.config import DPTConfig
 from dpt.drawing import Artist, without_correction
 from dpt.images import make_grid
 from dpt.model import DPT
+from dpt.training.settings import TrainConfig
 
 
 def draw_grid(sd: StableDiffusion, model: DPT, config: TrainConfig, path: Path) -> None:

@@ -17,18 +17,10 @@ from accelerate.utils import gather_object, set_seed
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from dpt.assembly import DTYPES, encode_options, make_model, trained_weights
+from dpt.assembly import WEIGHT_DTYPES, encode_options, make_model, trained_weights
 from dpt.backbones.stable_diffusion import load_stable_diffusion
 from dpt.checkpoint.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from dpt.config import (
-    OptimSettings,
-    TrainConfig,
-    check_resumption,
-    check_stage,
-    flatten,
-    load_config,
-    save_config,
-)
+from dpt.config import flatten, load_config, save_config
 from dpt.data.collate import Batch, collate, encode_batch
 from dpt.data.loader import micro_batches
 from dpt.data.sources import ranked_prompts, training_samples, validation_samples
@@ -48,6 +40,7 @@ from dpt.training.run_folder import (
     versions,
 )
 from dpt.training.sample_grid import draw_grid
+from dpt.training.settings import OptimSettings, TrainConfig, check_resumption, check_stage
 from dpt.training.validation import validate
 
 STAGES = ("probe", "tune")
@@ -121,7 +114,7 @@ class Trainer:
             config.model.name,
             revision=config.model.revision,
             local_files_only=config.model.local_files_only,
-            dtype=DTYPES[config.optim.mixed_precision],
+            dtype=WEIGHT_DTYPES[config.optim.mixed_precision],
             device=self.accelerator.device,
             notice=self._say,
         )

@@ -1,8 +1,10 @@
-"""What is measured while training: ITM accuracy and REC precision at fixed noise.
+"""Validation: ITM accuracy and REC precision at fixed noise.
 
-What is compared shares noise and timestep (the reference scores the captions of an image under different noise).
+Pictures and texts that are compared share noise and timestep. The reference scores the captions of an image under
+different noise.
 """
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -11,15 +13,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.config import TrainConfig
-from dpt.data.collate import Sample, as_latents, collate, encode_batch
+from dpt.data.collate import Batch, Sample, as_latents, collate, encode_batch
 from dpt.data.trajectories import RankedPrompts, encode_ranked
 from dpt.metrics import bootstrap_interval
 from dpt.model import DPT
 from dpt.rec_text import RecTextEncoder
 from dpt.tasks import all_tasks
 from dpt.tasks.ranking import ranking_areas
+from dpt.tasks.task import Task
 from dpt.training.controls import control_batch, control_inputs
+from dpt.training.settings import TrainConfig
 
 PAPER_TIMESTEP = 500
 FIGURES = tuple(figure for task in all_tasks() for figure in task.figures)
@@ -34,8 +37,38 @@ class Samples(Protocol):
 
 
 def evenly_spread(count: int, num_samples: int, shard: tuple[int, int] = (0, 1)) -> np.ndarray:
-    """The k-th of n shares of at most so many indices, evenly spread over `count`; `shard` is (k, n)."""
+    """The k-th of n shares, `shard` being (k, n), of at most `num_samples` indices evenly spread over `count`."""
     return np.linspace(0, count - 1, min(num_samples, count)).round().astype(int)[shard[0] :: shard[1]]
+
+
+def batches_to_measure(
+    samples: Samples,
+    sd: StableDiffusion,
+    task: Task,
+    *,
+    num_samples: int,
+    batch_size: int,
+    shard: tuple[int, int] = (0, 1),
+) -> Iterator[tuple[tuple[int, ...], tuple[Sample, ...], Batch]]:
+    """Indices in the set, samples and batch of those samples whose `task` can be measured.
+
+    The batch holds latents of the images that the task's metric compares.
+
+    Args:
+        num_samples: evenly spread over the set.
+        shard: (k, n): this process's share.
+    """
+    num_images = 1 + max(one.image for one in task.measured)
+    chosen = evenly_spread(len(samples), num_samples, shard)
+    for start in range(0, len(chosen), batch_size):
+        pairs = [(int(index), samples.get(int(index), 0)) for index in chosen[start : start + batch_size]]
+        pairs = [(index, sample) for index, sample in pairs if task.takes(sample)]
+        if not pairs:
+            continue
+        indices, of_batch = zip(*pairs, strict=True)
+        batch = collate(of_batch)
+        batch.images = as_latents(batch.images[:, :num_images], sd)  # once for all timesteps
+        yield indices, of_batch, batch
 
 
 def measure(
@@ -57,28 +90,20 @@ def measure(
         task: the name of a task of the model.
         num_samples: evenly spread over the set.
         shard: (k, n): this process's share.
-        control: what is taken from the model; see `dpt.training.controls`.
+        control: its name; see `dpt.training.controls`.
     """
     model.eval()
-    task = model.task(task)
-    num_images = 1 + max(one.image for one in task.measured)
-    chosen, records = evenly_spread(len(samples), num_samples, shard), []
-    for start in range(0, len(chosen), batch_size):
-        pairs = [(int(index), samples.get(int(index), 0)) for index in chosen[start : start + batch_size]]
-        pairs = [(index, sample) for index, sample in pairs if task.takes(sample)]
-        if not pairs:
-            continue
-        indices, batch = zip(*pairs, strict=True)
-        joined = collate(batch)
-        joined.images = as_latents(joined.images[:, :num_images], sd)  # once for all timesteps
-        joined = control_batch(control, joined, sd)
+    task, records = model.task(task), []
+    sizes = {"num_samples": num_samples, "batch_size": batch_size, "shard": shard}
+    for indices, of_batch, batch in batches_to_measure(samples, sd, task, **sizes):
+        batch = control_batch(control, batch, sd)
         for timestep in timesteps:
-            inputs = encode_batch(joined, sd, rec_text, seed=0, timesteps=(timestep, timestep))
-            inputs = control_inputs(control, inputs, joined, sd, training=False)
-            found = task.records(model.adapter, model.queries(inputs, task.measured), inputs, batch)
+            inputs = encode_batch(batch, sd, rec_text, seed=0, timesteps=(timestep, timestep))
+            inputs = control_inputs(control, inputs, batch, sd, training=False)
+            found = task.records(model.adapter, model.queries(inputs, task.measured), inputs, of_batch)
             records += [
                 {"id": sample.id, "timestep": timestep, "index": index} | record
-                for index, sample, record in zip(indices, batch, found, strict=True)
+                for index, sample, record in zip(indices, of_batch, found, strict=True)
             ]
     return records
 
@@ -159,7 +184,7 @@ def summarize_ranking(records: list[dict]) -> dict[str, float]:
 
 
 def figures_of(records: list[dict]) -> list[str]:
-    """The names of what records of `measure` say in numbers."""
+    """Names of the figures that records of `measure` hold."""
     return [name for name in (records[0] if records else ()) if name in FIGURES]
 
 

@@ -16,7 +16,7 @@ from dpt.evaluation.figures import read_arm
 from dpt.evaluation.frechet import frechet_distance, render_prompt, spread
 from dpt.evaluation.prompts import load_prompt_set
 from dpt.evaluation.scorers import Judge
-from dpt.evaluation.table import draw_arms
+from dpt.evaluation.table import plot_arms
 from dpt.images import read_metadata
 from dpt.metrics import bootstrap_interval, bootstrap_p, crossed_bootstrap, holm
 from dpt.shapes.oracle import judge
@@ -285,7 +285,7 @@ def test_a_table_of_arms(drawn, tmp_path, capsys):
 
 def test_the_figure_of_a_table():
     own = {"prompts": 6, "against": "base", "correct": (0.5, 0.4, 0.7), "correct_difference": (0.1, -0.1, 0.2)}
-    left, right = draw_arms({"base": {"prompts": 6, "correct": (0.4, 0.3, 0.5)}, "own": own}).axes
+    left, right = plot_arms({"base": {"prompts": 6, "correct": (0.4, 0.3, 0.5)}, "own": own}).axes
     assert [label.get_text() for label in left.get_yticklabels()] == ["base", "own"]
     assert [point.lines[0].get_xdata().item() for point in left.containers] == [40, 50]
     assert [point.lines[0].get_xdata().item() for point in right.containers] == [10]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import evaluate
 from dpt.backbones.stable_diffusion import load_stable_diffusion
 from dpt.checkpoint.checkpoint import LORA_FILE, DPTCheckpoint, load_checkpoint, save_checkpoint
-from dpt.config import TrainConfig, load_config
+from dpt.config import load_config
 from dpt.data.collate import collate, encode_batch
 from dpt.evaluation.experiment import published_table
 from dpt.evaluation.flags import METRICS
@@ -21,6 +21,7 @@ from dpt.evaluation.probes import Measured, summary
 from dpt.lora import load_external_lora
 from dpt.shapes.samples import ShapesSamples
 from dpt.tasks.itm import wins
+from dpt.training.settings import TrainConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

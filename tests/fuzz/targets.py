@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import get_args, get_origin
 
 from dpt.bounds import Bounds
-from dpt.config import DPTConfig, TrainConfig
+from dpt.config import DPTConfig
 from dpt.evaluation.arms import Arm
 from dpt.evaluation.plan import Experiment
 from dpt.shapes.settings import PretrainConfig
+from dpt.training.settings import TrainConfig
 from tests.fuzz import damage
 from tests.fuzz.commands import COMMANDS, Spoil, Target
 from tests.fuzz.readers import of_files

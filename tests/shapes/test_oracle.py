@@ -81,7 +81,7 @@ def test_other_images_are_refused():
 
 @pytest.mark.parametrize("name", LABELLED)
 def test_pictures_labelled_by_eye(name):
-    """The required 95 % are not reached: docs/results.md. What is reached is kept."""
+    """The required 95 % are not reached: docs/log/base.md. What is reached is kept."""
     wrong, counts = agreement(LABELLED[name])
     total = sum(counts.values())
     assert total == 300
