@@ -52,7 +52,7 @@ def make_model(
     wanted = adapter_config(
         config,
         sd.unet.config,
-        text_dim=sd.text_encoder.config.hidden_size,
+        text_dim=sd.pooled_width,
         rec_text_dim=rec_text.width,
     )
     if start and start.config.control != config.control:

@@ -277,9 +277,9 @@ class Artist:
         scheduler = make_scheduler(sd.scheduler, sampling.scheduler, parity=sampling.parity)
         set_timesteps(scheduler, sampling.num_inference_steps, sd.device)
         noise = initial_noise(seeds, sd.latent_shape(sampling.height, sampling.width)).to(sd.device)
-        conditioning, negative = (
-            Conditioning(*sd.encode_prompts(words)) for words in (texts, [sampling.negative_prompt] * len(texts))
-        )
+        size = (sampling.height or sd.default_size, sampling.width or sd.default_size)
+        conditioning = sd.condition(texts, size=size)
+        negative = sd.condition([sampling.negative_prompt] * len(texts), size=size, negative=True)
         return Candidates(noise * scheduler.init_noise_sigma, scheduler, conditioning, negative)
 
     def _denoiser(self, batch, sampling, prompts, seeds, log, read, method) -> Denoiser:

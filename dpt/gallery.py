@@ -49,7 +49,7 @@ def open_artist(
         load_external_lora(sd, args.lora)
     settings = {
         "model": args.model,
-        "weights": weights_fingerprint(sd.text_encoder, sd.vae, sd.unet),
+        "weights": weights_fingerprint(*sd.parts.values()),
         "dpt": weights_fingerprint(checkpoint.adapter) if checkpoint else None,
         "dtype": dtype,
         **asdict(sampling),

@@ -114,17 +114,19 @@ class DPT(nn.Module):
     def features(self, batch, passes, *, with_full):
         """Feature maps of the early passes as one batch, followed by those of the full pass, if there is one."""
         gradients = contextlib.nullcontext() if self.train_unet else torch.no_grad()
-        timesteps, images, captions = batch["timesteps"], batch["noisy_latents"], batch["caption_context"]
+        timesteps, images = batch["timesteps"], batch["noisy_latents"]
         parts, noise_pred = [], None
         with gradients:
             if passes:
                 latents = torch.cat([images[:, image] for image, _ in passes])
-                contexts = [batch["expression_context"] if text is None else captions[:, text] for _, text in passes]
+                conditioning = Conditioning.join(
+                    conditioning_of(batch, "expression") if text is None else conditioning_of(batch, "caption", text)
+                    for _, text in passes
+                )
                 repeated = timesteps.repeat(len(passes))
-                conditioning = Conditioning(torch.cat(contexts))
                 parts.append(unet_features(self.unet, self.blocks, latents, repeated, conditioning)[0])
             if with_full:
-                conditioning = Conditioning(captions[:, 0])
+                conditioning = conditioning_of(batch, "caption", 0)
                 features, noise_pred = unet_features(
                     self.unet, self.blocks, images[:, 0], timesteps, conditioning, with_noise_pred=True
                 )
@@ -143,6 +145,12 @@ class DPT(nn.Module):
 
     def ranked_features(self, ranked: dict) -> list[torch.Tensor]:
         """Feature maps of what `forward` takes as `ranked`, G * N each."""
-        latents, context = ranked["noisy_latents"], Conditioning(ranked["context"])
+        latents, context = ranked["noisy_latents"], Conditioning(ranked["context"], further=ranked.get("further", {}))
         with contextlib.nullcontext() if self.train_unet else torch.no_grad():
             return unet_features(self.unet, self.blocks, latents, ranked["timesteps"], context)[0]
+
+
+def conditioning_of(batch: dict, name: str, index: int | None = None) -> Conditioning:
+    """The conditioning of a batch that `conditioning_inputs` gave, or that of one of a sample's several texts."""
+    conditioning = Conditioning(batch[f"{name}_context"], further=batch.get(f"{name}_further", {}))
+    return conditioning if index is None else conditioning[:, index]

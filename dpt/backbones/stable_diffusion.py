@@ -31,6 +31,7 @@ from dpt.backbones.model_folder import (
     weight_files,
     without_marks,
 )
+from dpt.backbones.unet_features import Conditioning
 from dpt.base_models import CKPT_FOLDER, DEFAULT_MODEL, MIRRORS, MODELS, check_size
 from dpt.files import read_json
 from dpt.weights import read_shapes
@@ -137,6 +138,26 @@ class StableDiffusion:
                 context = self.text_encoder.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
         rows = [distinct.index(prompt) for prompt in prompts]
         return context[rows], output.pooler_output[rows]
+
+    def condition(
+        self, prompts: list[str], *, size: tuple[int, int] | None = None, negative: bool = False
+    ) -> Conditioning:
+        """The conditioning of prompts, for pictures of a size in pixels, by default the model's own.
+
+        Args:
+            negative: whether they are what guidance leads away from; some models have zeros for an empty one.
+        """
+        return Conditioning(*self.encode_prompts(prompts))
+
+    @property
+    def pooled_width(self) -> int:
+        """Width P of the pooled text that ITM compares with."""
+        return self.text_encoder.config.hidden_size
+
+    @property
+    def parts(self) -> dict[str, torch.nn.Module]:
+        """Every network by its name in a pipeline, the U-Net last."""
+        return {"text_encoder": self.text_encoder, "vae": self.vae, "unet": self.unet}
 
     def truncated_part(self, prompt: str) -> str:
         """The end of an `expanded` prompt that the text encoder does not read; "" when it reads all."""

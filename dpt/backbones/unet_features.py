@@ -32,14 +32,15 @@ class Conditioning:
     def __len__(self) -> int:
         return len(self.encoder_hidden_states)
 
-    def _map(self, change) -> "Conditioning":
+    def map(self, change) -> "Conditioning":
+        """The same with each tensor changed by a function."""
         pooled = None if self.pooled_prompt_embeds is None else change(self.pooled_prompt_embeds)
         further = {name: change(value) for name, value in self.further.items()}
         return Conditioning(change(self.encoder_hidden_states), pooled, further)
 
     def __getitem__(self, indices) -> "Conditioning":
         """That of some images, by a list, a tensor or a slice of their indices."""
-        return self._map(lambda value: value[indices])
+        return self.map(lambda value: value[indices])
 
     @staticmethod
     def join(parts: Iterable["Conditioning"]) -> "Conditioning":

@@ -63,7 +63,7 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
                 f"{self.source}: the adapter reads {wanted} channels at {self.config.feature}; "
                 f"{sd.name} has {found} there"
             )
-        width = sd.text_encoder.config.hidden_size
+        width = sd.pooled_width
         if config.text_dim != width:
             raise ValueError(
                 f"{self.source}: the adapter compares with texts of width {config.text_dim}; {sd.name} has {width}"

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from dpt.backbones.stable_diffusion import StableDiffusion
+from dpt.backbones.unet_features import Conditioning
 from dpt.rec_text import RecTextEncoder
 from dpt.tasks import all_tasks
 from dpt.tasks.task import Task
@@ -94,6 +95,12 @@ def as_latents(
     return sd.encode_images(images.flatten(0, 1)).unflatten(0, images.shape[:2])
 
 
+def conditioning_inputs(name: str, conditioning: Conditioning) -> dict:
+    """A conditioning as `DPT.forward` takes it: `<name>_context`, and `<name>_further` of models that take more."""
+    further = {f"{name}_further": conditioning.further} if conditioning.further else {}
+    return {f"{name}_context": conditioning.encoder_hidden_states, **further}
+
+
 @torch.no_grad()
 def encode_batch(
     batch: Batch,
@@ -137,21 +144,20 @@ def encode_batch(
     if denoise_negatives:
         own = zip(batch.negative_image_captions, [captions[2] for captions in batch.captions], strict=True)
         texts += [text for pair in own for text in pair]
-    context, pooled = sd.encode_prompts(texts)
-    context, expression_context, negative_context = context.split(
-        [3 * len(drawn), len(drawn), len(texts) - 4 * len(drawn)]
-    )
+    conditioning, count = sd.condition(texts), len(drawn)
+    captions = conditioning[: 3 * count].map(lambda value: value.unflatten(0, (-1, 3)))
     inputs = {
         "noisy_latents": torch.stack(noisy, dim=1),
         "timesteps": drawn,
         "noise_target": sd.noise_target(latents[:, 0], noise, drawn),
-        "caption_context": context.unflatten(0, (-1, 3)),
-        "caption_pooled": pooled[: 3 * len(drawn)].unflatten(0, (-1, 3)),
-        "expression_context": expression_context,
+        **conditioning_inputs("caption", captions),
+        "caption_pooled": captions.pooled_prompt_embeds,
+        **conditioning_inputs("expression", conditioning[3 * count : 4 * count]),
         "num_boxes": max(1, batch.num_boxes),
     }
     if denoise_negatives:
-        inputs["negative_context"] = negative_context.unflatten(0, (-1, 2))
+        negatives = conditioning[4 * count :].map(lambda value: value.unflatten(0, (-1, 2)))
+        inputs |= conditioning_inputs("negative", negatives)
         targets = [sd.noise_target(latents[:, k], noise, drawn) for k in (1, 2)]
         inputs["negative_noise_target"] = torch.stack(targets, dim=1)
     for task in all_tasks() if tasks is None else tasks:

@@ -142,7 +142,7 @@ def draw_missing(settings: TrajectorySettings, sd, prompts: list, folder: Path) 
     set_timesteps(scheduler, sampling.num_inference_steps, "cpu")
     about = Manifest(
         model=settings.model,
-        weights=weights_fingerprint(sd.text_encoder, sd.vae, sd.unet),
+        weights=weights_fingerprint(*sd.parts.values()),
         sampling=msgspec.to_builtins(values(sampling)),
         dtype=settings.dtype,
         prompts=settings.prompts,

@@ -206,11 +206,13 @@ class RankedPrompts:
 def encode_ranked(prompts: list[Ranked], sd) -> dict:
     """Prompts of equally many noises as the `ranked` part of `DPT.forward`'s input."""
     count = len(prompts[0].values)
-    context, pooled = sd.encode_prompts([prompt.text for prompt in prompts])
+    conditioning = sd.condition([prompt.text for prompt in prompts])
+    conditioning = conditioning.map(lambda value: value.repeat_interleave(count, dim=0))
     return {
         "noisy_latents": torch.cat([prompt.latents for prompt in prompts]).to(sd.device),
         "timesteps": torch.tensor([prompt.timestep for prompt in prompts], device=sd.device).repeat_interleave(count),
-        "context": context.repeat_interleave(count, dim=0),
-        "pooled": pooled.repeat_interleave(count, dim=0),
+        "context": conditioning.encoder_hidden_states,
+        "pooled": conditioning.pooled_prompt_embeds,
+        "further": conditioning.further,
         "values": torch.stack([prompt.values for prompt in prompts]).to(sd.device),
     }

@@ -11,7 +11,7 @@ import torch
 
 from dpt.adapter.adapter import Scorer
 from dpt.backbones.stable_diffusion import StableDiffusion, load_stable_diffusion, usable_device
-from dpt.backbones.unet_features import Conditioning, unet_features
+from dpt.backbones.unet_features import unet_features
 from dpt.base_models import DPT_WEIGHTS, known_name, recommended
 from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.drawing import Artist, without_correction
@@ -76,8 +76,8 @@ def find_phrase(sd: StableDiffusion, scorer: Scorer, image: np.ndarray, phrase: 
     noise = initial_noise([0], tuple(latents.shape[1:])).to(latents.device)
     timestep = torch.tensor(GROUNDING_TIMESTEP, device=latents.device)
     noisy = sd.scheduler.add_noise(latents, noise, timestep[None])
-    context, _ = sd.encode_prompts([phrase])
-    features, _ = unet_features(sd.unet, scorer.blocks, noisy.to(sd.dtype), timestep, Conditioning(context))
+    conditioning = sd.condition([phrase])
+    features, _ = unet_features(sd.unet, scorer.blocks, noisy.to(sd.dtype), timestep, conditioning)
     outputs = scorer.adapter.rec_outputs(scorer.adapter([feature.float() for feature in features], timestep))
     sureness = objectness(outputs["pred_logits"])[0]
     return [

@@ -107,7 +107,7 @@ def draw_missing(args: argparse.Namespace, prompts: list[Prompt], there: list[Ca
     scorers = {name: checkpoint.attach(sd) for name, checkpoint in reversed(adapters.items())}
     judge = make_judge(args.scorer, **judge_options(args))
     sampling = recommended(args.model).changed(guidance_scale=args.scale, num_inference_steps=args.steps)
-    weights = weights_fingerprint(sd.text_encoder, sd.vae, sd.unet, *(s.adapter for s in scorers.values()))
+    weights = weights_fingerprint(*sd.parts.values(), *(s.adapter for s in scorers.values()))
     predicted = make_judge(args.predicted, **judge_options(args)) if args.predicted else None
     asked = {stop_of(share, sampling.num_inference_steps) - 1 for share in args.where} if predicted else set()
     scoring = [[scorer.name, scorer.fingerprint] for scorer in (judge, predicted) if scorer]

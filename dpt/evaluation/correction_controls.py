@@ -10,7 +10,6 @@ import torch
 
 from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.backbones.unet_features import Conditioning
 from dpt.drawing import Method
 from dpt.guidance.self_correction import SelfCorrection
 from dpt.sampling import initial_noise
@@ -50,7 +49,7 @@ def another_prompt(sd: StableDiffusion, scorer: Scorer, texts: list[str]) -> Met
     another = dict(zip(texts, texts[len(texts) // 2 :] + texts[: len(texts) // 2], strict=True))
 
     def method(guidance, sampling, prompts, seeds, trace):
-        conditioning = Conditioning(*sd.encode_prompts([another[prompt] for prompt in prompts]))
+        conditioning = sd.condition([another[prompt] for prompt in prompts])
         return SelfCorrection(guidance, scorer, sampling, trace, conditioning)
 
     return method

@@ -25,7 +25,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from dpt.backbones.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
-from dpt.backbones.unet_features import Conditioning
 from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.choosing import candidate_seeds
 from dpt.drawing import Artist, Drawing, counted_passes
@@ -114,7 +113,7 @@ class ArmArtist:
     def __init__(self, arm: Arm, prompts: list[Prompt], device: torch.device | str):
         self.arm, self.scorer, self.method = arm, None, None
         self.sd = load_stable_diffusion(arm.model, dtype=DTYPES[arm.dtype], device=device)
-        parts = [self.sd.text_encoder, self.sd.vae]
+        *parts, unet = self.sd.parts.values()
         if arm.dpt:
             checkpoint = load_checkpoint(arm.dpt)
             # what was tuned on shuffled labels is an arm too; other controls are of another U-Net or input
@@ -122,7 +121,7 @@ class ArmArtist:
             parts.append(checkpoint.adapter)
         if arm.lora:
             load_external_lora(self.sd, Path(arm.lora))
-        self.fingerprint = weights_fingerprint(*parts, self.sd.unet)
+        self.fingerprint = weights_fingerprint(*parts, unet)
         if arm.untrained_adapter:
             self.scorer = correction_controls.untrained(self.scorer)
         if arm.correction_direction == "random":
@@ -153,7 +152,7 @@ class ArmArtist:
         latents = sd.encode_images(to_pixels(images))
         noise = initial_noise([0] * len(latents), tuple(latents.shape[1:])).to(latents.device)
         noisy = sd.scheduler.add_noise(latents, noise, timestep[None])
-        return matching_score(sd.unet, self.scorer, noisy, timestep, Conditioning(*sd.encode_prompts(prompts))).cpu()
+        return matching_score(sd.unet, self.scorer, noisy, timestep, sd.condition(prompts)).cpu()
 
 
 def generate(

@@ -15,6 +15,7 @@ import argparse
 import torch
 
 from dpt.backbones.stable_diffusion import StableDiffusion, weights_fingerprint
+from dpt.backbones.unet_features import unet_features
 from dpt.config import load_config
 from dpt.data.collate import sample_generator
 from dpt.data.sources import validation_samples
@@ -70,9 +71,9 @@ def denoising_matches(
     for _, of_batch, batch in batches_to_measure(samples, sd, ImageTextMatching(), **sizes):
         latents = batch.images.to(sd.device).float()  # (B, 2, C, h, w)
         texts = [text for captions in batch.captions for text in captions[:2]]
-        context, _ = sd.encode_prompts([*texts, ""])
-        captions, empty = context[:-1].unflatten(0, (-1, 2)), context[-1:].expand(len(of_batch), -1, -1)
-        pairs = ((0, captions[:, 0]), (0, captions[:, 1]), (1, captions[:, 0]), (0, empty), (1, empty))
+        texts = sd.condition([*texts, *[""] * len(of_batch)])
+        own, other, empty = texts[0 : -len(of_batch) : 2], texts[1 : -len(of_batch) : 2], texts[-len(of_batch) :]
+        pairs = ((0, own), (0, other), (1, own), (0, empty), (1, empty))
         errors = {t: _errors(sd, latents, pairs, batch.ids, t) for t in {*timesteps, PAPER_TIMESTEP}}
         together = wins(_ahead(sum(errors[t] for t in timesteps)))
         decided = {t: together for t in timesteps} | {PAPER_TIMESTEP: wins(_ahead(errors[PAPER_TIMESTEP]))}
@@ -89,11 +90,11 @@ def _errors(sd, latents, pairs, ids, timestep) -> torch.Tensor:
     noise = [torch.randn(shape, generator=sample_generator(timestep, sample_id, 0, "noise")) for sample_id in ids]
     noise, timesteps = torch.stack(noise).to(sd.device), torch.full((len(ids),), timestep, device=sd.device)
     errors = []
-    for image, context in pairs:
+    for image, texts in pairs:
         noisy = scheduler.add_noise(latents[:, image], noise, timesteps)
-        predicted = sd.unet(noisy.to(sd.dtype), timesteps, encoder_hidden_states=context).sample.float()
+        _, predicted = unet_features(sd.unet, (), noisy.to(sd.dtype), timesteps, texts, with_noise_pred=True)
         target = sd.noise_target(latents[:, image], noise, timesteps)
-        errors.append((predicted - target).square().mean((1, 2, 3)))
+        errors.append((predicted.float() - target).square().mean((1, 2, 3)))
     return torch.stack(errors, dim=1)
 
 

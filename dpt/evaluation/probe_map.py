@@ -180,7 +180,7 @@ class ProbeMap(nn.Module):
         return adapter_config(
             replace(self.config, model=replace(self.config.model, feature=block)),
             self.sd.unet.config,
-            text_dim=self.sd.text_encoder.config.hidden_size,
+            text_dim=self.sd.pooled_width,
             rec_text_dim=self.rec_text.width,
         )
 

@@ -49,9 +49,10 @@ def denoising_of_step(
     """
     target, timesteps = inputs["noise_target"], inputs["timesteps"]
     if "negative_context" in inputs:
-        latents, context = inputs["noisy_latents"][:, 1:], inputs["negative_context"]
+        latents = inputs["noisy_latents"][:, 1:]
+        own = Conditioning(inputs["negative_context"], further=inputs.get("negative_further", {}))
         timesteps = torch.cat([timesteps, timesteps.repeat_interleave(2)])
-        pairs = latents.flatten(0, 1), timesteps[len(target) :], Conditioning(context.flatten(0, 1))
+        pairs = latents.flatten(0, 1), timesteps[len(target) :], own.map(lambda value: value.flatten(0, 1))
         _, others = unet_features(unet, (), *pairs, with_noise_pred=True)
         noise_pred = torch.cat([noise_pred, others])
         target = torch.cat([target, inputs["negative_noise_target"].flatten(0, 1)])

@@ -38,9 +38,12 @@ def control_inputs(control: str, inputs: dict, batch: Batch, sd: StableDiffusion
         inputs: the result of `encode_batch` for the batch.
     """
     if control in ("empty_prompt", "text_blind"):
-        empty, _ = sd.encode_prompts([""])
-        for name in ("caption_context", "expression_context"):
-            inputs[name] = empty.expand_as(inputs[name])
+        empty = sd.condition([""])
+        for name in ("caption", "expression"):
+            context = inputs[f"{name}_context"]
+            inputs[f"{name}_context"] = empty.encoder_hidden_states.expand_as(context)
+            for key, value in inputs.get(f"{name}_further", {}).items():
+                inputs[f"{name}_further"][key] = empty.further[key].expand_as(value)
     if control in ("constant_text", "text_blind"):
         inputs["caption_pooled"] = torch.ones_like(inputs["caption_pooled"])
     if control == "shuffled_labels" and training:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dpt.adapter.adapter import Scorer
 from dpt.backbones.stable_diffusion import StableDiffusion, load_stable_diffusion, usable_device
-from dpt.backbones.unet_features import Conditioning, unet_features
+from dpt.backbones.unet_features import unet_features
 from dpt.base_models import recommended
 from dpt.benchmark.steps import guided_step_kinds, median_seconds
 from dpt.checkpoint.checkpoint import DPTCheckpoint, load_checkpoint
@@ -69,10 +69,12 @@ class Verification:
     @torch.no_grad()
     def read(self, noisy_latents, timestep, texts: list[str]) -> tuple[torch.Tensor, dict]:
         """Matching scores (B,) and REC outputs of noisy latents conditioned on texts."""
-        context, pooled = self.sd.encode_prompts(texts)
-        features, _ = unet_features(self.sd.unet, self.scorer.blocks, noisy_latents, timestep, Conditioning(context))
+        conditioning = self.sd.condition(texts)
+        features, _ = unet_features(self.sd.unet, self.scorer.blocks, noisy_latents, timestep, conditioning)
         hs = self.scorer.adapter(features, timestep)
-        score = itm_score(self.scorer.adapter.itm_embeddings(hs, self.scorer.itm_layer), pooled)
+        score = itm_score(
+            self.scorer.adapter.itm_embeddings(hs, self.scorer.itm_layer), conditioning.pooled_prompt_embeds
+        )
         return score, self.scorer.adapter.rec_outputs(hs)
 
     def tensors(self):
@@ -91,7 +93,7 @@ class Verification:
         noise = initial_noise([0, 1], sd.latent_shape()).to(self.device)
         scheduler = make_scheduler(sd.scheduler, "ddim")
         set_timesteps(scheduler, steps, self.device)
-        texts = (Conditioning(*sd.encode_prompts(words)) for words in (self.prompts, [""] * 2))
+        texts = (sd.condition(words) for words in (self.prompts, [""] * 2))
         ours = sample(ClassifierFreeGuidance(sd.unet, scheduler, *texts, guidance_scale=7.5), scheduler, noise)
         ddim = DDIMScheduler.from_config(sd.scheduler.config)
         parts = sd.vae, sd.text_encoder, sd.tokenizer, sd.unet, ddim, None, None
@@ -110,7 +112,7 @@ class Verification:
         z = initial_noise([0, 1], self.sd.latent_shape()).to(self.device)
         timestep, gradients = torch.tensor(TIMESTEP, device=self.device), []
         for sd, s in ((self.sd, self.scorer), (half, scorer)):
-            conditioning = Conditioning(*sd.encode_prompts(self.prompts))
+            conditioning = sd.condition(self.prompts)
             gradients.append(score_gradient(sd.unet, s, z, timestep, conditioning)[1])
         cosine = torch.cosine_similarity(*(g.flatten(1) for g in gradients)).min().item()
         difference = float(np.abs(pictures[0] - pictures[1]).mean())
@@ -125,7 +127,7 @@ class Verification:
         z = initial_noise(list(range(8)), self.sd.latent_shape()).to(self.device)
         # pure noise is what the U-Net expects at the last timestep
         timestep = torch.tensor(self.sd.scheduler.config.num_train_timesteps - 1, device=self.device)
-        texts = Conditioning(*self.sd.encode_prompts((self.prompts * 4)[:8]))
+        texts = self.sd.condition((self.prompts * 4)[:8])
         before, gradient = score_gradient(self.sd.unet, self.scorer, z, timestep, texts)
         step = 0.001 * z.flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1)
         move = step[:, None, None, None] * gradient
@@ -210,7 +212,7 @@ class Verification:
         """
         sd = self.sd
         z = initial_noise([0, 1], sd.latent_shape()).to(self.device)
-        texts = (Conditioning(*sd.encode_prompts(words)) for words in (self.prompts, [""] * 2))
+        texts = (sd.condition(words) for words in (self.prompts, [""] * 2))
         runs = guided_step_kinds(sd.unet, sd.scheduler, self.scorer, z, *texts)
         peaks, on_cuda = {}, self.device.type == "cuda"
 
