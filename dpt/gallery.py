@@ -14,7 +14,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import dpt
-from dpt.backbones.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
+from dpt.backbones.loading import load_stable_diffusion
+from dpt.backbones.stable_diffusion import DTYPES, weights_fingerprint
 from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.choosing import rounds, with_numbers
 from dpt.drawing import Artist, Drawing, without_correction

@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def shapes_dpt(tmp_path_factory) -> Path:
     """A checkpoint folder for the shapes model: a random adapter of its size and a random LoRA."""
     from dpt.adapter.adapter import DiscriminativeAdapter
-    from dpt.backbones.stable_diffusion import load_stable_diffusion
+    from dpt.backbones.loading import load_stable_diffusion
     from dpt.checkpoint.checkpoint import DPTCheckpoint, save_checkpoint
     from dpt.config import AdapterConfig, DPTConfig
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionAttendAndExcitePipeline
 
-from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.unet_features import Conditioning
 from dpt.drawing import Artist
 from dpt.guidance.attend_and_excite import AttendAndExcite, stored_attention, subject_tokens

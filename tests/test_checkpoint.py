@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import dpt
-from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.unet_features import block_channels
 from dpt.checkpoint.__main__ import main
 from dpt.checkpoint.checkpoint import DPTCheckpoint, describe, load_checkpoint, save_checkpoint

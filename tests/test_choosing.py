@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.base_models import CKPT_FOLDER
 from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.choosing import CANDIDATES_APART, Round, best, candidate_seeds, rounds

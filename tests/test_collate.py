@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.config import LossSettings
 from dpt.data.collate import Sample, as_latents, collate, encode_batch, sample_generator
 from dpt.rec_text import load_rec_text_encoder

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.data.collate import collate, encode_batch
 from dpt.rec_text import load_rec_text_encoder
 from dpt.training.controls import control_batch, control_inputs, control_unet

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.choosing import candidate_seeds
 from dpt.demo import __main__ as demo

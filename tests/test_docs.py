@@ -326,7 +326,7 @@ def test_examples_run(page, text, tmp_path, monkeypatch):
 
     for table in ("MODELS", "SIDES", "SAMPLING"):
         monkeypatch.setattr(base_models, table, dict(getattr(base_models, table)))
-    monkeypatch.setattr("dpt.backbones.stable_diffusion.MODELS", base_models.MODELS)
+    monkeypatch.setattr("dpt.backbones.loading.MODELS", base_models.MODELS)
     (tmp_path / "ckpt").symlink_to(CKPT_FOLDER)
     monkeypatch.chdir(tmp_path)
     exec(compile(text.replace("FOLDER", "ckpt/shapes"), name_of(page), "exec"), {"__name__": "__main__"})

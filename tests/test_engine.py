@@ -11,7 +11,7 @@ from PIL import Image
 
 import train_probe
 import train_tune
-from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.config import CONTROLS, load_config
 from dpt.data.loader import step_indices

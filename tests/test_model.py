@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from dpt.adapter.adapter import DiscriminativeAdapter
-from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.checkpoint.released import adapter_key
 from dpt.config import AdapterConfig

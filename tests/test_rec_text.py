@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.rec_text import load_rec_text_encoder
 from dpt.tasks.rec import token_mask
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
-from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.unet_features import Conditioning
 from dpt.base_models import CKPT_FOLDER
 from dpt.drawing import Artist

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpt.adapter.adapter import Scorer
-from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.unet_features import Conditioning
 from dpt.drawing import counted_passes
 from dpt.guidance.self_correction import SelfCorrection

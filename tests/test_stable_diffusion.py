@@ -10,14 +10,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from dpt.backbones.stable_diffusion import (
-    StableDiffusion,
-    advice_against_nan,
-    architecture,
-    load_stable_diffusion,
-    usable_device,
-    weights_fingerprint,
-)
+from dpt.backbones.loading import architecture, load_stable_diffusion
+from dpt.backbones.stable_diffusion import StableDiffusion, advice_against_nan, usable_device, weights_fingerprint
 from dpt.backbones.unet_features import Conditioning
 from dpt.base_models import CKPT_FOLDER, MIRRORS
 from dpt.sampling import ClassifierFreeGuidance, initial_noise, sample
@@ -167,7 +161,7 @@ def test_revision_and_local_files_only_are_passed_on(monkeypatch):
         given.update(options, source=source)
         raise OSError("no network")
 
-    monkeypatch.setattr("dpt.backbones.stable_diffusion.StableDiffusionPipeline.from_pretrained", from_pretrained)
+    monkeypatch.setattr("dpt.backbones.loading.StableDiffusionPipeline.from_pretrained", from_pretrained)
     with pytest.raises(ValueError, match="no network"):
         load_stable_diffusion("someone/model", revision="fp16", local_files_only=True)
     assert (given["source"], given["revision"], given["local_files_only"]) == ("someone/model", "fp16", True)

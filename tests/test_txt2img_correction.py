@@ -8,7 +8,7 @@ from PIL import Image
 
 import txt2img
 from dpt.adapter.adapter import DiscriminativeAdapter
-from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.unet_features import block_channels
 from dpt.base_models import CKPT_FOLDER
 from dpt.checkpoint.released import adapter_key

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dpt.assembly import make_model
-from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.config import load_config
 from dpt.data.collate import collate, encode_batch
 from dpt.rec_text import load_rec_text_encoder

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from msgspec import Meta, Struct, field
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from dpt.files import read_bytes, read_json, write_bytes
 from dpt.weights import read_shapes
@@ -25,12 +25,13 @@ Blocks = Annotated[list[str], Meta(min_length=1, max_length=16)]
 Widths = Annotated[list[Size], Meta(min_length=1, max_length=16)]
 
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+CLASSES_XL = CLASSES | {"text_encoder_2": "CLIPTextModelWithProjection"}
 STEMS = {"unet": ("diffusion_pytorch_model",) * 2, "vae": ("diffusion_pytorch_model",) * 2}
-STEMS |= {"text_encoder": ("model", "pytorch_model")}
+STEMS |= {"text_encoder": ("model", "pytorch_model"), "text_encoder_2": ("model", "pytorch_model")}
 """how the names of weights begin, as safetensors and as .bin"""
 LOADING_ERRORS = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, StrictDataclassError)
 """Errors of diffusers and transformers at a folder whose files do not fit each other."""
-SUPPORTED = "supported is Stable Diffusion 1 and 2 that draws from text alone (StableDiffusionPipeline)"
+SUPPORTED = "supported are Stable Diffusion 1, 2 and XL that draw from text alone (Stable Diffusion's pipelines)"
 
 
 class UNetConfig(Struct):
@@ -78,6 +79,7 @@ class TextConfig(Struct):
     num_attention_heads: Size
     vocab_size: Annotated[int, Meta(ge=1, le=10_000_000)]
     max_position_embeddings: Size = 77
+    projection_dim: Size = 512
     eos_token_id: Annotated[int, Meta(ge=0)] = 49_407
 
 
@@ -103,9 +105,22 @@ CONFIGS = {
     "unet/config.json": UNetConfig,
     "vae/config.json": VaeConfig,
     "text_encoder/config.json": TextConfig,
+    "text_encoder_2/config.json": TextConfig,
     "scheduler/scheduler_config.json": SchedulerConfig,
     "tokenizer/tokenizer_config.json": TokenizerConfig,
+    "tokenizer_2/tokenizer_config.json": TokenizerConfig,
 }
+
+
+def read_index(folder: Path) -> dict[str, object]:
+    """A folder's `model_index.json`; empty where there is none."""
+    path = folder / "model_index.json"
+    return read_json(path, dict[str, object]) if path.exists() else {}
+
+
+def is_sdxl(index: dict[str, object]) -> bool:
+    """Whether a `model_index.json` is that of Stable Diffusion XL."""
+    return index.get("_class_name") == "StableDiffusionXLPipeline"
 
 
 def check_folder(folder: Path) -> None:
@@ -114,26 +129,30 @@ def check_folder(folder: Path) -> None:
     Raises:
         ValueError: another kind of model, or a value that cannot be; file and field are named.
     """
-    if (folder / "model_index.json").exists():
-        index = read_json(folder / "model_index.json", dict[str, object])
-        kind = index.get("_class_name")
-        if "text_encoder_2" in index or (kind is not None and "unet" not in index):
+    if index := read_index(folder):
+        kind, wanted_parts = index.get("_class_name"), CLASSES_XL if is_sdxl(index) else CLASSES
+        if kind is not None and ("unet" not in index or ("text_encoder_2" in index and not is_sdxl(index))):
             raise ValueError(f"{folder} is of {kind}; {SUPPORTED}")
-        for part, wanted in CLASSES.items():
+        if is_sdxl(index) and index.get("text_encoder", [None]) == [None, None]:
+            raise ValueError(f"{folder} is Stable Diffusion XL's refiner, which has no text_encoder; {SUPPORTED}")
+        for part, wanted in wanted_parts.items():
+            if is_sdxl(index) and not (folder / part).is_dir():
+                raise ValueError(f"{folder} lacks the folder {part} of Stable Diffusion XL")
             if part in index and index[part] not in (["diffusers", wanted], ["transformers", wanted]):
                 raise ValueError(f"{folder}: its {part} is {str(index[part])[:60]}, not {wanted}; {SUPPORTED}")
         scheduler = index.get("scheduler", ["diffusers"])
         if not isinstance(scheduler, list) or scheduler[:1] != ["diffusers"]:
             raise ValueError(f"{folder}: its scheduler is {str(scheduler)[:60]}, none of diffusers'")
     configs = {part: read_json(folder / part, schema) for part, schema in CONFIGS.items() if (folder / part).exists()}
-    unet, vae, text = (configs.get(f"{part}/config.json") for part in CLASSES)
+    unet, vae, text, text_2 = (configs.get(f"{part}/config.json") for part in CLASSES_XL)
     if unet is not None:
         check_kind(folder, unet, vae or VaeConfig(block_out_channels=[1]))
         widths = [unet.cross_attention_dim] if isinstance(unet.cross_attention_dim, int) else unet.cross_attention_dim
-        if text is not None and {*widths} != {text.hidden_size}:
+        sizes = [encoder.hidden_size for encoder in (text, text_2) if encoder is not None]
+        if text is not None and {*widths} != {sum(sizes)}:
             raise ValueError(
                 f"{folder}: unet/config.json has the cross_attention_dim {unet.cross_attention_dim}, "
-                f"text_encoder/config.json the hidden_size {text.hidden_size}; they must agree"
+                f"text_encoder/config.json the hidden_size {' + '.join(map(str, sizes))}; they must agree"
             )
 
 
@@ -146,8 +165,9 @@ def check_kind(name: object, unet, vae) -> None:
             f"{vae.latent_channels}; {SUPPORTED}"
         )
     for setting in ("addition_embed_type", "class_embed_type", "num_class_embeds"):
-        if (value := getattr(unet, setting)) is not None:
-            raise ValueError(f"{name}: its U-Net has the {setting} {value}, as Stable Diffusion XL has; {SUPPORTED}")
+        value = getattr(unet, setting)
+        if value is not None and (setting, value) != ("addition_embed_type", "text_time"):  # that is XL's
+            raise ValueError(f"{name}: its U-Net has the {setting} {value}; {SUPPORTED}")
 
 
 def check_weights(folder: Path, variant: str | None) -> None:
@@ -156,20 +176,21 @@ def check_weights(folder: Path, variant: str | None) -> None:
     Raises:
         ValueError: a file that is cut off, a git-lfs pointer, or that lacks tensors of the text encoder.
     """
-    for part in CLASSES:
+    for part in STEMS:
         files, shapes = weight_files(folder / part), {}
         for file in files.get(variant or "", files.get("", [])):
             shapes |= read_shapes(file)
-        if part == "text_encoder" and shapes:  # the others' are compared by diffusers; transformers makes them up
-            _check_text_encoder(folder / part, shapes)
+        if part.startswith("text_encoder") and shapes:  # the others' are compared by diffusers; transformers makes
+            _check_text_encoder(folder / part, shapes)  # up what is missing
 
 
 def _check_text_encoder(folder: Path, shapes: dict[str, list[int]]) -> None:
     read_json(folder / "config.json", TextConfig)
     try:
         config = CLIPTextConfig.from_dict(read_json(folder / "config.json", dict))
+        kind = CLIPTextModelWithProjection if folder.name == "text_encoder_2" else CLIPTextModel
         with torch.device("meta"):
-            expected = CLIPTextModel(config).state_dict()
+            expected = kind(config).state_dict()
     except LOADING_ERRORS as error:
         raise ValueError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
     found = {name.removeprefix("text_model."): shape for name, shape in shapes.items()}
@@ -194,7 +215,7 @@ def weight_files(folder: Path) -> dict[str, list[Path]]:
 
 def choose_variant(folder: Path) -> str | None:
     """The variant, such as fp16, of a folder where a component's weights without one are missing; else None."""
-    for part in CLASSES:
+    for part in STEMS:
         files = weight_files(folder / part)
         if files and "" not in files:
             return "fp16" if "fp16" in files else next(iter(files))

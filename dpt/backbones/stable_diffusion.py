@@ -4,53 +4,17 @@ Shapes: B batch, L text tokens, E context width, P pooled width, C latent channe
 Whatever a size or a factor is, the model's own config says it.
 """
 
-import contextlib
-import difflib
 import hashlib
-import logging
-import math
 from dataclasses import dataclass
-from pathlib import Path
 
-import diffusers
 import torch
-import transformers
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.configuration_utils import FrozenDict
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import BatchEncoding, CLIPTextModel, CLIPTokenizer
 
-from dpt.backbones.model_folder import (
-    LOADING_ERRORS,
-    TextConfig,
-    check_folder,
-    check_kind,
-    check_weights,
-    choose_variant,
-    weight_files,
-    without_marks,
-)
 from dpt.backbones.unet_features import Conditioning
-from dpt.base_models import CKPT_FOLDER, DEFAULT_MODEL, MIRRORS, MODELS, check_size
-from dpt.files import read_json
-from dpt.weights import read_shapes
-
-_SD2 = {
-    "sample_size": 64,
-    "attention_head_dim": [5, 10, 20, 20],
-    "cross_attention_dim": 1024,
-    "use_linear_projection": True,
-}
-ARCHITECTURES = {
-    "sd21-base": _SD2,
-    "sd21": _SD2 | {"sample_size": 96},
-    "sd14": {"sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768},
-}
-"""What the U-Nets of named models differ in from `UNet2DConditionModel`'s defaults; their text encoders are as wide as
-`cross_attention_dim`."""
-OTHER_PARAMETERS = {"sd21-base": 424_000_000, "sd21": 424_000_000, "sd14": 207_000_000}
-"""about: text encoder and autoencoder"""
+from dpt.base_models import check_size
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 VAE_SLICING_ABOVE = 4  # images encoded or decoded at once
@@ -102,7 +66,7 @@ class StableDiffusion:
 
     def expanded(self, prompt: str) -> str:
         """The prompt with a word for each vector of its textual inversions: "<cat>" as "<cat> <cat>_1 <cat>_2"."""
-        return TextualInversionLoaderMixin().maybe_convert_prompt(prompt, self.tokenizer)
+        return expanded(self.tokenizer, prompt)
 
     def encode_prompts(self, prompts: list[str], *, clip_skip: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Context (B, L, E) and pooled state (B, P) of prompts; longer ones are cut at the encoder's L tokens.
@@ -119,13 +83,7 @@ class StableDiffusion:
         if clip_skip is not None and not 0 <= clip_skip <= num_layers:
             raise ValueError(f"clip_skip is {clip_skip}; the text encoder has {num_layers} layers")
         distinct = list(dict.fromkeys(prompts))
-        tokens = self.tokenizer(
-            [self.expanded(prompt) for prompt in distinct],
-            padding="max_length",
-            truncation=True,
-            max_length=self.tokenizer.model_max_length,
-            return_tensors="pt",
-        ).to(self.device)
+        tokens = tokenize(self.tokenizer, distinct).to(self.device)
         uses_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_encoder.training):
             output = self.text_encoder(
@@ -203,134 +161,20 @@ class StableDiffusion:
         raise ValueError(f"prediction_type is {prediction_type!r}; it must be epsilon or v_prediction")
 
 
-def load_stable_diffusion(
-    model: str = DEFAULT_MODEL,
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    local_files_only: bool = False,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    notice=print,
-) -> StableDiffusion:
-    """Loads a base model by name (`MODELS`), local folder or hub id.
-
-    A named model is taken from `ckpt/<name>` where that folder exists. The scheduler becomes DDIM, settings kept.
-
-    Args:
-        variant: of the files of weights, such as fp16; by default, of a local folder, whichever is there.
-
-    Raises:
-        ValueError: nothing usable there; the message says what to do.
-    """
-    source = _source(model, notice)
-    if revision is not None and Path(source).is_dir():
-        raise ValueError(f"revision is {revision!r}; {source} is a local folder, which has none")
-    if Path(source).is_dir():
-        variant = _checked_variant(model, Path(source), variant, notice)
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()  # what fails is said by the error below
-    try:
-        with _quiet_fallback(), without_marks(source) as files:
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                files,
-                revision=revision,
-                variant=variant,
-                local_files_only=local_files_only,
-                dtype=dtype,
-                safety_checker=None,
-                feature_extractor=None,
-                image_encoder=None,
-                requires_safety_checker=False,
-            )
-        config = pipeline.scheduler.config
-        # A config without clip_sample means none; DDIM's own default would clip the latents.
-        scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
-    except Exception as error:
-        if isinstance(error, LOADING_ERRORS) or type(error) is Exception:  # as the tokenizers library raises it
-            raise ValueError(_missing(model, source, error)) from error
-        raise
-    check_kind(f"model {model!r}", pipeline.unet.config, pipeline.vae.config)
-    for part in ("text_encoder", "vae", "unet"):
-        if lacking := [name for name, value in getattr(pipeline, part).named_parameters() if value.is_meta]:
-            raise ValueError(_missing(model, source, ValueError(f"{part}: its weights lack {lacking[0]}")))
-    vocabulary = pipeline.text_encoder.config.vocab_size
-    if len(pipeline.tokenizer) != vocabulary:  # transformers makes an empty tokenizer where its files are missing
-        reason = f"its tokenizer has {len(pipeline.tokenizer)} tokens, its text encoder {vocabulary}"
-        raise ValueError(_missing(model, source, ValueError(reason)))
-    positions = pipeline.text_encoder.config.max_position_embeddings  # without its config, a tokenizer's length is 1e30
-    pipeline.tokenizer.model_max_length = min(pipeline.tokenizer.model_max_length, positions)
-    parts = {"text_encoder": pipeline.text_encoder, "vae": pipeline.vae, "unet": pipeline.unet}
-    for module in parts.values():
-        module.to(device).eval().requires_grad_(False)
-    return StableDiffusion(name=model, source=str(source), tokenizer=pipeline.tokenizer, scheduler=scheduler, **parts)
+def expanded(tokenizer: CLIPTokenizer, prompt: str) -> str:
+    """See `StableDiffusion.expanded`."""
+    return TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
 
 
-def _checked_variant(model: str, folder: Path, variant: str | None, notice) -> str | None:
-    """The variant of a local folder's weights, after a look at all that is there. Raises ValueError."""
-    try:
-        check_folder(folder)
-        if variant is None and (variant := choose_variant(folder)):
-            notice(f"{model} has weights of the variant {variant} alone: they are taken")
-        check_weights(folder, variant)
-    except ValueError as error:
-        raise ValueError(f"model {model!r}: {error}") from error
-    return variant
-
-
-@contextlib.contextmanager
-def _quiet_fallback():
-    """Keeps diffusers from calling it an error that a folder holds .bin files and no safetensors, and transformers from
-    printing tables of what fails.
-    """
-
-    def keep(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("An error occurred while trying to fetch")
-
-    logger = logging.getLogger("diffusers.models.modeling_utils")
-    logger.addFilter(keep)
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)
-        transformers.utils.logging.set_verbosity(verbosity)
-
-
-def architecture(model: str) -> tuple[FrozenDict, int, int]:
-    """The U-Net's config, the text encoder's width, and about the other parts' parameters; reads no weights.
-
-    Raises:
-        ValueError: neither a local folder nor a model whose architecture is known, or a folder that is not complete.
-    """
-    source = _source(model, lambda _: None)
-    folder = Path(source)
-    if folder.is_dir():
-        try:
-            check_folder(folder)
-            unet = read_json(folder / "unet/config.json", dict)
-            width = read_json(folder / "text_encoder/config.json", TextConfig).hidden_size
-            variant = choose_variant(folder) or ""
-            files = [file for part in ("text_encoder", "vae") for file in weight_files(folder / part).get(variant, [])]
-            parameters = sum(math.prod(shape) for file in files for shape in read_shapes(file).values())
-            return _whole_config(unet), width, parameters
-        except LOADING_ERRORS as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"model {model!r}: {folder} is not a complete Stable Diffusion folder ({reason})"
-            ) from error
-    known = next((name for name, known in MODELS.items() if source in (name, known)), None)
-    if known is None:
-        raise ValueError(f"model {model!r}: its architecture is not known before it is downloaded")
-    config = ARCHITECTURES[known]
-    return _whole_config(config), config["cross_attention_dim"], OTHER_PARAMETERS[known]
-
-
-def _whole_config(given: dict) -> FrozenDict:
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(given).config
+def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> BatchEncoding:
+    """Tokens of prompts, filled up and cut at the encoder's length."""
+    return tokenizer(
+        [expanded(tokenizer, prompt) for prompt in prompts],
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
+    )
 
 
 def weights_fingerprint(*modules: torch.nn.Module) -> str:
@@ -362,58 +206,3 @@ def advice_against_nan(sd: StableDiffusion) -> str:
             "nothing: set it to v_prediction, or rescale_betas_zero_snr to false, in scheduler_config.json"
         )
     return ("" if sd.dtype == torch.float32 else "draw in float32 (--dtype float32), or ") + "draw at a lower --scale"
-
-
-def _source(model: str, notice) -> str:
-    """The folder or hub id of a model. Raises ValueError for a single file."""
-    if Path(model).is_file():
-        raise ValueError(
-            f"model {model!r} is a single file; make it a folder once, as docs/drawing.md shows, and pass --model "
-            "FOLDER: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
-        )
-    if model in MODELS and (MODELS[model] is None or (CKPT_FOLDER / model).is_dir()):
-        return str(CKPT_FOLDER / model)
-    model = MODELS.get(model) or model
-    if model in MIRRORS and not Path(model).exists():
-        notice(f"{model} is no longer on the hub; using its mirror {MIRRORS[model]}")
-        model = MIRRORS[model]
-    return model
-
-
-def _broken_part(folder: Path) -> str:
-    """The first component of a folder whose config is of no model, or not of its weights'; "" where none is found."""
-    for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
-        try:
-            with torch.device("meta"):
-                expected = kind.from_config(read_json(folder / part / "config.json", dict)).state_dict()
-        except LOADING_ERRORS:
-            return f"{part}/config.json: "
-        for file in weight_files(folder / part).get("", []):
-            shapes = read_shapes(file)
-            if any(list(tensor.shape) != shapes.get(name, list(tensor.shape)) for name, tensor in expected.items()):
-                return f"{part}: "
-    return ""
-
-
-def _missing(model: str, source: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200]
-    if model == "shapes":
-        return (
-            f"the embedded model is missing: {source} should be part of the repository; restore it with git ({reason})"
-        )
-    mirrors = ", ".join(sorted(set(MIRRORS.values())))
-    advice = f"(SD 2.1 is mirrored as {mirrors}), or draw without any weights: --model shapes"
-    if Path(source).is_dir():
-        reason = _broken_part(Path(source)) + reason
-        return (
-            f"model {model!r}: {source} is not a complete Stable Diffusion folder ({reason}); fetch what is missing "
-            + advice
-        )
-    close = difflib.get_close_matches(model, MODELS, n=1)
-    if close and model not in MODELS:
-        return f"model {model!r} is neither a name, a local folder nor on the hub ({reason}); did you mean {close[0]}?"
-    folder = CKPT_FOLDER / model if model in MODELS else "a local folder"
-    return (
-        f"model {model!r} cannot be loaded from {source} ({reason}). Download it (SD 2.1 is mirrored as {mirrors}), "
-        f"put its files into {folder}, pass --model FOLDER, or draw without any weights: --model shapes"
-    )

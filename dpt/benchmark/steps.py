@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
-from dpt.backbones.stable_diffusion import ARCHITECTURES, load_stable_diffusion
+from dpt.backbones.loading import ARCHITECTURES, load_stable_diffusion
 from dpt.backbones.unet_features import Conditioning, block_channels, set_cpu_attention, unet_features
 from dpt.benchmark import CORRECTED, TRAINING_KINDS
 from dpt.config import AdapterConfig

@@ -50,7 +50,8 @@ def run_check(args: argparse.Namespace) -> int:
 
 def run_cache_latents(args: argparse.Namespace) -> int:
     """Encodes a folder of images; go on after a kill with the same command."""
-    from dpt.backbones.stable_diffusion import DTYPES, load_stable_diffusion
+    from dpt.backbones.loading import load_stable_diffusion
+    from dpt.backbones.stable_diffusion import DTYPES
     from dpt.data.latents import cache_folder
 
     sd = load_stable_diffusion(

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from dpt.backbones.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
+from dpt.backbones.loading import load_stable_diffusion
+from dpt.backbones.stable_diffusion import DTYPES, weights_fingerprint
 from dpt.base_models import DTYPE_NAMES, recommended
 from dpt.bounds import bounded, check_bounds, one_of
 from dpt.checkpoint.checkpoint import load_checkpoint

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from dpt.adapter.adapter import Scorer
-from dpt.backbones.stable_diffusion import StableDiffusion, load_stable_diffusion, usable_device
+from dpt.backbones.loading import load_stable_diffusion
+from dpt.backbones.stable_diffusion import StableDiffusion, usable_device
 from dpt.backbones.unet_features import unet_features
 from dpt.base_models import DPT_WEIGHTS, known_name, recommended
 from dpt.checkpoint.checkpoint import load_checkpoint

@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from tqdm import tqdm
 
-from dpt.backbones.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
+from dpt.backbones.loading import load_stable_diffusion
+from dpt.backbones.stable_diffusion import DTYPES, weights_fingerprint
 from dpt.base_models import recommended
 from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.choosing import best, candidate_seeds, rounds, stop_of, with_numbers

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from scipy.linalg import sqrtm
 
-from dpt.backbones.stable_diffusion import StableDiffusion, load_stable_diffusion
+from dpt.backbones.loading import load_stable_diffusion
+from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.evaluation.align import file_hashes, pictures
 from dpt.evaluation.figures import QUALITY_FILE, pictures_hash, read_quality
 from dpt.files import write_text

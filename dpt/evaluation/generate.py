@@ -24,7 +24,8 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from dpt.backbones.stable_diffusion import DTYPES, load_stable_diffusion, weights_fingerprint
+from dpt.backbones.loading import load_stable_diffusion
+from dpt.backbones.stable_diffusion import DTYPES, weights_fingerprint
 from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.choosing import candidate_seeds
 from dpt.drawing import Artist, Drawing, counted_passes

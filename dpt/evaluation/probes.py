@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from dpt.assembly import WEIGHT_DTYPES
-from dpt.backbones.stable_diffusion import StableDiffusion, load_stable_diffusion, weights_fingerprint
+from dpt.backbones.loading import load_stable_diffusion
+from dpt.backbones.stable_diffusion import StableDiffusion, weights_fingerprint
 from dpt.checkpoint.checkpoint import DPTCheckpoint, load_checkpoint
 from dpt.config import load_config
 from dpt.data.sources import validation_samples

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dpt.backbones.stable_diffusion import StableDiffusion, load_stable_diffusion
+from dpt.backbones.loading import load_stable_diffusion
+from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.base_models import CKPT_FOLDER, recommended
 from dpt.drawing import Artist
 from dpt.images import make_grid, to_images, to_pixels

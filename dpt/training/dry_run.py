@@ -7,7 +7,7 @@ from diffusers import UNet2DConditionModel
 
 from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.assembly import WEIGHT_DTYPES, adapter_config
-from dpt.backbones.stable_diffusion import architecture
+from dpt.backbones.loading import architecture
 from dpt.backbones.unet_features import LATENTS, block_channels, parse_feature
 from dpt.checkpoint.checkpoint import checkpoints, load_checkpoint
 from dpt.lora import add_lora

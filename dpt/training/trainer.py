@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from dpt.assembly import WEIGHT_DTYPES, encode_options, make_model, trained_weights
-from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.checkpoint.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from dpt.config import flatten, load_config, save_config
 from dpt.data.collate import Batch, collate, encode_batch

@@ -12,7 +12,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from tqdm import tqdm
 
 from dpt.adapter.adapter import Scorer
-from dpt.backbones.stable_diffusion import StableDiffusion, load_stable_diffusion, usable_device
+from dpt.backbones.loading import load_stable_diffusion
+from dpt.backbones.stable_diffusion import StableDiffusion, usable_device
 from dpt.backbones.unet_features import unet_features
 from dpt.base_models import recommended
 from dpt.benchmark.steps import guided_step_kinds, median_seconds

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.data.__main__ import main
 from dpt.data.latents import LatentFolder, verify_folder
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.data.__main__ import main
 from dpt.data.coco import base_name, image_path, load_captions, load_pixels, stable_id
 from dpt.data.coco_samples import CocoSamples

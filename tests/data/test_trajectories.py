@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import train_probe
 import txt2img
-from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.base_models import recommended
 from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.data.__main__ import main

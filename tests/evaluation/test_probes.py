@@ -8,7 +8,7 @@ import yaml
 from safetensors.torch import load_file
 
 import evaluate
-from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.checkpoint.checkpoint import LORA_FILE, DPTCheckpoint, load_checkpoint, save_checkpoint
 from dpt.config import load_config
 from dpt.data.collate import collate, encode_batch

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.base_models import CKPT_FOLDER
 from dpt.shapes.clip import MAX_TOKENS, load_clip, make_tokenizer, tokenize
 from dpt.shapes.settings import PretrainConfig

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.shapes.labelling import LABELLED, agreement
 from dpt.shapes.oracle import find_objects, judge
 from dpt.shapes.scenes import COLORS, IMAGE_SIZE, Scene, SceneObject, render

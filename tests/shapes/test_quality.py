@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.settings import Sampling
 from dpt.shapes import label, labelling
 from dpt.shapes.oracle import LABELS

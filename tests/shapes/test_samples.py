@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from dpt.arrays import read_array
-from dpt.backbones.stable_diffusion import load_stable_diffusion
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.shapes.clip import embed_texts, load_clip
 from dpt.shapes.grammar import parse
 from dpt.shapes.samples import ShapesSamples

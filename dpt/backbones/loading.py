@@ -1,0 +1,265 @@
+"""Loading base models from folders and the hub, and what is known of them before they are loaded."""
+
+import contextlib
+import difflib
+import logging
+import math
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.configuration_utils import FrozenDict
+
+from dpt.backbones.model_folder import (
+    LOADING_ERRORS,
+    STEMS,
+    TextConfig,
+    check_folder,
+    check_kind,
+    check_weights,
+    choose_variant,
+    is_sdxl,
+    read_index,
+    weight_files,
+    without_marks,
+)
+from dpt.backbones.sdxl import StableDiffusionXL
+from dpt.backbones.stable_diffusion import StableDiffusion
+from dpt.base_models import CKPT_FOLDER, DEFAULT_MODEL, MIRRORS, MODELS
+from dpt.files import read_json
+from dpt.weights import read_shapes
+
+_SD2 = {
+    "sample_size": 64,
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
+_SD1 = {"sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768}
+ARCHITECTURES = {
+    "sd21-base": _SD2,
+    "sd21": _SD2 | {"sample_size": 96},
+    "sd14": _SD1,
+    "sd15": _SD1,
+    "sdxl": {
+        "sample_size": 128,
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+"""What the U-Nets of named models differ in from `UNet2DConditionModel`'s defaults."""
+POOLED_WIDTHS = {"sd21-base": 1024, "sd21": 1024, "sd14": 768, "sd15": 768, "sdxl": 1280}
+"""of the pooled text that ITM compares with"""
+OTHER_PARAMETERS = {"sd21-base": 424_000_000, "sd21": 424_000_000, "sd14": 207_000_000, "sd15": 207_000_000}
+OTHER_PARAMETERS |= {"sdxl": 902_000_000}
+"""about: text encoder and autoencoder"""
+
+
+def load_stable_diffusion(
+    model: str = DEFAULT_MODEL,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    local_files_only: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    notice=print,
+) -> StableDiffusion:
+    """Loads a base model by name (`MODELS`), local folder or hub id.
+
+    A named model is taken from `ckpt/<name>` where that folder exists. The scheduler becomes DDIM, settings kept.
+
+    Args:
+        variant: of the files of weights, such as fp16; by default, of a local folder, whichever is there.
+
+    Raises:
+        ValueError: nothing usable there; the message says what to do.
+    """
+    source = _source(model, notice)
+    if revision is not None and Path(source).is_dir():
+        raise ValueError(f"revision is {revision!r}; {source} is a local folder, which has none")
+    if Path(source).is_dir():
+        variant = _checked_variant(model, Path(source), variant, notice)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()  # what fails is said by the error below
+    try:
+        with _quiet_fallback(), without_marks(source) as files:
+            where = {"revision": revision, "local_files_only": local_files_only}
+            index = read_index(Path(source)) if Path(source).is_dir() else DiffusionPipeline.load_config(files, **where)
+            options = where | {"variant": variant, "dtype": dtype, "feature_extractor": None, "image_encoder": None}
+            if is_sdxl(index):
+                pipeline = StableDiffusionXLPipeline.from_pretrained(files, add_watermarker=False, **options)
+            else:
+                options |= {"safety_checker": None, "requires_safety_checker": False}
+                pipeline = StableDiffusionPipeline.from_pretrained(files, **options)
+        config = pipeline.scheduler.config
+        # A config without clip_sample means none; DDIM's own default would clip the latents.
+        scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
+    except Exception as error:
+        if isinstance(error, LOADING_ERRORS) or type(error) is Exception:  # as the tokenizers library raises it
+            raise ValueError(_missing(model, source, error)) from error
+        raise
+    check_kind(f"model {model!r}", pipeline.unet.config, pipeline.vae.config)
+    texts = ("text_encoder", "text_encoder_2") if is_sdxl(index) else ("text_encoder",)
+    parts = {part: getattr(pipeline, part) for part in (*texts, "vae", "unet")}
+    tokenizers = {
+        part: getattr(pipeline, part) for part in (text.replace("text_encoder", "tokenizer") for text in texts)
+    }
+    for part, module in parts.items():
+        if lacking := [name for name, value in module.named_parameters() if value.is_meta]:
+            raise ValueError(_missing(model, source, ValueError(f"{part}: its weights lack {lacking[0]}")))
+        module.to(device).eval().requires_grad_(False)
+    for (part, tokenizer), text in zip(tokenizers.items(), texts, strict=True):
+        config = parts[text].config
+        if len(tokenizer) != config.vocab_size:  # transformers makes an empty one where its files are missing
+            reason = f"its {part} has {len(tokenizer)} tokens, its {text} {config.vocab_size}"
+            raise ValueError(_missing(model, source, ValueError(reason.replace("_encoder", " encoder"))))
+        # without its config, a tokenizer's length is 1e30
+        tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+    common = {"name": model, "source": str(source), "scheduler": scheduler} | parts | tokenizers
+    if not is_sdxl(index):
+        return StableDiffusion(**common)
+    if dtype == torch.float16 and parts["vae"].config.force_upcast:
+        parts["vae"].float()  # its activations are beyond float16; madebyollin/sdxl-vae-fp16-fix has none such
+    return StableDiffusionXL(**common, zeros_for_empty_prompt=pipeline.config.force_zeros_for_empty_prompt)
+
+
+def _checked_variant(model: str, folder: Path, variant: str | None, notice) -> str | None:
+    """The variant of a local folder's weights, after a look at all that is there. Raises ValueError."""
+    try:
+        check_folder(folder)
+        if variant is None and (variant := choose_variant(folder)):
+            notice(f"{model} has weights of the variant {variant} alone: they are taken")
+        check_weights(folder, variant)
+    except ValueError as error:
+        raise ValueError(f"model {model!r}: {error}") from error
+    return variant
+
+
+@contextlib.contextmanager
+def _quiet_fallback():
+    """Keeps diffusers from calling it an error that a folder holds .bin files and no safetensors, and transformers from
+    printing tables of what fails.
+    """
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("An error occurred while trying to fetch")
+
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    logger.addFilter(keep)
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+        transformers.utils.logging.set_verbosity(verbosity)
+
+
+def architecture(model: str) -> tuple[FrozenDict, int, int]:
+    """The U-Net's config, the pooled text's width, and about the other parts' parameters; reads no weights.
+
+    Raises:
+        ValueError: neither a local folder nor a model whose architecture is known, or a folder that is not complete.
+    """
+    source = _source(model, lambda _: None)
+    folder = Path(source)
+    if folder.is_dir():
+        try:
+            check_folder(folder)
+            unet = read_json(folder / "unet/config.json", dict)
+            width = read_json(folder / "text_encoder/config.json", TextConfig).hidden_size
+            if is_sdxl(read_index(folder)):
+                width = read_json(folder / "text_encoder_2/config.json", TextConfig).projection_dim
+            variant, others = choose_variant(folder) or "", [part for part in STEMS if part != "unet"]
+            files = [file for part in others for file in weight_files(folder / part).get(variant, [])]
+            parameters = sum(math.prod(shape) for file in files for shape in read_shapes(file).values())
+            return _whole_config(unet), width, parameters
+        except LOADING_ERRORS as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"model {model!r}: {folder} is not a complete Stable Diffusion folder ({reason})"
+            ) from error
+    known = next((name for name, known in MODELS.items() if source in (name, known)), None)
+    if known is None:
+        raise ValueError(f"model {model!r}: its architecture is not known before it is downloaded")
+    config = ARCHITECTURES[known]
+    return _whole_config(config), POOLED_WIDTHS[known], OTHER_PARAMETERS[known]
+
+
+def _whole_config(given: dict) -> FrozenDict:
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(given).config
+
+
+def _source(model: str, notice) -> str:
+    """The folder or hub id of a model. Raises ValueError for a single file."""
+    if Path(model).is_file():
+        raise ValueError(
+            f"model {model!r} is a single file; make it a folder once, as docs/drawing.md shows, and pass --model "
+            "FOLDER: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        )
+    if model in MODELS and (MODELS[model] is None or (CKPT_FOLDER / model).is_dir()):
+        return str(CKPT_FOLDER / model)
+    model = MODELS.get(model) or model
+    if model in MIRRORS and not Path(model).exists():
+        notice(f"{model} is no longer on the hub; using its mirror {MIRRORS[model]}")
+        model = MIRRORS[model]
+    return model
+
+
+def _broken_part(folder: Path) -> str:
+    """The first component of a folder whose config is of no model, or not of its weights'; "" where none is found."""
+    for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+        try:
+            with torch.device("meta"):
+                expected = kind.from_config(read_json(folder / part / "config.json", dict)).state_dict()
+        except LOADING_ERRORS:
+            return f"{part}/config.json: "
+        for file in weight_files(folder / part).get("", []):
+            shapes = read_shapes(file)
+            if any(list(tensor.shape) != shapes.get(name, list(tensor.shape)) for name, tensor in expected.items()):
+                return f"{part}: "
+    return ""
+
+
+def _missing(model: str, source: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    if model == "shapes":
+        return (
+            f"the embedded model is missing: {source} should be part of the repository; restore it with git ({reason})"
+        )
+    mirrors = ", ".join(sorted(set(MIRRORS.values())))
+    advice = f"(SD 2.1 is mirrored as {mirrors}), or draw without any weights: --model shapes"
+    if Path(source).is_dir():
+        reason = _broken_part(Path(source)) + reason
+        return (
+            f"model {model!r}: {source} is not a complete Stable Diffusion folder ({reason}); fetch what is missing "
+            + advice
+        )
+    close = difflib.get_close_matches(model, MODELS, n=1)
+    if close and model not in MODELS:
+        return f"model {model!r} is neither a name, a local folder nor on the hub ({reason}); did you mean {close[0]}?"
+    folder = CKPT_FOLDER / model if model in MODELS else "a local folder"
+    return (
+        f"model {model!r} cannot be loaded from {source} ({reason}). Download it (SD 2.1 is mirrored as {mirrors}), "
+        f"put its files into {folder}, pass --model FOLDER, or draw without any weights: --model shapes"
+    )
