@@ -162,6 +162,7 @@ def test_revision_and_local_files_only_are_passed_on(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("dpt.backbones.loading.StableDiffusionPipeline.from_pretrained", from_pretrained)
+    monkeypatch.setattr("dpt.backbones.loading.DiffusionPipeline.load_config", lambda source, **options: {})
     with pytest.raises(ValueError, match="no network"):
         load_stable_diffusion("someone/model", revision="fp16", local_files_only=True)
     assert (given["source"], given["revision"], given["local_files_only"]) == ("someone/model", "fp16", True)
@@ -276,13 +277,13 @@ def test_a_byte_order_mark_is_no_part_of_a_config(golden, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-XL = {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
+FLUX = {"_class_name": "FluxPipeline", "text_encoder_2": ["transformers", "T5EncoderModel"]}
 
 
 @pytest.mark.parametrize(
     ("file", "values", "message"),
     [
-        ("model_index.json", XL, "is of StableDiffusionXLPipeline"),
+        ("model_index.json", FLUX, "is of FluxPipeline"),
         (UNET, {"addition_embed_type": "text_time"}, "as Stable Diffusion XL has"),
         (UNET, {"in_channels": 9}, "for inpainting use: its U-Net takes 9 channels, its latents have 4"),
         (UNET, {"num_class_embeds": 1000}, "num_class_embeds 1000"),
@@ -292,7 +293,7 @@ def test_other_kinds_of_models_are_named(golden, tmp_path, capfd, file, values, 
     change(copy_of(golden, tmp_path) / file, **values)
     error = refused(tmp_path, capfd)
     assert message in error
-    assert "supported is Stable Diffusion 1 and 2" in error
+    assert "supported is Stable Diffusion 1, 2 or XL" in error
 
 
 def lfs_pointer(path):

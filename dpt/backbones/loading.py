@@ -117,7 +117,7 @@ def load_stable_diffusion(
         if isinstance(error, LOADING_ERRORS) or type(error) is Exception:  # as the tokenizers library raises it
             raise ValueError(_missing(model, source, error)) from error
         raise
-    check_kind(f"model {model!r}", pipeline.unet.config, pipeline.vae.config)
+    check_kind(f"model {model!r}", pipeline.unet.config, pipeline.vae.config, is_xl=is_sdxl(index))
     texts = ("text_encoder", "text_encoder_2") if is_sdxl(index) else ("text_encoder",)
     parts = {part: getattr(pipeline, part) for part in (*texts, "vae", "unet")}
     tokenizers = {

@@ -31,7 +31,7 @@ STEMS |= {"text_encoder": ("model", "pytorch_model"), "text_encoder_2": ("model"
 """how the names of weights begin, as safetensors and as .bin"""
 LOADING_ERRORS = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, StrictDataclassError)
 """Errors of diffusers and transformers at a folder whose files do not fit each other."""
-SUPPORTED = "supported are Stable Diffusion 1, 2 and XL that draw from text alone (Stable Diffusion's pipelines)"
+SUPPORTED = "supported is Stable Diffusion 1, 2 or XL that draws from text alone"
 
 
 class UNetConfig(Struct):
@@ -146,7 +146,7 @@ def check_folder(folder: Path) -> None:
     configs = {part: read_json(folder / part, schema) for part, schema in CONFIGS.items() if (folder / part).exists()}
     unet, vae, text, text_2 = (configs.get(f"{part}/config.json") for part in CLASSES_XL)
     if unet is not None:
-        check_kind(folder, unet, vae or VaeConfig(block_out_channels=[1]))
+        check_kind(folder, unet, vae or VaeConfig(block_out_channels=[1]), is_xl=is_sdxl(read_index(folder)))
         widths = [unet.cross_attention_dim] if isinstance(unet.cross_attention_dim, int) else unet.cross_attention_dim
         sizes = [encoder.hidden_size for encoder in (text, text_2) if encoder is not None]
         if text is not None and {*widths} != {sum(sizes)}:
@@ -156,8 +156,12 @@ def check_folder(folder: Path) -> None:
             )
 
 
-def check_kind(name: object, unet, vae) -> None:
-    """Raises ValueError where configs are of a U-Net that takes more than latents, a timestep and a text."""
+def check_kind(name: object, unet, vae, *, is_xl: bool) -> None:
+    """Raises ValueError where configs are of a U-Net that takes more than latents, a timestep and a text.
+
+    Args:
+        is_xl: of a folder of Stable Diffusion XL, whose U-Net takes the pooled text and the picture's size too.
+    """
     if unet.in_channels != vae.latent_channels:
         kind = {9: "inpainting", 5: "depth-to-image", 8: "image editing", 7: "upscaling"}.get(unet.in_channels, "other")
         raise ValueError(
@@ -165,9 +169,8 @@ def check_kind(name: object, unet, vae) -> None:
             f"{vae.latent_channels}; {SUPPORTED}"
         )
     for setting in ("addition_embed_type", "class_embed_type", "num_class_embeds"):
-        value = getattr(unet, setting)
-        if value is not None and (setting, value) != ("addition_embed_type", "text_time"):  # that is XL's
-            raise ValueError(f"{name}: its U-Net has the {setting} {value}; {SUPPORTED}")
+        if (value := getattr(unet, setting)) is not None and not (is_xl and value == "text_time"):
+            raise ValueError(f"{name}: its U-Net has the {setting} {value}, as Stable Diffusion XL has; {SUPPORTED}")
 
 
 def check_weights(folder: Path, variant: str | None) -> None:
