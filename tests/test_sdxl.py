@@ -169,7 +169,7 @@ def test_a_tuned_lora_draws_alike_in_the_stock_pipeline(folder, tmp_path):
         (lambda f: shutil.rmtree(f / "text_encoder_2"), "lacks the folder text_encoder_2 of Stable Diffusion XL"),
         (
             lambda f: (f / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}'),
-            "as Stable Diffusion XL has",
+            "is of StableDiffusionPipeline",
         ),
         (lambda f: shutil.rmtree(f / "tokenizer_2"), "is not a complete Stable Diffusion folder"),
         (lambda f: (f / "text_encoder_2/model.safetensors").write_bytes(b""), "text_encoder_2"),
