@@ -206,9 +206,7 @@ def check_tree(root: Path, *, decode: bool = False) -> list[Findings]:
     lists = [check_annotations(p, sizes) for name in ("captions_*.json", "finetune_*.json") for p in find(root, name)]
     lists += [check_negatives(p.parent, sizes) for p in find(root, INDEX_FILE)]
     lists += [check_negatives(p, sizes) for p in find(root, "*.tsv")]
-    latents = []
-    for path in find(root, MANIFEST):
-        latents.append(check_latents(path.parent))
+    latents = [check_latents(path.parent) for path in find(root, MANIFEST)]
     if not images and not lists:
         raise ValueError(f"{root} holds no images and no annotation files; docs/data.md shows what it should hold")
     return [findings, *lists, *latents]

@@ -126,16 +126,13 @@ class CocoSamples:
 
 def mirror(sample: Sample) -> Sample:
     """The sample seen in a mirror: pixels, boxes, words and their character spans."""
-    expression, tokens_positive = sample.expression, []
-    for spans in sample.tokens_positive:
-        tokens_positive.append(mirror_text(expression, spans)[1])
     return Sample(
         id=sample.id,
         images=sample.images.flip(-1),
         captions=tuple(mirror_text(caption)[0] for caption in sample.captions),
-        expression=mirror_text(expression)[0],
+        expression=mirror_text(sample.expression)[0],
         boxes=torch.cat([1 - sample.boxes[:, :1], sample.boxes[:, 1:]], dim=1),
-        tokens_positive=tokens_positive,
+        tokens_positive=[mirror_text(sample.expression, spans)[1] for spans in sample.tokens_positive],
     )
 
 
