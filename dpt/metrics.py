@@ -6,9 +6,7 @@ Interval = tuple[float, float, float]
 """a mean, and the low and high end of its 95 % interval"""
 
 
-def bootstrap_interval(
-    values: np.ndarray, clusters: np.ndarray | None = None, *, num_resamples: int = 2000, seed: int = 0
-) -> Interval:
+def bootstrap_interval(values: np.ndarray, clusters: np.ndarray | None = None) -> Interval:
     """Mean of `values` (N,) and its 95 % percentile interval, resampling clusters (such as prompts) with replacement.
 
     Raises:
@@ -18,17 +16,10 @@ def bootstrap_interval(
     if not len(values):
         raise ValueError("values is empty; an interval needs at least one")
     clusters = np.arange(len(values)) if clusters is None else np.asarray(clusters)
-    return crossed_bootstrap(values[None], clusters, num_resamples=num_resamples, seed=seed)
+    return crossed_bootstrap(values[None], clusters)
 
 
-def crossed_bootstrap(
-    values: np.ndarray,
-    prompts: np.ndarray,
-    other: np.ndarray | None = None,
-    *,
-    num_resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
+def crossed_bootstrap(values: np.ndarray, prompts: np.ndarray, other: np.ndarray | None = None) -> Interval:
     """Mean of `values` (S, N) and its 95 % percentile interval, resampling training seeds and prompts with replacement.
 
     Args:
@@ -39,13 +30,13 @@ def crossed_bootstrap(
     Raises:
         ValueError: no values, or another number of columns.
     """
-    mean, means = resampled_means(values, prompts, other, num_resamples=num_resamples, seed=seed)
+    mean, means = resampled_means(values, prompts, other, num_resamples=2000)
     low, high = np.quantile(means, [0.025, 0.975])
     return mean, float(low), float(high)
 
 
 def resampled_means(
-    values: np.ndarray, prompts: np.ndarray, other: np.ndarray | None, *, num_resamples: int, seed: int
+    values: np.ndarray, prompts: np.ndarray, other: np.ndarray | None, *, num_resamples: int
 ) -> tuple[float, np.ndarray]:
     """The mean, or mean difference, that `crossed_bootstrap` describes, and those of its resamples."""
     arms = [np.asarray(values, float)] + ([] if other is None else [np.asarray(other, float)])
@@ -53,7 +44,7 @@ def resampled_means(
         raise ValueError(f"values are {[arm.shape for arm in arms]}; they need one column a prompt: {len(prompts)}")
     _, index = np.unique(prompts, return_inverse=True)
     counts = np.bincount(index)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     chosen = rng.integers(len(counts), size=(num_resamples, len(counts)))
     totals = counts[chosen].sum(1)
     means = np.zeros(num_resamples)
@@ -65,14 +56,14 @@ def resampled_means(
     return float(arms[0].mean() - (arms[1].mean() if len(arms) > 1 else 0)), means
 
 
-def bootstrap_p(values: np.ndarray, prompts: np.ndarray, other: np.ndarray, *, num_resamples: int = 10_000) -> float:
+def bootstrap_p(values: np.ndarray, prompts: np.ndarray, other: np.ndarray) -> float:
     """Two-sided p of no difference between arms, by `crossed_bootstrap`'s resamples: twice the smaller tail.
 
     So few prompts that resamples say nothing have at least the p of a sign test that they all agree in.
     """
-    _, means = resampled_means(values, prompts, other, num_resamples=num_resamples, seed=0)
+    _, means = resampled_means(values, prompts, other, num_resamples=10_000)
     tail = min(np.mean(means <= 0), np.mean(means >= 0))
-    return float(min(1.0, 2 * max(tail, 1 / num_resamples, 0.5 ** len(np.unique(prompts)))))
+    return float(min(1.0, 2 * max(tail, 1 / len(means), 0.5 ** len(np.unique(prompts)))))
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:

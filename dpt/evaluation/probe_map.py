@@ -132,7 +132,8 @@ def check_settings(config: TrainConfig) -> None:
         "control": (config.control, ("none",), "--controls names the controls"),
         "init_from": (config.init_from, (None,), "adapters of all blocks begin untrained"),
         "model.feature": (config.model.feature, (ModelSettings.feature,), "all blocks are probed"),
-        "data.kind": (config.data.kind, ("shapes", "coco"), "trajectories have no hard negatives to match"),
+        "adapter.normalize_features": (config.adapter.normalize_features, (False,), "features are not measured first"),
+        "data.trajectories": (config.data.trajectories, (None,), "trajectories have no hard negatives to match"),
         "optim.mixed_precision": (optim.mixed_precision, ("no", "bf16"), "losses are not scaled, as fp16 needs"),
         "optim.schedule": (optim.schedule, tuple(DECAY), "the learning rate falls on a line, or not at all"),
         "optim.gradient_accumulation_steps": (optim.gradient_accumulation_steps, (1,), "a step is one batch"),
@@ -208,12 +209,12 @@ class ProbeMap(nn.Module):
                 model = self._reader(control, self.adapters[f"{control} {block}"], (block,))
                 yield control, block, model, feature, inputs
 
-    def losses(self, batch) -> dict[str, torch.Tensor]:
-        """The weighted sum of each adapter's losses."""
-        weights = self.config.loss.weights
-        passes = passes_of(self.readers["none"].active({}))
+    def losses(self, batch, left_out: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+        """The weighted sum of each adapter's losses, but for those of the tasks that are left out."""
+        weights, without = self.config.loss.weights, {"left_out": left_out}
+        passes = passes_of(self.readers["none"].active(without))
         return {
-            f"loss_{control}_{block}": weights.total(model.losses([feature], None, passes, inputs))
+            f"loss_{control}_{block}": weights.total(model.losses([feature], None, passes, inputs | without))
             for control, block, model, feature, inputs in self._each_map(batch, passes, training=True)
         }
 
@@ -257,10 +258,10 @@ class ProbeMap(nn.Module):
 
 
 def _losses_at(probes: ProbeMap, samples, step: int) -> dict[str, torch.Tensor]:
-    optim = probes.config.optim
+    optim, left_out = probes.config.optim, () if step % probes.config.loss.itm_every == 0 else ("itm",)
     batches = micro_batches(samples, step, batch_size=optim.batch_size, accumulation=1, seed=probes.config.seed)
     torch.manual_seed(step)  # dropout
-    return probes.losses(next(batches))
+    return probes.losses(next(batches), left_out)
 
 
 def grids(result: dict) -> dict[str, np.ndarray]:

@@ -124,16 +124,16 @@ def wording_loss(clip, tokenizer, world: ShapesWorld, step: int, *, batch_size: 
 
 
 @torch.no_grad()
-def retrieval(clip, tokenizer, *, size: int = 512) -> dict[str, float]:
-    """Share of val captions whose own scene ranks first of `size`, and of captions preferred to their hard negative."""
+def retrieval(clip, tokenizer) -> dict[str, float]:
+    """Share of val captions whose own scene ranks first of 512, and of captions preferred to their hard negative."""
     world = ShapesWorld("val")
-    examples = [world[i] for i in range(size)]
+    examples = [world[i] for i in range(512)]
     images = embed_images(clip, [render(e.scene) for e in examples])
     texts = embed_texts(clip, tokenizer, [e.caption for e in examples])
     hard = embed_texts(clip, tokenizer, [e.negative.caption for e in examples])
     scores = texts @ images.T
     return {
-        "retrieval_at_1": (scores.argmax(1) == torch.arange(size)).float().mean().item(),
+        "retrieval_at_1": (scores.argmax(1) == torch.arange(len(examples))).float().mean().item(),
         "hard_negative_accuracy": (scores.diagonal() > (hard * images).sum(1)).float().mean().item(),
     }
 

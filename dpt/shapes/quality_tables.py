@@ -42,7 +42,6 @@ def judge_prompts(
     *,
     seeds: tuple[int, ...] = (0,),
     sampling: Sampling | None = None,
-    batch_size: int = 35,
     folder: Path | None = None,
 ) -> list[dict]:
     """Draws every prompt of every category once a seed and lets the oracle judge the pictures.
@@ -61,8 +60,8 @@ def judge_prompts(
     pairs = [(category, text) for category, texts in prompts.items() for text in texts]
     jobs = [(*pair, SEEDS_APART * k + seed) for k, pair in enumerate(pairs) for seed in seeds]
     records, rows = [], {}
-    for start in tqdm(range(0, len(jobs), batch_size), desc="drawing", leave=False):
-        batch = jobs[start : start + batch_size]
+    for start in tqdm(range(0, len(jobs), 35), desc="drawing", leave=False):
+        batch = jobs[start : start + 35]
         _, texts, noise_seeds = zip(*batch, strict=True)
         drawings = Artist(sd).draw(list(texts), list(noise_seeds), sampling or recommended("shapes"))
         for (category, text, seed), drawing in zip(batch, drawings, strict=True):

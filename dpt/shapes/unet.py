@@ -83,16 +83,14 @@ def _denoising_errors(sd, latents, indices, captions, *, seed):
 
 
 @torch.no_grad()
-def validation_losses(
-    sd: StableDiffusion, latents: Latents, world: ShapesWorld, *, batch_size: int = 64
-) -> dict[str, float]:
+def validation_losses(sd: StableDiffusion, latents: Latents, world: ShapesWorld) -> dict[str, float]:
     """Mean denoising loss on cached val scenes with clean captions, weighted as in training and not weighted.
 
     Noise and timesteps are the same each time.
     """
     batches = []
-    for start in range(0, len(latents), batch_size):
-        indices = np.arange(start, min(start + batch_size, len(latents)))
+    for start in range(0, len(latents), 64):
+        indices = np.arange(start, min(start + 64, len(latents)))
         captions = [caption_text(world.scene(int(i))[0], world.generator(int(i), 5)) for i in indices]
         batches.append(_denoising_errors(sd, latents, indices, captions, seed=start))
     errors, weights = (torch.cat(values) for values in zip(*batches, strict=True))

@@ -277,6 +277,22 @@ def test_the_map_of_blocks_and_timesteps(tmp_path, capsys):
     assert "begun with other settings" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("optim.schedule=cosine", "optim.schedule is cosine; probe-map takes constant or linear"),
+        ("optim.mixed_precision=fp16", "optim.mixed_precision is fp16; probe-map takes no or bf16"),
+        ("model.feature=up2", "model.feature is up2; probe-map takes up1: all blocks are probed"),
+        ("control=random_unet", "control is random_unet; probe-map takes none"),
+    ],
+)
+def test_settings_that_a_map_does_not_take(tmp_path, capsys, setting, message):
+    call = ["probe-map", "configs/shapes/probe_map.yaml", setting, "--output", str(tmp_path / "map")]
+    assert evaluate.main(call) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "map").exists()
+
+
 def test_one_map_s_losses_are_those_of_a_probe_alone(tmp_path):
     config = load_config(TrainConfig, "configs/shapes/probe_map.yaml", ["optim.mixed_precision=no"])
     probes = ProbeMap(config, ("constant_text",)).eval()
