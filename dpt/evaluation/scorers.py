@@ -4,11 +4,13 @@ A judge's metric maps pictures (H, W, 3) uint8 and their prompts to a record eac
 error says which weights are missing, from where they come, and into which folder they go.
 """
 
+import ast
 import hashlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import open_clip
@@ -74,6 +76,23 @@ def fingerprint(*paths: Path) -> str:
     return digest.hexdigest()[:12]
 
 
+def code_fingerprint(*modules: ModuleType) -> str:
+    """A short hash of what the modules compute: of their code without imports, comments and docstrings."""
+    digest = hashlib.sha256()
+    for module in modules:
+        tree = ast.parse(inspect.getsource(module))
+        for node in ast.walk(tree):
+            if isinstance(body := getattr(node, "body", None), list):
+                node.body = [one for one in body if not _says_nothing(one)]
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:12]
+
+
+def _says_nothing(node: ast.stmt) -> bool:
+    is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return is_text or isinstance(node, ast.Import | ast.ImportFrom)
+
+
 def value_of(record: dict) -> float:
     """A judge's record as one number: of the oracle 1 for correct and 0 else, of others the first figure."""
     if "label" in record:
@@ -93,8 +112,7 @@ def _oracle() -> Judge:
         objects = [[name, *box] for name, box in zip(names, boxes, strict=True)]
         return {"label": verdict.label, "reason": verdict.reason, "objects": objects}
 
-    sources = [Path(inspect.getfile(module)) for module in (oracle_module, grammar, scenes)]
-    return Judge("oracle", fingerprint(*sources), judged)
+    return Judge("oracle", code_fingerprint(oracle_module, grammar, scenes), judged)
 
 
 def _shapes_clip() -> Judge:

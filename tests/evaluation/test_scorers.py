@@ -1,3 +1,4 @@
+import inspect
 import json
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers import (
 
 import evaluate
 from dpt.evaluation.align import score_lines
+from dpt.evaluation.scorers import code_fingerprint
 
 TINY_CLIP = {
     "embed_dim": 16,
@@ -100,3 +102,15 @@ def test_blip_scores_by_a_small_blip(pictures, tmp_path, capsys):
             cosine = model(**inputs, use_itm_head=False).itm_score.item()
         assert record["BLIP-ITM (tiny-blip)"] == pytest.approx(match, abs=1e-4)
         assert record["BLIP-ITC (tiny-blip)"] == pytest.approx(cosine, abs=1e-4)
+
+
+def test_the_oracle_s_fingerprint_is_that_of_its_code_not_of_its_words(monkeypatch):
+    def fingerprint_of(source):
+        monkeypatch.setattr(inspect, "getsource", lambda module: source)
+        return code_fingerprint(inspect)
+
+    code = '"""Doc."""\nimport os\nLIMIT = 3\n"""said"""\ndef judge(x):\n    """Says."""\n    return x > LIMIT  # so\n'
+    for same in (code.replace("Doc", "Other"), code.replace("import os", "from a import b"), code.replace("so", "not")):
+        assert fingerprint_of(same) == fingerprint_of(code)
+    for other in (code.replace("3", "4"), code.replace(">", "<"), code + "judge = None\n"):
+        assert fingerprint_of(other) != fingerprint_of(code)
