@@ -15,6 +15,8 @@ MODELS = {
     "sd14": "CompVis/stable-diffusion-v1-4",
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sd3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "sd35-medium": "stabilityai/stable-diffusion-3.5-medium",
 }
 DEFAULT_MODEL = "sd21-base"
 MIRRORS = {
@@ -27,15 +29,20 @@ MIRRORS = {
 DPT_WEIGHTS = {"shapes": CKPT_FOLDER / "shapes-dpt/verifier", "sd21-base": CKPT_FOLDER / "dpt-v2.1"}
 """The adapter and LoRA of a base model, where they have been put there."""
 SAMPLING = {"shapes": Sampling(guidance_scale=5.0, num_inference_steps=20), "sdxl": Sampling(guidance_scale=5.0)}
+SAMPLING["sd3-medium"] = Sampling(guidance_scale=7.0, num_inference_steps=28)
+SAMPLING["sd35-medium"] = Sampling(guidance_scale=4.5, num_inference_steps=40)
 """How a base model draws alone; others as Stable Diffusion does. Those of `shapes` were chosen on its val prompts."""
 WITH_ADAPTER = {
     "shapes": replace(SAMPLING["shapes"], correction_norm=0.012, correction_target="latent"),
     "sdxl": replace(PAPER, guidance_scale=5.0),
+    "sd3-medium": replace(PAPER, guidance_scale=7.0, num_inference_steps=28),
+    "sd35-medium": replace(PAPER, guidance_scale=4.5, num_inference_steps=40),
 }
 """How a base model draws with an adapter that recommends nothing; others by the paper's correction."""
 
 
-SIDES = {"shapes": 128, "sd21-base": 512, "sd21": 768, "sd14": 512, "sd15": 512, "sdxl": 1024}
+SIDES = {"shapes": 128, "sd21": 768} | dict.fromkeys(("sd21-base", "sd14", "sd15"), 512)
+SIDES |= dict.fromkeys(("sdxl", "sd3-medium", "sd35-medium"), 1024)
 """Height and width in pixels that a model draws by default."""
 VAE_SCALE_FACTOR = 8
 """Pixels a latent cell of all models by name, each way."""

@@ -16,7 +16,7 @@ from diffusers import SchedulerMixin
 
 from dpt.adapter.adapter import Scorer
 from dpt.backbones.stable_diffusion import StableDiffusion, advice_against_nan
-from dpt.backbones.unet_features import Conditioning
+from dpt.backbones.unet_features import Conditioning, is_transformer
 from dpt.choosing import best, candidate_seeds, rounds
 from dpt.guidance import guided
 from dpt.guidance.attend_and_excite import subject_tokens
@@ -321,7 +321,8 @@ def counted_passes(unet):
         passes["whole_passes"] += len(output)
         passes["truncated_passes"] -= len(output)  # it has begun too
 
-    handles = [unet.conv_in.register_forward_hook(begins), unet.conv_out.register_forward_hook(ends)]
+    first, last = ("pos_embed", "proj_out") if is_transformer(unet.config) else ("conv_in", "conv_out")
+    handles = [getattr(unet, first).register_forward_hook(begins), getattr(unet, last).register_forward_hook(ends)]
     try:
         yield passes
     finally:

@@ -7,17 +7,20 @@ import warnings
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import ModelMixin, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from transformers import CLIPTextModel
 
 from dpt.backbones.model_folder import LOADING_ERRORS
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.backbones.unet_features import parse_feature
+from dpt.backbones.unet_features import is_transformer, parse_feature
 from dpt.checkpoint.lora_files import read_lora
 
 ADAPTER_NAME = "dpt"
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_PROJECTIONS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""of the text's tokens, in transformers"""
 _RELEASED = re.compile(r"unet\.(?P<attention>.+)\.processor\.to_(?P<name>q|k|v|out)_lora\.(?P<part>down|up)\.weight")
 
 
@@ -129,10 +132,10 @@ def collected_warnings(messages: list[str]):
             logger.handlers[:] = handlers
 
 
-def remove_lora(model: UNet2DConditionModel | CLIPTextModel) -> None:
+def remove_lora(model: ModelMixin | CLIPTextModel) -> None:
     """Detaches the PEFT adapter "dpt", if there is one."""
     if ADAPTER_NAME in (getattr(model, "peft_config", None) or {}):
-        (model.delete_adapters if isinstance(model, UNet2DConditionModel) else model.delete_adapter)(ADAPTER_NAME)
+        (model.delete_adapters if isinstance(model, ModelMixin) else model.delete_adapter)(ADAPTER_NAME)
 
 
 def add_lora(unet: UNet2DConditionModel, *, rank: int, alpha: float, blocks: tuple[str, ...] = ()) -> None:
@@ -148,7 +151,9 @@ def add_lora(unet: UNet2DConditionModel, *, rank: int, alpha: float, blocks: tup
         parse_feature(block, unet.config)
     # such as up_blocks.1. for up1, and for none at all what every name begins with
     prefixes = tuple("mid_block." if b == "mid" else re.sub(r"(\d+)$", r"_blocks.\1.", b) for b in blocks) or ("",)
-    projections = ("to_q", "to_k", "to_v", "to_out.0")
+    if is_transformer(unet.config):  # of a transformer as well
+        prefixes = tuple(prefix.replace("block_blocks", "transformer_blocks") for prefix in prefixes)
+    projections = (*PROJECTIONS, *TEXT_PROJECTIONS)
     targets = [n for n, _ in unet.named_modules() if n.endswith(projections) and n.startswith(prefixes)]
     if not targets:
         raise ValueError(f"lora.blocks is {list(blocks)}; there is no attention in them")

@@ -11,6 +11,8 @@ from diffusers import (
 )
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
+from dpt.backbones.flow import FlowScheduler
+
 CLASSES = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpm++": DPMSolverMultistepScheduler}
 
 
@@ -39,8 +41,13 @@ def make_scheduler(base: SchedulerMixin, name: str, *, parity: bool = False) -> 
     """A scheduler of its own by name, with the noise levels of a model's.
 
     Raises:
-        ValueError: `parity` with a model that does not predict epsilon.
+        ValueError: `parity` with a model that does not predict epsilon, or what flow matching has not.
     """
+    if isinstance(base, FlowScheduler):
+        if parity or name == "dpm++":
+            wrong = "parity" if parity else "scheduler 'dpm++'"
+            raise ValueError(f"{wrong} is not for flow matching, which steps by the model's own Euler: leave it out")
+        return copy.deepcopy(base)
     if parity and base.config.prediction_type != "epsilon":
         raise ValueError("parity is the reference's DDIM for models that predict epsilon; this one needs parity=False")
     kind = ReferenceDDIMScheduler if parity else CLASSES[name]
@@ -60,6 +67,8 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int | None, de
         scheduler.set_timesteps(device=device, **given)
     else:
         scheduler.set_timesteps(num_inference_steps, device=device)
+    if isinstance(scheduler, FlowScheduler):  # begins at 1000
+        return
     if scheduler.timesteps.max() >= scheduler.config.num_train_timesteps:
         raise ValueError(
             f"the {len(scheduler.timesteps)} timesteps begin at {float(scheduler.timesteps.max()):g}, and the schedule "

@@ -13,12 +13,15 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from diffusers.configuration_utils import FrozenDict
 
+from dpt.backbones.flow import FlowScheduler
 from dpt.backbones.model_folder import (
     LOADING_ERRORS,
     STEMS,
@@ -27,11 +30,13 @@ from dpt.backbones.model_folder import (
     check_kind,
     check_weights,
     choose_variant,
+    is_sd3,
     is_sdxl,
     read_index,
     weight_files,
     without_marks,
 )
+from dpt.backbones.sd3 import StableDiffusion3
 from dpt.backbones.sdxl import StableDiffusionXL
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.base_models import CKPT_FOLDER, DEFAULT_MODEL, MIRRORS, MODELS
@@ -105,18 +110,27 @@ def load_stable_diffusion(
             where = {"revision": revision, "local_files_only": local_files_only}
             index = read_index(Path(source)) if Path(source).is_dir() else DiffusionPipeline.load_config(files, **where)
             options = where | {"variant": variant, "dtype": dtype, "feature_extractor": None, "image_encoder": None}
-            if is_sdxl(index):
+            if is_sd3(index):
+                if not (Path(source) / "text_encoder_3").is_dir() and Path(source).is_dir():
+                    options |= {"text_encoder_3": None, "tokenizer_3": None}  # T5, which may be left out
+                pipeline = StableDiffusion3Pipeline.from_pretrained(files, **options)
+            elif is_sdxl(index):
                 pipeline = StableDiffusionXLPipeline.from_pretrained(files, add_watermarker=False, **options)
             else:
                 options |= {"safety_checker": None, "requires_safety_checker": False}
                 pipeline = StableDiffusionPipeline.from_pretrained(files, **options)
         config = pipeline.scheduler.config
         # A config without clip_sample means none; DDIM's own default would clip the latents.
-        scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
+        if is_sd3(index):
+            scheduler = FlowScheduler.from_config(config)
+        else:
+            scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
     except Exception as error:
         if isinstance(error, LOADING_ERRORS) or type(error) is Exception:  # as the tokenizers library raises it
             raise ValueError(_missing(model, source, error)) from error
         raise
+    if is_sd3(index):
+        return _stable_diffusion_3(model, source, pipeline, scheduler, device)
     check_kind(f"model {model!r}", pipeline.unet.config, pipeline.vae.config, is_xl=is_sdxl(index))
     texts = ("text_encoder", "text_encoder_2") if is_sdxl(index) else ("text_encoder",)
     parts = {part: getattr(pipeline, part) for part in (*texts, "vae", "unet")}
@@ -140,6 +154,25 @@ def load_stable_diffusion(
     if dtype == torch.float16 and parts["vae"].config.force_upcast:
         parts["vae"].float()  # its activations are beyond float16; madebyollin/sdxl-vae-fp16-fix has none such
     return StableDiffusionXL(**common, zeros_for_empty_prompt=pipeline.config.force_zeros_for_empty_prompt)
+
+
+def _stable_diffusion_3(model: str, source: str, pipeline, scheduler: FlowScheduler, device) -> StableDiffusion3:
+    """The model of a stock pipeline, its parts frozen. Raises ValueError where weights are missing."""
+    sd = StableDiffusion3(
+        name=model,
+        source=str(source),
+        tokenizer=pipeline.tokenizer,
+        text_encoder=pipeline.text_encoder,
+        vae=pipeline.vae,
+        unet=pipeline.transformer,
+        scheduler=scheduler,
+        pipeline=pipeline,
+    )
+    for part, module in sd.parts.items():
+        if lacking := [name for name, value in module.named_parameters() if value.is_meta]:
+            raise ValueError(_missing(model, source, ValueError(f"{part}: its weights lack {lacking[0]}")))
+        module.to(device).eval().requires_grad_(False)
+    return sd
 
 
 def _checked_variant(model: str, folder: Path, variant: str | None, notice) -> str | None:
@@ -185,6 +218,8 @@ def architecture(model: str) -> tuple[FrozenDict, int, int]:
     if folder.is_dir():
         try:
             check_folder(folder)
+            if is_sd3(read_index(folder)):
+                return _architecture_3(folder)
             unet = read_json(folder / "unet/config.json", dict)
             width = read_json(folder / "text_encoder/config.json", TextConfig).hidden_size
             if is_sdxl(read_index(folder)):
@@ -203,6 +238,16 @@ def architecture(model: str) -> tuple[FrozenDict, int, int]:
         raise ValueError(f"model {model!r}: its architecture is not known before it is downloaded")
     config = ARCHITECTURES[known]
     return _whole_config(config), POOLED_WIDTHS[known], OTHER_PARAMETERS[known]
+
+
+def _architecture_3(folder: Path) -> tuple[FrozenDict, int, int]:
+    with torch.device("meta"):
+        config = SD3Transformer2DModel.from_config(read_json(folder / "transformer/config.json", dict)).config
+    variant, parts = choose_variant(folder) or "", ("text_encoder", "text_encoder_2", "vae")
+    files = [file for part in parts for file in weight_files(folder / part).get(variant, [])]
+    files += (folder / "text_encoder_3").glob("*.safetensors")
+    parameters = sum(math.prod(shape) for file in files for shape in read_shapes(file).values())
+    return config, config.pooled_projection_dim, parameters
 
 
 def _whole_config(given: dict) -> FrozenDict:
@@ -247,7 +292,7 @@ def _missing(model: str, source: str, error: Exception) -> str:
         return (
             f"the embedded model is missing: {source} should be part of the repository; restore it with git ({reason})"
         )
-    mirrors = ", ".join(sorted(set(MIRRORS.values())))
+    mirrors = ", ".join(sorted({mirror for old, mirror in MIRRORS.items() if "stable-diffusion-2" in old}))
     advice = f"(SD 2.1 is mirrored as {mirrors}), or draw without any weights: --model shapes"
     if Path(source).is_dir():
         reason = _broken_part(Path(source)) + reason
@@ -259,6 +304,8 @@ def _missing(model: str, source: str, error: Exception) -> str:
     if close and model not in MODELS:
         return f"model {model!r} is neither a name, a local folder nor on the hub ({reason}); did you mean {close[0]}?"
     folder = CKPT_FOLDER / model if model in MODELS else "a local folder"
+    if source.startswith("stabilityai/stable-diffusion-3"):
+        reason += f"; it needs its licence accepted at https://huggingface.co/{source} and `hf auth login`"
     return (
         f"model {model!r} cannot be loaded from {source} ({reason}). Download it (SD 2.1 is mirrored as {mirrors}), "
         f"put its files into {folder}, pass --model FOLDER, or draw without any weights: --model shapes"

@@ -26,12 +26,20 @@ Widths = Annotated[list[Size], Meta(min_length=1, max_length=16)]
 
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 CLASSES_XL = CLASSES | {"text_encoder_2": "CLIPTextModelWithProjection"}
-STEMS = {"unet": ("diffusion_pytorch_model",) * 2, "vae": ("diffusion_pytorch_model",) * 2}
+CLASSES_SD3 = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"} | {
+    part: "CLIPTextModelWithProjection" for part in ("text_encoder", "text_encoder_2")
+}
+FAMILIES = {
+    "StableDiffusionXLPipeline": ("Stable Diffusion XL", CLASSES_XL),
+    "StableDiffusion3Pipeline": ("Stable Diffusion 3", CLASSES_SD3),
+}
+"""kind of a `model_index.json` -> its name, and the classes of its parts; others are Stable Diffusion 1 and 2"""
+STEMS = {part: ("diffusion_pytorch_model",) * 2 for part in ("unet", "transformer", "vae")}
 STEMS |= {"text_encoder": ("model", "pytorch_model"), "text_encoder_2": ("model", "pytorch_model")}
 """how the names of weights begin, as safetensors and as .bin"""
 LOADING_ERRORS = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, StrictDataclassError)
 """Errors of diffusers and transformers at a folder whose files do not fit each other."""
-SUPPORTED = "supported is Stable Diffusion 1, 2 or XL that draws from text alone"
+SUPPORTED = "supported is Stable Diffusion 1, 2 or XL that draws from text alone, and Stable Diffusion 3"
 
 
 class UNetConfig(Struct):
@@ -123,6 +131,11 @@ def is_sdxl(index: dict[str, object]) -> bool:
     return index.get("_class_name") == "StableDiffusionXLPipeline"
 
 
+def is_sd3(index: dict[str, object]) -> bool:
+    """Whether a `model_index.json` is that of Stable Diffusion 3 or 3.5."""
+    return index.get("_class_name") == "StableDiffusion3Pipeline"
+
+
 def check_folder(folder: Path) -> None:
     """Looks through the configs that are there.
 
@@ -130,14 +143,15 @@ def check_folder(folder: Path) -> None:
         ValueError: another kind of model, or a value that cannot be; file and field are named.
     """
     if index := read_index(folder):
-        kind, wanted_parts = index.get("_class_name"), CLASSES_XL if is_sdxl(index) else CLASSES
-        if kind is not None and ("unet" not in index or ("text_encoder_2" in index and not is_sdxl(index))):
+        kind = index.get("_class_name")
+        family, wanted_parts = FAMILIES.get(kind, ("", CLASSES))
+        if kind is not None and not family and ("unet" not in index or "text_encoder_2" in index):
             raise ValueError(f"{folder} is of {kind}; {SUPPORTED}")
         if is_sdxl(index) and index.get("text_encoder", [None]) == [None, None]:
             raise ValueError(f"{folder} is Stable Diffusion XL's refiner, which has no text_encoder; {SUPPORTED}")
         for part, wanted in wanted_parts.items():
-            if is_sdxl(index) and not (folder / part).is_dir():
-                raise ValueError(f"{folder} lacks the folder {part} of Stable Diffusion XL")
+            if family and not (folder / part).is_dir():
+                raise ValueError(f"{folder} lacks the folder {part} of {family}")
             if part in index and index[part] not in (["diffusers", wanted], ["transformers", wanted]):
                 raise ValueError(f"{folder}: its {part} is {str(index[part])[:60]}, not {wanted}; {SUPPORTED}")
         scheduler = index.get("scheduler", ["diffusers"])

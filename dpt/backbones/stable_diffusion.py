@@ -141,7 +141,7 @@ class StableDiffusion:
         if generator is not None:
             noise = torch.randn(latents.shape, generator=generator).to(latents.device)
             latents = latents + posterior.std * noise
-        return latents * self.vae.config.scaling_factor
+        return (latents - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -149,6 +149,7 @@ class StableDiffusion:
         if len(latents) > VAE_SLICING_ABOVE:
             self.vae.enable_slicing()
         latents = latents.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
+        latents = latents + (self.vae.config.shift_factor or 0)
         return (self.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
 
     def noise_target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

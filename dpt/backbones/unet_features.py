@@ -1,4 +1,4 @@
-"""Feature maps of a diffusers U-Net, from a pass that stops after the last block needed.
+"""Feature maps of a denoiser of diffusers, a U-Net here, from a pass that stops after the last block needed.
 
 Blocks are `down0..3`, `mid`, `up0..3`; a feature is one block, several joined by "+", or `all`, the nine in order.
 `latents`, for comparison, is the U-Net's input.
@@ -11,9 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
+
+from dpt.backbones.transformer_features import transformer_features
 
 LATENTS = "latents"
 
@@ -54,6 +56,11 @@ class Conditioning:
         )
 
 
+def is_transformer(config) -> bool:
+    """Whether a denoiser's config is that of a transformer."""
+    return "down_block_types" not in config
+
+
 def parse_feature(feature: str, config) -> tuple[str, ...]:
     """The blocks that a feature name stands for, in the order in which they are concatenated.
 
@@ -64,18 +71,21 @@ def parse_feature(feature: str, config) -> tuple[str, ...]:
     Raises:
         ValueError: a block that the U-Net lacks, or one named twice.
     """
-    known = [f"down{i}" for i in range(len(config.down_block_types))] + ["mid"]
-    known += [f"up{i}" for i in range(len(config.up_block_types))]
-    if feature == "all":
-        return tuple(known)
+    if is_transformer(config):
+        known = [f"block{i}" for i in range(config.num_layers)]
+    else:
+        known = [f"down{i}" for i in range(len(config.down_block_types))] + ["mid"]
+        known += [f"up{i}" for i in range(len(config.up_block_types))]
+        if feature == "all":
+            return tuple(known)
     if feature == LATENTS:
         return (LATENTS,)
     blocks = tuple(feature.split("+"))
     for block in blocks:
         if block not in known:
             raise ValueError(
-                f"feature is {feature!r}; its blocks must be among {', '.join(known)}, joined by '+'; or it is all, "
-                "or latents"
+                f"feature is {feature!r}; its blocks must be among {', '.join(known)}, joined by '+'; or it is "
+                + ("latents" if is_transformer(config) else "all, or latents")
             )
     if len(set(blocks)) < len(blocks):
         raise ValueError(f"feature is {feature!r}; it names a block twice")
@@ -84,9 +94,11 @@ def parse_feature(feature: str, config) -> tuple[str, ...]:
 
 def block_channels(block: str, config) -> int:
     """Channels of a block's output."""
-    channels = config.block_out_channels
     if block == LATENTS:
         return config.in_channels
+    if is_transformer(config):
+        return config.num_attention_heads * config.attention_head_dim
+    channels = config.block_out_channels
     if block == "mid":
         return channels[-1]
     index = int(block.removeprefix("down").removeprefix("up"))
@@ -119,6 +131,9 @@ def unet_features(
     """
     if blocks == (LATENTS,) and not with_noise_pred:
         return [noisy_latents], None
+    if isinstance(unet, SD3Transformer2DModel):
+        options = {"with_noise_pred": with_noise_pred, "gradients_up_to_features": gradients_up_to_features}
+        return transformer_features(unet, blocks, noisy_latents, timesteps, conditioning, **options)
     captured: dict[str, torch.Tensor] = {LATENTS: noisy_latents}
 
     def keep(block):
@@ -179,7 +194,7 @@ def set_cpu_attention(unet: UNet2DConditionModel) -> None:
     fused backward is 2 to 8 times slower (measured on the embedded model, bf16: pretraining 0.85 s a step instead of
     1.04, a tuning step's passes to `up2` 1.12 s instead of 1.43).
     """
-    if unet.device.type != "cpu":
+    if unet.device.type != "cpu" or is_transformer(unet.config):
         return
     largest = ("down_blocks.0.", f"up_blocks.{len(unet.up_blocks) - 1}.")
     unet.set_attn_processor(

@@ -4,6 +4,7 @@ Any diffusers user loads the last with `pipe.load_lora_weights(FOLDER + "/lora")
 (`dpt.checkpoint.released`).
 """
 
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -12,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
 from safetensors.torch import save_file
 
@@ -103,11 +104,13 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
         save_file(self.adapter.state_dict(), save_directory / ADAPTER_FILE)
         save_config(self.config, save_directory / CONFIG_FILE)
         if self.lora:
-            StableDiffusionPipeline.save_lora_weights(
-                save_directory / "lora",
-                unet_lora_layers=self.lora,
-                unet_lora_adapter_metadata=lora_metadata(self.lora, self.config.lora_alpha),
-            )
+            metadata = lora_metadata(self.lora, self.config.lora_alpha)
+            if next(iter(self.lora)).startswith("transformer_blocks."):
+                layers = {"transformer_lora_layers": self.lora, "transformer_lora_adapter_metadata": metadata}
+                StableDiffusion3Pipeline.save_lora_weights(save_directory / "lora", **layers)
+            else:
+                layers = {"unet_lora_layers": self.lora, "unet_lora_adapter_metadata": metadata}
+                StableDiffusionPipeline.save_lora_weights(save_directory / "lora", **layers)
 
     @classmethod
     def _from_pretrained(cls, *, model_id, **kwargs) -> "DPTCheckpoint":
@@ -159,7 +162,7 @@ def _load_own(folder: Path) -> DPTCheckpoint:
     adapter = _fill_adapter(folder / ADAPTER_FILE, config.adapter, state)
     lora, lora_path = {}, folder / "lora" / LORA_FILE
     if config.lora_rank:
-        lora = {key.removeprefix("unet."): value for key, value in read_tensors(lora_path).items()}
+        lora = {re.sub(r"^(unet|transformer)\.", "", key): value for key, value in read_tensors(lora_path).items()}
         try:
             rank = _check_lora(lora)
         except ValueError as error:
@@ -226,7 +229,7 @@ def _check_lora(lora: dict[str, torch.Tensor]) -> int:
         other = next(k for k, v in lora.items() if v.shape[0 if ".lora_A." in k else 1] != rank)
         raise ValueError(f"LoRA tensor {other} is {tuple(lora[other].shape)}; the others are of rank {rank}")
     parts = [f"{name}.lora_{half}.weight" for name in ("to_q", "to_k", "to_v", "to_out.0") for half in "AB"]
-    for attention in dict.fromkeys(key.rsplit(".to_", 1)[0] for key in lora):
+    for attention in dict.fromkeys(re.split(r"\.(?:to|add)_", key)[0] for key in lora):
         missing = [part for part in parts if f"{attention}.{part}" not in lora]
         if missing:
             raise ValueError(f"incomplete LoRA: {attention}.{missing[0]} is missing")

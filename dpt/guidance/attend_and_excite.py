@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.backbones.unet_features import unet_features
+from dpt.backbones.unet_features import is_transformer, unet_features
 from dpt.matching_score import gradient_of
 from dpt.sampling import ClassifierFreeGuidance
 from dpt.settings import Sampling
@@ -38,9 +38,16 @@ class AttendAndExcite:
         sampling: `attention_resolution`, the side of the attention maps that are read, by default a quarter of the
             latent's as in the paper; `attention_step`, the length of the first step as a multiple of the gradient,
             later ones are shorter.
+
+    Raises:
+        ValueError: a model without a U-Net.
     """
 
     def __init__(self, guidance: ClassifierFreeGuidance, token_indices: list[list[int]], sampling: Sampling):
+        if is_transformer(guidance.unet.config):
+            raise ValueError(
+                "Attend-and-Excite reads the attention of a U-Net, and this model is a transformer: leave it out"
+            )
         self.guidance, self.token_indices, self.sampling = guidance, token_indices, sampling
 
     def __call__(self, latents, timestep, step):

@@ -15,6 +15,7 @@ Shapes: B images, C latent channels, (h, w) latent size.
 import torch
 
 from dpt.adapter.adapter import Scorer
+from dpt.backbones.flow import FlowScheduler
 from dpt.backbones.unet_features import Conditioning, unet_features
 from dpt.matching_score import gradient_of, score_gradient, score_of_features
 from dpt.sampling import ClassifierFreeGuidance
@@ -117,12 +118,16 @@ class SelfCorrection:
         if alpha == 0:  # pure noise, of which no clean latent can be predicted
             return noise_pred
         sigma = (1 - alpha**2).sqrt()
+        if isinstance(guidance.scheduler, FlowScheduler):  # eps - x_0: both move
+            return noise_pred - move * (alpha + sigma) / (alpha * sigma)
         if guidance.scheduler.config.prediction_type == "v_prediction":  # alpha eps - sigma x_0: both move
             return noise_pred - move / (alpha * sigma)
         return noise_pred - move / sigma
 
     def _alpha(self, latents, timestep) -> torch.Tensor:
         """sqrt(alpha_bar) at the timestep: the scale itself of schedulers whose latents grow with the noise."""
+        if isinstance(self.guidance.scheduler, FlowScheduler):
+            return self.guidance.scheduler.alpha(timestep)
         scale = self._scale(latents, timestep)
         if (scale != 1).all():
             return scale

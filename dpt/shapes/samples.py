@@ -57,13 +57,13 @@ class ShapesSamples:
         # made once: drawing them anew for every comparison takes longer than the U-Net's passes
         self._scene, self._example = cache(self.world.scene), cache(self.world.__getitem__)
         self.leave_out, self.draw_seed = leave_out, draw_seed
-        factor = sd.vae.config.scaling_factor
-        self.scenes = Latents(scene_latents(sd.vae, self.world, folder, count=num_samples), factor)
+        factors = sd.vae.config.scaling_factor, sd.vae.config.shift_factor or 0.0
+        self.scenes = Latents(scene_latents(sd.vae, self.world, folder, count=num_samples), *factors)
         self.edited = None
         if negatives == "edited":
             key = f"{self.world.key()} edited (4)"
             draw = lambda i: render(self.world[i].negative.scene)  # noqa: E731
-            self.edited = Latents(cache_latents(sd.vae, draw, folder, key=key, count=num_samples), factor)
+            self.edited = Latents(cache_latents(sd.vae, draw, folder, key=key, count=num_samples), *factors)
         else:
             self.mined = mine_scenes(self.world, num_samples, folder)
 

@@ -102,7 +102,7 @@ def reconstruction_error(vae: AutoencoderKL) -> dict[str, float]:
 def cache_latents(
     vae: AutoencoderKL, draw: Callable[[int], np.ndarray], folder: Path, *, key: str, count: int
 ) -> np.ndarray:
-    """Posterior means and log-variances of the first `count` pictures, (count, 8, h, w) float16, unscaled.
+    """Posterior means and log-variances of the first `count` pictures, (count, 2 C, h, w) float16, unscaled.
 
     Written in chunks into a folder of this autoencoder and key; chunks already there are kept.
 
@@ -125,7 +125,7 @@ def cache_latents(
                 with torch.autocast(vae.device.type, torch.bfloat16):
                     rows.append(vae.encode(pixels.to(vae.device)).latent_dist.parameters.half().cpu().numpy())
             save_array(path, np.concatenate(rows))
-        parts.append(read_array(path, (stop - start, 8, None, None)))
+        parts.append(read_array(path, (stop - start, 2 * vae.config.latent_channels, None, None)))
     return np.concatenate(parts)
 
 
@@ -163,18 +163,19 @@ def scene_latents(vae: AutoencoderKL, world: ShapesWorld, folder: Path, *, count
 
 
 class Latents:
-    """Cached posteriors (N, 8, h, w) float16, sampled and scaled on access."""
+    """Cached posteriors (N, 2 C, h, w) float16, sampled, shifted and scaled on access."""
 
-    def __init__(self, posteriors: np.ndarray, scaling_factor: float):
+    def __init__(self, posteriors: np.ndarray, scaling_factor: float, shift_factor: float = 0.0):
         self.posteriors, self.scaling_factor = torch.from_numpy(posteriors), scaling_factor
+        self.shift_factor = shift_factor
 
     def __len__(self) -> int:
         return len(self.posteriors)
 
     def sample(self, indices: Sequence[int], generator: torch.Generator) -> torch.Tensor:
-        """Scaled latents (B, 4, h, w) float32."""
+        """Scaled latents (B, C, h, w) float32."""
         posterior = DiagonalGaussianDistribution(self.posteriors[indices].float())
-        return posterior.sample(generator) * self.scaling_factor
+        return (posterior.sample(generator) - self.shift_factor) * self.scaling_factor
 
 
 def measure_scaling_factor(latents: np.ndarray) -> float:

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.data.collate import Batch, as_latents
@@ -20,7 +19,7 @@ def control_unet(control: str, sd: StableDiffusion) -> None:
         return
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet = UNet2DConditionModel.from_config(sd.unet.config)
+        unet = type(sd.unet).from_config(sd.unet.config)
     sd.unet = unet.to(sd.device, sd.dtype).eval().requires_grad_(False)
 
 

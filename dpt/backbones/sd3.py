@@ -1,0 +1,76 @@
+"""Stable Diffusion 3 and 3.5: a transformer in place of the U-Net, flow matching, two CLIPs and, where it is there, T5.
+
+Shapes: B batch, L text tokens (of CLIP and T5 one behind the other), E context width, P both CLIPs' pooled widths.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from dpt.backbones.stable_diffusion import StableDiffusion
+from dpt.backbones.unet_features import Conditioning
+from dpt.base_models import check_size
+
+
+@dataclass
+class StableDiffusion3(StableDiffusion):
+    """The components of a `StableDiffusion3Pipeline` folder, in evaluation mode and without gradients.
+
+    `unet` is the transformer, `text_encoder` the first CLIP. ITM compares with both CLIPs' pooled texts side by side,
+    as the transformer gets them.
+    """
+
+    pipeline: StableDiffusion3Pipeline
+    """the stock pipeline of the same parts, which encodes prompts"""
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels a latent cell, each way."""
+        return self.pipeline.vae_scale_factor
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """(C, h, w); sides are multiples of a patch of the transformer. Raises ValueError for others."""
+        cell = self.vae_scale_factor * self.unet.config.patch_size
+        for name, value in {"H": height, "W": width}.items():
+            check_size(name, self.default_size if value is None else value, cell)
+        return super().latent_shape(height, width)
+
+    @property
+    def pooled_width(self) -> int:
+        """Width P of the pooled text."""
+        return self.unet.config.pooled_projection_dim
+
+    @property
+    def parts(self) -> dict[str, torch.nn.Module]:
+        """Every network by its name in a pipeline, the transformer last."""
+        encoders = {name: getattr(self.pipeline, name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
+        return {name: part for name, part in encoders.items() if part is not None} | {
+            "vae": self.vae,
+            "transformer": self.unet,
+        }
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str], *, clip_skip: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Context (B, L, E) and pooled texts (B, P), as the stock pipeline makes them. Equal prompts are encoded once.
+
+        Args:
+            clip_skip: layers of the CLIPs that the context leaves out.
+        """
+        distinct = list(dict.fromkeys(prompts))
+        context, _, pooled, _ = self.pipeline.encode_prompt(
+            distinct, None, None, device=self.device, do_classifier_free_guidance=False, clip_skip=clip_skip
+        )
+        rows = [distinct.index(prompt) for prompt in prompts]
+        return context[rows], pooled[rows]
+
+    def condition(
+        self, prompts: list[str], *, size: tuple[int, int] | None = None, negative: bool = False
+    ) -> Conditioning:
+        """Besides context and pooled text, `pooled_projections` (B, P)."""
+        context, pooled = self.encode_prompts(prompts)
+        return Conditioning(context, pooled, {"pooled_projections": pooled})
+
+    def noise_target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The velocity that the transformer is trained to predict."""
+        return noise - latents
