@@ -58,7 +58,7 @@ class Conditioning:
 
 def is_transformer(config) -> bool:
     """Whether a denoiser's config is that of a transformer."""
-    return "down_block_types" not in config
+    return not hasattr(config, "down_block_types")
 
 
 def parse_feature(feature: str, config) -> tuple[str, ...]:
