@@ -109,70 +109,64 @@ def load_stable_diffusion(
         with _quiet_fallback(), without_marks(source) as files:
             where = {"revision": revision, "local_files_only": local_files_only}
             index = read_index(Path(source)) if Path(source).is_dir() else DiffusionPipeline.load_config(files, **where)
-            options = where | {"variant": variant, "dtype": dtype, "feature_extractor": None, "image_encoder": None}
-            if is_sd3(index):
-                if not (Path(source) / "text_encoder_3").is_dir() and Path(source).is_dir():
-                    options |= {"text_encoder_3": None, "tokenizer_3": None}  # T5, which may be left out
-                pipeline = StableDiffusion3Pipeline.from_pretrained(files, **options)
-            elif is_sdxl(index):
-                pipeline = StableDiffusionXLPipeline.from_pretrained(files, add_watermarker=False, **options)
-            else:
-                options |= {"safety_checker": None, "requires_safety_checker": False}
-                pipeline = StableDiffusionPipeline.from_pretrained(files, **options)
+            pipeline = _stock_pipeline(Path(source), files, index, variant=variant, dtype=dtype, **where)
         config = pipeline.scheduler.config
         # A config without clip_sample means none; DDIM's own default would clip the latents.
-        if is_sd3(index):
-            scheduler = FlowScheduler.from_config(config)
-        else:
-            scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
+        kind, changes = DDIMScheduler, {"clip_sample": config.get("clip_sample", False)}
+        scheduler = FlowScheduler.from_config(config) if is_sd3(index) else kind.from_config(config, **changes)
     except Exception as error:
         if isinstance(error, LOADING_ERRORS) or type(error) is Exception:  # as the tokenizers library raises it
             raise ValueError(_missing(model, source, error)) from error
         raise
+    if not is_sd3(index):
+        check_kind(f"model {model!r}", pipeline.unet.config, pipeline.vae.config, is_xl=is_sdxl(index))
+    if lacking := _lacking(pipeline):
+        raise ValueError(_missing(model, source, ValueError(lacking)))
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.to(device).eval().requires_grad_(False)
+    common = {"name": model, "source": str(source), "scheduler": scheduler, "vae": pipeline.vae}
+    common |= {"tokenizer": pipeline.tokenizer, "text_encoder": pipeline.text_encoder}
     if is_sd3(index):
-        return _stable_diffusion_3(model, source, pipeline, scheduler, device)
-    check_kind(f"model {model!r}", pipeline.unet.config, pipeline.vae.config, is_xl=is_sdxl(index))
-    texts = ("text_encoder", "text_encoder_2") if is_sdxl(index) else ("text_encoder",)
-    parts = {part: getattr(pipeline, part) for part in (*texts, "vae", "unet")}
-    tokenizers = {
-        part: getattr(pipeline, part) for part in (text.replace("text_encoder", "tokenizer") for text in texts)
-    }
-    for part, module in parts.items():
-        if lacking := [name for name, value in module.named_parameters() if value.is_meta]:
-            raise ValueError(_missing(model, source, ValueError(f"{part}: its weights lack {lacking[0]}")))
-        module.to(device).eval().requires_grad_(False)
-    for (part, tokenizer), text in zip(tokenizers.items(), texts, strict=True):
-        config = parts[text].config
-        if len(tokenizer) != config.vocab_size:  # transformers makes an empty one where its files are missing
-            reason = f"its {part} has {len(tokenizer)} tokens, its {text} {config.vocab_size}"
-            raise ValueError(_missing(model, source, ValueError(reason.replace("_encoder", " encoder"))))
-        # without its config, a tokenizer's length is 1e30
-        tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
-    common = {"name": model, "source": str(source), "scheduler": scheduler} | parts | tokenizers
+        return StableDiffusion3(**common, unet=pipeline.transformer, pipeline=pipeline)
+    common["unet"] = pipeline.unet
     if not is_sdxl(index):
         return StableDiffusion(**common)
-    if dtype == torch.float16 and parts["vae"].config.force_upcast:
-        parts["vae"].float()  # its activations are beyond float16; madebyollin/sdxl-vae-fp16-fix has none such
-    return StableDiffusionXL(**common, zeros_for_empty_prompt=pipeline.config.force_zeros_for_empty_prompt)
+    if dtype == torch.float16 and pipeline.vae.config.force_upcast:
+        pipeline.vae.float()  # its activations are beyond float16; madebyollin/sdxl-vae-fp16-fix has none such
+    second = {"tokenizer_2": pipeline.tokenizer_2, "text_encoder_2": pipeline.text_encoder_2}
+    return StableDiffusionXL(**common, **second, zeros_for_empty_prompt=pipeline.config.force_zeros_for_empty_prompt)
 
 
-def _stable_diffusion_3(model: str, source: str, pipeline, scheduler: FlowScheduler, device) -> StableDiffusion3:
-    """The model of a stock pipeline, its parts frozen. Raises ValueError where weights are missing."""
-    sd = StableDiffusion3(
-        name=model,
-        source=str(source),
-        tokenizer=pipeline.tokenizer,
-        text_encoder=pipeline.text_encoder,
-        vae=pipeline.vae,
-        unet=pipeline.transformer,
-        scheduler=scheduler,
-        pipeline=pipeline,
-    )
-    for part, module in sd.parts.items():
+def _stock_pipeline(source: Path, files, index: dict, **options) -> DiffusionPipeline:
+    """The pipeline of diffusers that a `model_index.json` is of."""
+    options |= {"feature_extractor": None, "image_encoder": None}
+    if is_sd3(index):
+        if source.is_dir() and not (source / "text_encoder_3").is_dir():
+            options |= {"text_encoder_3": None, "tokenizer_3": None}  # T5, which may be left out
+        return StableDiffusion3Pipeline.from_pretrained(files, **options)
+    if is_sdxl(index):
+        return StableDiffusionXLPipeline.from_pretrained(files, add_watermarker=False, **options)
+    options |= {"safety_checker": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline.from_pretrained(files, **options)
+
+
+def _lacking(pipeline: DiffusionPipeline) -> str:
+    """In words, what the parts of a loaded pipeline lack; "" for nothing. Gives tokenizers their length."""
+    networks = {part: module for part, module in pipeline.components.items() if isinstance(module, torch.nn.Module)}
+    for part, module in networks.items():
         if lacking := [name for name, value in module.named_parameters() if value.is_meta]:
-            raise ValueError(_missing(model, source, ValueError(f"{part}: its weights lack {lacking[0]}")))
-        module.to(device).eval().requires_grad_(False)
-    return sd
+            return f"{part}: its weights lack {lacking[0]}"
+    for number in ("", "_2"):
+        tokenizer = pipeline.components.get(f"tokenizer{number}")
+        if tokenizer is None:
+            continue
+        config = pipeline.components[f"text_encoder{number}"].config
+        if len(tokenizer) != config.vocab_size:  # transformers makes an empty one where its files are missing
+            return f"its tokenizer{number} has {len(tokenizer)} tokens, its text encoder{number} {config.vocab_size}"
+        # without its config, a tokenizer's length is 1e30
+        tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+    return ""
 
 
 def _checked_variant(model: str, folder: Path, variant: str | None, notice) -> str | None:
