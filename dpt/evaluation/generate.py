@@ -153,7 +153,8 @@ class ArmArtist:
         latents = sd.encode_images(to_pixels(images))
         noise = initial_noise([0] * len(latents), tuple(latents.shape[1:])).to(latents.device)
         noisy = sd.scheduler.add_noise(latents, noise, timestep[None])
-        return matching_score(sd.unet, self.scorer, noisy, timestep, sd.condition(prompts)).cpu()
+        conditioning = sd.condition(prompts, size=images[0].shape[:2])
+        return matching_score(sd.unet, self.scorer, noisy, timestep, conditioning).cpu()
 
 
 def generate(
