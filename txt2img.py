@@ -17,6 +17,7 @@ from dpt.base_models import (
     MODELS,
     config_beside,
     describe_size,
+    half_precision,
     known_name,
     recommended,
 )
@@ -65,7 +66,7 @@ def make_parser() -> ArgumentParser:
     add("--compbench", action="store_true", help="name files as T2I-CompBench expects: <prompt>_<6 digits>.png")
     add("--skip_existing", action="store_true", help="skip what outdir holds already with the same settings")
     add("--trace", action="store_true", help="write score against step, with and without correction")
-    add("--dtype", choices=DTYPE_NAMES, help="default: float16 on CUDA, else float32")
+    add("--dtype", choices=DTYPE_NAMES, help="default: float16 on CUDA (SD 3: bfloat16), else float32")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the first GPU, else the CPU)")
     gpu = number(int, at_least=0, at_most=1023)
     add("-g", "--gpuid", "--gpu", type=gpu, metavar="N", help="draw on GPU N; without CUDA the CPU is used")
@@ -106,9 +107,8 @@ def choose_device(args: argparse.Namespace):
             raise ValueError(f"--gpuid is {args.gpuid}; this machine has {torch.cuda.device_count()} CUDA device(s)")
         return torch.device("cuda", args.gpuid)
     if args.device is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        other = "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device("cuda" if torch.cuda.is_available() else other)
     from dpt.backbones.stable_diffusion import usable_device
 
     return usable_device(args.device)
@@ -191,7 +191,7 @@ def run(args: argparse.Namespace) -> int:
     total = len(prompts) * per_prompt
     print(f"{len(prompts)} prompt(s) x {per_prompt} = {total} picture(s)", flush=True)  # the next line takes seconds
     device = choose_device(args)
-    dtype = args.dtype or ("float16" if device.type == "cuda" else "float32")
+    dtype = args.dtype or (half_precision(args.model) if device.type == "cuda" else "float32")
     print(f"{args.model} on {device} in {dtype}, {describe(weights, sampling, args.lora)}", flush=True)
     if args.gpuid is not None and device.type == "cpu":
         print("no CUDA device here: drawing on the CPU")

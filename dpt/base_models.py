@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dpt.config import DPTConfig, load_config
+from dpt.files import read_json
 from dpt.settings import PAPER, Sampling
 
 CKPT_FOLDER = Path(__file__).resolve().parents[1] / "ckpt"
@@ -83,6 +84,13 @@ def known_name(model: str) -> str | None:
         if Path(model).exists() and Path(model).resolve() == (CKPT_FOLDER / name).resolve():
             return name
     return None
+
+
+def half_precision(model: str) -> str:
+    """The precision of a model on CUDA: bfloat16 of transformers, whose T5 overflows in float16, else float16."""
+    index = (CKPT_FOLDER / model if model in MODELS else Path(model)) / "model_index.json"
+    kind = read_json(index, dict).get("_class_name") if index.is_file() else MODELS.get(model) or model
+    return "bfloat16" if str(kind).startswith(("StableDiffusion3", "stabilityai/stable-diffusion-3")) else "float16"
 
 
 def recommended(model: str, weights: DPTConfig | None = None) -> Sampling:

@@ -16,7 +16,7 @@ from dpt.backbones.flow import FlowScheduler, variance_scale
 from dpt.backbones.loading import architecture, load_stable_diffusion
 from dpt.backbones.sd3 import StableDiffusion3
 from dpt.backbones.unet_features import block_channels, parse_feature, unet_features
-from dpt.base_models import CKPT_FOLDER
+from dpt.base_models import CKPT_FOLDER, half_precision
 from dpt.checkpoint.checkpoint import DPTCheckpoint, load_checkpoint, save_checkpoint
 from dpt.config import AdapterConfig, DPTConfig
 from dpt.drawing import Artist
@@ -131,6 +131,11 @@ def test_features_equal_a_hook_s_capture_and_stop_there(sd, block):
     assert torch.allclose(found.flatten(2).transpose(1, 2), seen[0], atol=1e-5)
     assert torch.equal(found, again)
     assert torch.allclose(predicted, velocity, atol=1e-5)
+
+
+def test_half_precision_is_bfloat16(folder):
+    assert half_precision(str(folder)) == half_precision("sd35-medium") == "bfloat16"
+    assert half_precision("shapes") == half_precision("sdxl") == half_precision("sd21-base") == "float16"
 
 
 def test_blocks_that_are_not_there_are_refused_with_those_that_are(sd):

@@ -11,9 +11,9 @@ import torch
 
 from dpt.adapter.adapter import Scorer
 from dpt.backbones.loading import load_stable_diffusion
-from dpt.backbones.stable_diffusion import StableDiffusion, usable_device
+from dpt.backbones.stable_diffusion import DTYPES, StableDiffusion, usable_device
 from dpt.backbones.unet_features import unet_features
-from dpt.base_models import DPT_WEIGHTS, known_name, recommended
+from dpt.base_models import DPT_WEIGHTS, half_precision, known_name, recommended
 from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.drawing import Artist, without_correction
 from dpt.files import check_text
@@ -203,7 +203,7 @@ def open_studio(
     if not weights.exists() and not is_hub_id(weights):
         raise ValueError(f"self-correction needs an adapter: {weights} is not there; pass --dpt PATH")
     place = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = torch.float16 if place.type == "cuda" else torch.float32
+    dtype = DTYPES[half_precision(model)] if place.type == "cuda" else torch.float32
     sd = load_stable_diffusion(model, local_files_only=local_files_only, dtype=dtype, device=place)
     checkpoint = load_checkpoint(weights, local_files_only=local_files_only)
     sampling = recommended(model, checkpoint.config).changed(guidance_scale=scale, num_inference_steps=steps)
