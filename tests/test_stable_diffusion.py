@@ -168,6 +168,23 @@ def test_revision_and_local_files_only_are_passed_on(monkeypatch):
     assert (given["source"], given["revision"], given["local_files_only"]) == ("someone/model", "fp16", True)
 
 
+def test_a_missing_network_is_said_at_once(monkeypatch):
+    asked = []
+
+    def load_config(source, *, local_files_only, **options):
+        asked.append(local_files_only)
+        raise OSError("not in the cache")
+
+    def model_info(*args, **options):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr("dpt.backbones.loading.DiffusionPipeline.load_config", load_config)
+    monkeypatch.setattr("dpt.backbones.loading.model_info", model_info)
+    with pytest.raises(ValueError, match="someone/model: no network"):
+        load_stable_diffusion("someone/model")
+    assert asked == [True]  # reading a file of the hub would try again and again
+
+
 def test_many_pictures_are_decoded_in_slices_and_alike():
     sd = load_stable_diffusion("shapes")
     latents = torch.randn(6, 4, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -20,6 +20,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.configuration_utils import FrozenDict
+from huggingface_hub import model_info
 
 from dpt.backbones.flow import FlowScheduler
 from dpt.backbones.model_folder import (
@@ -108,7 +109,7 @@ def load_stable_diffusion(
     try:
         with _quiet_fallback(), without_marks(source) as files:
             where = {"revision": revision, "local_files_only": local_files_only}
-            index = read_index(Path(source)) if Path(source).is_dir() else DiffusionPipeline.load_config(files, **where)
+            index = read_index(Path(source)) if Path(source).is_dir() else _hub_index(source, **where)
             pipeline = _stock_pipeline(Path(source), files, index, variant=variant, dtype=dtype, **where)
         config = pipeline.scheduler.config
         # A config without clip_sample means none; DDIM's own default would clip the latents.
@@ -136,6 +137,18 @@ def load_stable_diffusion(
         pipeline.vae.float()  # its activations are beyond float16; madebyollin/sdxl-vae-fp16-fix has none such
     second = {"tokenizer_2": pipeline.tokenizer_2, "text_encoder_2": pipeline.text_encoder_2}
     return StableDiffusionXL(**common, **second, zeros_for_empty_prompt=pipeline.config.force_zeros_for_empty_prompt)
+
+
+def _hub_index(source: str, *, revision: str | None, local_files_only: bool) -> dict:
+    """The `model_index.json` of a hub id, of the cache where it is there. Raises OSError, at once without a network."""
+    with contextlib.suppress(OSError):
+        return DiffusionPipeline.load_config(source, revision=revision, local_files_only=True)
+    if not local_files_only:
+        try:
+            model_info(source, revision=revision)  # where reading a file would try again for half a minute
+        except Exception as error:  # of the hub's or of the network's library
+            raise OSError(f"{source}: {' '.join(str(error).split())}") from error
+    return DiffusionPipeline.load_config(source, revision=revision, local_files_only=local_files_only)
 
 
 def _stock_pipeline(source: Path, files, index: dict, **options) -> DiffusionPipeline:
