@@ -10,13 +10,14 @@ import torch
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import nn
 
-from dpt.adapter.adapter import DiscriminativeAdapter
+from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
 from dpt.backbones.unet_features import Conditioning, unet_features
 from dpt.config import LossSettings
 from dpt.tasks import tasks_of
 from dpt.tasks.denoising import denoising_of_step
 from dpt.tasks.itm import itm_score
 from dpt.tasks.ranking import ranking_loss
+from dpt.tasks.reward import reward_loss
 from dpt.tasks.task import TRUE_PAIR, Pass, Task, passes_of
 
 
@@ -61,7 +62,7 @@ class DPT(nn.Module):
                 `negative_noise_target` (B, 2, C, h, w); for a control `itm_labels`, see `itm_loss`. `left_out` names
                 tasks that this step leaves out. `ranked` holds half-drawn pictures of G prompts, N of each:
                 `noisy_latents` (G * N, C, h, w), `timesteps` (G * N,), their prompts' `context` (G * N, L, E) and
-                `pooled` (G * N, P), and `values` (G, N), as `ranking_loss` takes them. It may stand alone.
+                `pooled` (G * N, P), and `values` (G, N), as `ranking_loss` takes them. It may stand alone. `reward` holds what `reward_loss` takes.
 
         Returns:
             Named losses, unweighted, those whose weight is 0 left out.
@@ -69,12 +70,13 @@ class DPT(nn.Module):
         ranked = self._ranking(batch["ranked"]) if "ranked" in batch else {}
         if "noisy_latents" not in batch:
             return ranked
+        rewarded = self._reward(batch["reward"]) if "reward" in batch else {}
         passes = passes_of(self.active(batch))
         denoises = self.train_unet and bool(self.weights.denoise)
         if denoises and TRUE_PAIR in passes:
             passes.remove(TRUE_PAIR)  # the full pass has it
         features, noise_pred = self.features(batch, passes, with_full=denoises)
-        return self.losses(features, noise_pred, passes + [TRUE_PAIR] * denoises, batch) | ranked
+        return self.losses(features, noise_pred, passes + [TRUE_PAIR] * denoises, batch) | ranked | rewarded
 
     def active(self, batch: dict) -> list[Task]:
         """The tasks with a loss of weight above 0 that the step does not leave out."""
@@ -137,6 +139,11 @@ class DPT(nn.Module):
         """The ranking loss of half-drawn pictures."""
         scores = self.rank_scores(ranked).unflatten(0, ranked["values"].shape)
         return {"loss_rank": ranking_loss(scores, ranked["values"], self.adapter.itm_head.logit_scale.exp())}
+
+    def _reward(self, own):
+        """The loss of the model's own half-drawn pictures."""
+        scorer = Scorer(self.adapter, self.blocks, self.itm_layer)
+        return reward_loss(self.unet, scorer, self.scheduler, **own)
 
     def rank_scores(self, ranked: dict) -> torch.Tensor:
         """Matching scores (G * N,) of what `forward` takes as `ranked`."""

@@ -72,10 +72,10 @@ def sample_generator(seed: int, sample_id: int, epoch: int, purpose: str) -> tor
     """The random numbers of one sample in one epoch, whatever batch, rank or run it is in.
 
     Args:
-        purpose: "noise" (timestep and noise), "draw" (what is drawn of the sample) or "latents" (of its images'
-            posteriors): independent streams.
+        purpose: "noise" (timestep and noise), "draw" (what is drawn of the sample), "latents" (of its images'
+            posteriors) or "reward" (its own pictures): independent streams.
     """
-    stream = ("noise", "draw", "latents").index(purpose)
+    stream = ("noise", "draw", "latents", "reward").index(purpose)
     state = np.random.SeedSequence((seed, sample_id, epoch, stream)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) & (2**63 - 1))
 

@@ -1,7 +1,7 @@
 """The tasks that a run trains on, one a file: its head, loss, target and metric.
 
 `itm` and `rec` (Qu et al. 2024, section 3.2) read the adapter's queries after passes of the U-Net. `denoising` keeps a
-tuned U-Net a generator. `ranking` orders half-drawn pictures of one prompt. Importing this module imports no torch.
+tuned U-Net a generator. `ranking` orders half-drawn pictures of one prompt; `reward` tunes by their score. Importing this module imports no torch.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class LossWeights:
     contrastive_align: float = bounded(1.0, at_least=0)
     denoise: float = bounded(1.0, at_least=0)
     rank: float = bounded(1.0, at_least=0)
+    reward: float = bounded(0.0, at_least=0)
 
     def total(self, losses: dict):
         """The weighted sum of `loss_*` values."""

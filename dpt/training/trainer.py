@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from dpt.assembly import WEIGHT_DTYPES, encode_options, make_model, trained_weights
 from dpt.backbones.loading import load_stable_diffusion
+from dpt.base_models import recommended
 from dpt.checkpoint.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from dpt.config import flatten, load_config, save_config
 from dpt.data.collate import Batch, collate, encode_batch
@@ -27,6 +28,7 @@ from dpt.data.sources import ranked_prompts, training_samples, validation_sample
 from dpt.data.trajectories import encode_ranked
 from dpt.memory import peak_mb
 from dpt.rec_text import load_rec_text_encoder
+from dpt.tasks.reward import reward_inputs
 from dpt.tasks.task import EXPRESSION, TRUE_PAIR
 from dpt.training.accelerator import learning_rate_factor, make_accelerator, schedule_stretch
 from dpt.training.controls import control_batch, control_inputs, control_unet
@@ -386,7 +388,13 @@ class Trainer:
             **encode_options(self.config, self.sd),
             denoise_negatives=self.config.loss.denoise_negatives and self.stage == "tune",
         )
-        return control_inputs(self.config.control, inputs, batch, self.sd, training=True)
+        inputs = control_inputs(self.config.control, inputs, batch, self.sd, training=True)
+        loss = self.config.loss
+        if loss.weights.reward:
+            sampling = recommended(self.config.model.name)
+            until, seed = loss.reward_until, self.config.seed
+            inputs["reward"] = reward_inputs(batch, self.sd, sampling, until=until, seed=seed)
+        return inputs
 
     def validate(self) -> dict[str, float]:
         """ITM accuracy and REC precision on the val sets; see `dpt.training.validation`."""
