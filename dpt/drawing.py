@@ -16,6 +16,7 @@ from diffusers import SchedulerMixin
 
 from dpt.adapter.adapter import Scorer
 from dpt.backbones.stable_diffusion import StableDiffusion, advice_against_nan
+from dpt.backbones.transformer_features import is_flux
 from dpt.backbones.unet_features import Conditioning, is_transformer
 from dpt.choosing import best, candidate_seeds, rounds
 from dpt.guidance import guided
@@ -275,11 +276,13 @@ class Artist:
         """All candidates before their first step."""
         sd = self.sd
         scheduler = make_scheduler(sd.scheduler, sampling.scheduler, parity=sampling.parity)
-        set_timesteps(scheduler, sampling.num_inference_steps, sd.device)
-        noise = initial_noise(seeds, sd.latent_shape(sampling.height, sampling.width)).to(sd.device)
+        shape = sd.latent_shape(sampling.height, sampling.width)
+        set_timesteps(scheduler, sampling.num_inference_steps, sd.device, shape=shape)
+        noise = initial_noise(seeds, shape).to(sd.device)
         size = (sampling.height or sd.default_size, sampling.width or sd.default_size)
-        conditioning = sd.condition(texts, size=size)
+        conditioning = sd.condition(texts, size=size).with_guidance(sampling.distilled_guidance)
         negative = sd.condition([sampling.negative_prompt] * len(texts), size=size, negative=True)
+        negative = negative.with_guidance(sampling.distilled_guidance)
         return Candidates(noise * scheduler.init_noise_sigma, scheduler, conditioning, negative)
 
     def _denoiser(self, batch, sampling, prompts, seeds, log, read, method) -> Denoiser:
@@ -321,7 +324,9 @@ def counted_passes(unet):
         passes["whole_passes"] += len(output)
         passes["truncated_passes"] -= len(output)  # it has begun too
 
-    first, last = ("pos_embed", "proj_out") if is_transformer(unet.config) else ("conv_in", "conv_out")
+    first, last = "conv_in", "conv_out"
+    if is_transformer(unet.config):
+        first, last = "x_embedder" if is_flux(unet.config) else "pos_embed", "proj_out"
     handles = [getattr(unet, first).register_forward_hook(begins), getattr(unet, last).register_forward_hook(ends)]
     try:
         yield passes

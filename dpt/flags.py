@@ -7,8 +7,9 @@ from dpt.bounds import ArgumentParser, number
 from dpt.settings import Sampling
 
 FLAGS = {
-    "guidance_scale": (("--scale",), "guidance scale (default: 7.5, of shapes 5)"),
+    "guidance_scale": (("--scale",), "guidance scale (default: 7.5, of shapes 5; the model's own of others)"),
     "guidance_rescale": (("--guidance_rescale",), "share of guidance that is rescaled, 0 to 1 (default: 0)"),
+    "distilled_guidance": (("--distilled_guidance",), "guidance of FLUX.1-dev, as an input (default: 3.5)"),
     "num_inference_steps": (
         ("--ddim_steps", "--num_timesteps"),
         "sampling steps (default: 50, of shapes 20)",

@@ -14,7 +14,7 @@ from transformers import CLIPTextModel
 
 from dpt.backbones.model_folder import LOADING_ERRORS
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.backbones.unet_features import is_transformer, parse_feature
+from dpt.backbones.unet_features import parse_feature
 from dpt.checkpoint.lora_files import read_lora
 
 ADAPTER_NAME = "dpt"
@@ -149,10 +149,7 @@ def add_lora(unet: UNet2DConditionModel, *, rank: int, alpha: float, blocks: tup
     """
     for block in blocks:
         parse_feature(block, unet.config)
-    # such as up_blocks.1. for up1, and for none at all what every name begins with
-    prefixes = tuple("mid_block." if b == "mid" else re.sub(r"(\d+)$", r"_blocks.\1.", b) for b in blocks) or ("",)
-    if is_transformer(unet.config):  # of a transformer as well
-        prefixes = tuple(prefix.replace("block_blocks", "transformer_blocks") for prefix in prefixes)
+    prefixes = tuple(map(_prefix, blocks)) or ("",)  # with which every name begins
     projections = (*PROJECTIONS, *TEXT_PROJECTIONS)
     targets = [n for n, _ in unet.named_modules() if n.endswith(projections) and n.startswith(prefixes)]
     if not targets:
@@ -164,6 +161,13 @@ def add_lora(unet: UNet2DConditionModel, *, rank: int, alpha: float, blocks: tup
         if ".lora_" in name:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
+
+
+def _prefix(block: str) -> str:
+    """How names of a block's modules begin, such as "up_blocks.1." of up1."""
+    name, number = re.fullmatch(r"([a-z]+)(\d*)", block).groups()
+    tables = {"mid": "mid_block", "block": "transformer_blocks", "single": "single_transformer_blocks"}
+    return ".".join(filter(None, [tables.get(name, f"{name}_blocks"), number])) + "."
 
 
 def lora_state(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:

@@ -62,7 +62,8 @@ class DPT(nn.Module):
                 `negative_noise_target` (B, 2, C, h, w); for a control `itm_labels`, see `itm_loss`. `left_out` names
                 tasks that this step leaves out. `ranked` holds half-drawn pictures of G prompts, N of each:
                 `noisy_latents` (G * N, C, h, w), `timesteps` (G * N,), their prompts' `context` (G * N, L, E) and
-                `pooled` (G * N, P), and `values` (G, N), as `ranking_loss` takes them. It may stand alone. `reward` holds what `reward_loss` takes.
+                `pooled` (G * N, P), and `values` (G, N), as `ranking_loss` takes them.
+                It may stand alone. `reward` holds the arguments of `reward_loss`.
 
         Returns:
             Named losses, unweighted, those whose weight is 0 left out.

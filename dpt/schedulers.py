@@ -54,21 +54,23 @@ def make_scheduler(base: SchedulerMixin, name: str, *, parity: bool = False) -> 
     return copy.deepcopy(base) if kind is type(base) else kind.from_config(base.config)
 
 
-def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int | None, device, **given) -> None:
+def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int | None, device, *, shape=None, **given) -> None:
     """Sets the schedule's timesteps.
 
     Args:
+        shape: of the latents, (C, h, w), by which flow matching may choose its noise levels.
         given: `timesteps` or `sigmas`, where the scheduler takes them.
 
     Raises:
         ValueError: more steps than the schedule has.
     """
+    if isinstance(scheduler, FlowScheduler):  # begins at 1000
+        scheduler.set_timesteps(num_inference_steps, device, shape=shape, **given)
+        return
     if given:
         scheduler.set_timesteps(device=device, **given)
     else:
         scheduler.set_timesteps(num_inference_steps, device=device)
-    if isinstance(scheduler, FlowScheduler):  # begins at 1000
-        return
     if scheduler.timesteps.max() >= scheduler.config.num_train_timesteps:
         raise ValueError(
             f"the {len(scheduler.timesteps)} timesteps begin at {float(scheduler.timesteps.max()):g}, and the schedule "

@@ -22,6 +22,9 @@ class Sampling:
     """of classifier-free guidance; up to 1 the negative prompt is not evaluated"""
     guidance_rescale: float = bounded(0.0, at_least=0, at_most=1)
     """share of the guided prediction that gets the conditional one's deviation (Lin et al. 2024, section 3.4)"""
+    distilled_guidance: float | None = bounded(None, at_least=0, below=1000)
+    """the guidance scale that models which were distilled from guided ones take as an input (FLUX.1-dev; by default
+    3.5)"""
     num_inference_steps: int = bounded(50, at_least=1, at_most=500)
     scheduler: str = one_of("ddim", "ddim", "euler", "dpm++")
     """of the noise levels and the steps between them"""

@@ -324,8 +324,7 @@ def test_examples_run(page, text, tmp_path, monkeypatch):
 
     from dpt import base_models
 
-    for table in ("MODELS", "SIDES", "SAMPLING"):
-        monkeypatch.setattr(base_models, table, dict(getattr(base_models, table)))
+    monkeypatch.setattr(base_models, "MODELS", dict(base_models.MODELS))
     monkeypatch.setattr("dpt.backbones.loading.MODELS", base_models.MODELS)
     (tmp_path / "ckpt").symlink_to(CKPT_FOLDER)
     monkeypatch.chdir(tmp_path)

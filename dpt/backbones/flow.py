@@ -5,8 +5,10 @@ variance-preserving space it is z / s with s = sqrt((1 - sigma)^2 + sigma^2), so
 the same move of signal to noise everywhere; alpha = (1 - sigma) / s there.
 """
 
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -21,6 +23,17 @@ class FlowScheduler(FlowMatchEulerDiscreteScheduler):
     """The model's own Euler steps, with the noising and scaling that diffusers' other schedulers have."""
 
     init_noise_sigma = 1.0
+
+    def set_timesteps(self, num_inference_steps=None, device=None, *, shape: tuple[int, int, int], **given):
+        """As the stock pipelines set them: the larger the picture, the noisier, where the model's config says so.
+
+        Args:
+            shape: of the latents, (C, h, w); a token is 2 x 2 of them.
+        """
+        if self.config.use_dynamic_shifting:
+            named = ("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.15)
+            given["mu"] = calculate_shift(shape[1] * shape[2] // 4, *(self.config.get(*pair) for pair in named))
+        super().set_timesteps(num_inference_steps, device=device, **given)
 
     @property
     def alphas_cumprod(self) -> torch.Tensor:
@@ -41,3 +54,13 @@ class FlowScheduler(FlowMatchEulerDiscreteScheduler):
         sigma = (timesteps.float() / NUM_TRAIN_TIMESTEPS).to(original_samples)[:, None, None, None]
         scale = variance_scale(timesteps).to(original_samples)[:, None, None, None]
         return ((1 - sigma) * original_samples + sigma * noise) / scale
+
+
+class FluxScheduler(FlowScheduler):
+    """FLUX's steps begin at sigma = 1 and end at 1 / steps, before they are shifted."""
+
+    def set_timesteps(self, num_inference_steps=None, device=None, *, shape: tuple[int, int, int], **given):
+        """See `FlowScheduler.set_timesteps`."""
+        if not given:
+            given["sigmas"] = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        super().set_timesteps(num_inference_steps, device, shape=shape, **given)

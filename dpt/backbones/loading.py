@@ -13,6 +13,8 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -21,8 +23,10 @@ from diffusers import (
 )
 from diffusers.configuration_utils import FrozenDict
 from huggingface_hub import model_info
+from transformers import CLIPTextConfig
 
-from dpt.backbones.flow import FlowScheduler
+from dpt.backbones.flow import FlowScheduler, FluxScheduler
+from dpt.backbones.flux import Flux
 from dpt.backbones.model_folder import (
     LOADING_ERRORS,
     STEMS,
@@ -31,6 +35,7 @@ from dpt.backbones.model_folder import (
     check_kind,
     check_weights,
     choose_variant,
+    is_flux,
     is_sd3,
     is_sdxl,
     read_index,
@@ -40,7 +45,7 @@ from dpt.backbones.model_folder import (
 from dpt.backbones.sd3 import StableDiffusion3
 from dpt.backbones.sdxl import StableDiffusionXL
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.base_models import CKPT_FOLDER, DEFAULT_MODEL, MIRRORS, MODELS
+from dpt.base_models import CKPT_FOLDER, DEFAULT_MODEL, FLUX, MIRRORS, MODELS, SD_3
 from dpt.files import read_json
 from dpt.weights import read_shapes
 
@@ -70,12 +75,27 @@ ARCHITECTURES = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }
-"""What the U-Nets of named models differ in from `UNet2DConditionModel`'s defaults."""
+"""What the denoisers of named models differ in from the defaults of their class."""
+_SD3 = {
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048,
+}
+ARCHITECTURES |= {
+    "sd3-medium": _SD3 | {"pos_embed_max_size": 192},
+    "sd35-medium": _SD3 | {"pos_embed_max_size": 384, "dual_attention_layers": list(range(13)), "qk_norm": "rms_norm"},
+    "flux-dev": {"guidance_embeds": True},
+    "flux-schnell": {},
+}
 POOLED_WIDTHS = {"sd21-base": 1024, "sd21": 1024, "sd14": 768, "sd15": 768, "sdxl": 1280}
+POOLED_WIDTHS |= {"sd3-medium": 2048, "sd35-medium": 2048, "flux-dev": 768, "flux-schnell": 768}
 """of the pooled text that ITM compares with"""
 OTHER_PARAMETERS = {"sd21-base": 424_000_000, "sd21": 424_000_000, "sd14": 207_000_000, "sd15": 207_000_000}
-OTHER_PARAMETERS |= {"sdxl": 902_000_000}
-"""about: text encoder and autoencoder"""
+OTHER_PARAMETERS |= {"sdxl": 902_000_000} | dict.fromkeys(("sd3-medium", "sd35-medium"), 5_664_000_000)
+OTHER_PARAMETERS |= dict.fromkeys(("flux-dev", "flux-schnell"), 4_969_000_000)
+"""about: text encoders, T5 among them, and autoencoder"""
 
 
 def load_stable_diffusion(
@@ -113,13 +133,15 @@ def load_stable_diffusion(
             pipeline = _stock_pipeline(Path(source), files, index, variant=variant, dtype=dtype, **where)
         config = pipeline.scheduler.config
         # A config without clip_sample means none; DDIM's own default would clip the latents.
-        kind, changes = DDIMScheduler, {"clip_sample": config.get("clip_sample", False)}
-        scheduler = FlowScheduler.from_config(config) if is_sd3(index) else kind.from_config(config, **changes)
+        if is_transformer(index):
+            scheduler = (FluxScheduler if is_flux(index) else FlowScheduler).from_config(config)
+        else:
+            scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
     except Exception as error:
         if isinstance(error, LOADING_ERRORS) or type(error) is Exception:  # as the tokenizers library raises it
             raise ValueError(_missing(model, source, error)) from error
         raise
-    if not is_sd3(index):
+    if not is_transformer(index):
         check_kind(f"model {model!r}", pipeline.unet.config, pipeline.vae.config, is_xl=is_sdxl(index))
     if lacking := _lacking(pipeline):
         raise ValueError(_missing(model, source, ValueError(lacking)))
@@ -128,8 +150,8 @@ def load_stable_diffusion(
             module.to(device).eval().requires_grad_(False)
     common = {"name": model, "source": str(source), "scheduler": scheduler, "vae": pipeline.vae}
     common |= {"tokenizer": pipeline.tokenizer, "text_encoder": pipeline.text_encoder}
-    if is_sd3(index):
-        return StableDiffusion3(**common, unet=pipeline.transformer, pipeline=pipeline)
+    if is_transformer(index):
+        return (Flux if is_flux(index) else StableDiffusion3)(**common, unet=pipeline.transformer, pipeline=pipeline)
     common["unet"] = pipeline.unet
     if not is_sdxl(index):
         return StableDiffusion(**common)
@@ -137,6 +159,11 @@ def load_stable_diffusion(
         pipeline.vae.float()  # its activations are beyond float16; madebyollin/sdxl-vae-fp16-fix has none such
     second = {"tokenizer_2": pipeline.tokenizer_2, "text_encoder_2": pipeline.text_encoder_2}
     return StableDiffusionXL(**common, **second, zeros_for_empty_prompt=pipeline.config.force_zeros_for_empty_prompt)
+
+
+def is_transformer(index: dict) -> bool:
+    """Whether the denoiser of a `model_index.json` is a transformer."""
+    return is_sd3(index) or is_flux(index)
 
 
 def _hub_index(source: str, *, revision: str | None, local_files_only: bool) -> dict:
@@ -154,6 +181,8 @@ def _hub_index(source: str, *, revision: str | None, local_files_only: bool) -> 
 def _stock_pipeline(source: Path, files, index: dict, **options) -> DiffusionPipeline:
     """The pipeline of diffusers that a `model_index.json` is of."""
     options |= {"feature_extractor": None, "image_encoder": None}
+    if is_flux(index):
+        return FluxPipeline.from_pretrained(files, **options)
     if is_sd3(index):
         if source.is_dir() and not (source / "text_encoder_3").is_dir():
             options |= {"text_encoder_3": None, "tokenizer_3": None}  # T5, which may be left out
@@ -172,9 +201,9 @@ def _lacking(pipeline: DiffusionPipeline) -> str:
             return f"{part}: its weights lack {lacking[0]}"
     for number in ("", "_2"):
         tokenizer = pipeline.components.get(f"tokenizer{number}")
-        if tokenizer is None:
+        config = getattr(pipeline.components.get(f"text_encoder{number}"), "config", None)
+        if tokenizer is None or not isinstance(config, CLIPTextConfig):  # T5 has words that no text needs
             continue
-        config = pipeline.components[f"text_encoder{number}"].config
         if len(tokenizer) != config.vocab_size:  # transformers makes an empty one where its files are missing
             return f"its tokenizer{number} has {len(tokenizer)} tokens, its text encoder{number} {config.vocab_size}"
         # without its config, a tokenizer's length is 1e30
@@ -225,8 +254,8 @@ def architecture(model: str) -> tuple[FrozenDict, int, int]:
     if folder.is_dir():
         try:
             check_folder(folder)
-            if is_sd3(read_index(folder)):
-                return _architecture_3(folder)
+            if is_transformer(read_index(folder)):
+                return _transformer_architecture(folder)
             unet = read_json(folder / "unet/config.json", dict)
             width = read_json(folder / "text_encoder/config.json", TextConfig).hidden_size
             if is_sdxl(read_index(folder)):
@@ -240,16 +269,16 @@ def architecture(model: str) -> tuple[FrozenDict, int, int]:
             raise ValueError(
                 f"model {model!r}: {folder} is not a complete Stable Diffusion folder ({reason})"
             ) from error
-    known = next((name for name, known in MODELS.items() if source in (name, known)), None)
-    if known is None:
+    known = next((name for name, known in MODELS.items() if source in (name, known.source)), None)
+    if known not in ARCHITECTURES:
         raise ValueError(f"model {model!r}: its architecture is not known before it is downloaded")
-    config = ARCHITECTURES[known]
-    return _whole_config(config), POOLED_WIDTHS[known], OTHER_PARAMETERS[known]
+    kind = {SD_3: SD3Transformer2DModel, FLUX: FluxTransformer2DModel}.get(MODELS[known].pipeline, UNet2DConditionModel)
+    return _whole_config(ARCHITECTURES[known], kind), POOLED_WIDTHS[known], OTHER_PARAMETERS[known]
 
 
-def _architecture_3(folder: Path) -> tuple[FrozenDict, int, int]:
-    with torch.device("meta"):
-        config = SD3Transformer2DModel.from_config(read_json(folder / "transformer/config.json", dict)).config
+def _transformer_architecture(folder: Path) -> tuple[FrozenDict, int, int]:
+    kind = FluxTransformer2DModel if is_flux(read_index(folder)) else SD3Transformer2DModel
+    config = _whole_config(read_json(folder / "transformer/config.json", dict), kind)
     variant, parts = choose_variant(folder) or "", ("text_encoder", "text_encoder_2", "vae")
     files = [file for part in parts for file in weight_files(folder / part).get(variant, [])]
     files += (folder / "text_encoder_3").glob("*.safetensors")
@@ -257,9 +286,9 @@ def _architecture_3(folder: Path) -> tuple[FrozenDict, int, int]:
     return config, config.pooled_projection_dim, parameters
 
 
-def _whole_config(given: dict) -> FrozenDict:
+def _whole_config(given: dict, kind=UNet2DConditionModel) -> FrozenDict:
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(given).config
+        return kind.from_config(given).config
 
 
 def _source(model: str, notice) -> str:
@@ -269,9 +298,9 @@ def _source(model: str, notice) -> str:
             f"model {model!r} is a single file; make it a folder once, as docs/drawing.md shows, and pass --model "
             "FOLDER: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
         )
-    if model in MODELS and (MODELS[model] is None or (CKPT_FOLDER / model).is_dir()):
+    if model in MODELS and (MODELS[model].source is None or (CKPT_FOLDER / model).is_dir()):
         return str(CKPT_FOLDER / model)
-    model = MODELS.get(model) or model
+    model = MODELS[model].source if model in MODELS else model
     if model in MIRRORS and not Path(model).exists():
         notice(f"{model} is no longer on the hub; using its mirror {MIRRORS[model]}")
         model = MIRRORS[model]
@@ -311,7 +340,7 @@ def _missing(model: str, source: str, error: Exception) -> str:
     if close and model not in MODELS:
         return f"model {model!r} is neither a name, a local folder nor on the hub ({reason}); did you mean {close[0]}?"
     folder = CKPT_FOLDER / model if model in MODELS else "a local folder"
-    if source.startswith("stabilityai/stable-diffusion-3"):
+    if source.startswith(("stabilityai/stable-diffusion-3", "black-forest-labs/FLUX.1-dev")):
         reason += f"; it needs its licence accepted at https://huggingface.co/{source} and `hf auth login`"
     return (
         f"model {model!r} cannot be loaded from {source} ({reason}). Download it (SD 2.1 is mirrored as {mirrors}), "

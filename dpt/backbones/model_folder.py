@@ -29,9 +29,16 @@ CLASSES_XL = CLASSES | {"text_encoder_2": "CLIPTextModelWithProjection"}
 CLASSES_SD3 = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"} | {
     part: "CLIPTextModelWithProjection" for part in ("text_encoder", "text_encoder_2")
 }
+CLASSES_FLUX = {
+    "transformer": "FluxTransformer2DModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "T5EncoderModel",
+}
 FAMILIES = {
     "StableDiffusionXLPipeline": ("Stable Diffusion XL", CLASSES_XL),
     "StableDiffusion3Pipeline": ("Stable Diffusion 3", CLASSES_SD3),
+    "FluxPipeline": ("FLUX", CLASSES_FLUX),
 }
 """kind of a `model_index.json` -> its name, and the classes of its parts; others are Stable Diffusion 1 and 2"""
 STEMS = {part: ("diffusion_pytorch_model",) * 2 for part in ("unet", "transformer", "vae")}
@@ -39,7 +46,7 @@ STEMS |= {"text_encoder": ("model", "pytorch_model"), "text_encoder_2": ("model"
 """how the names of weights begin, as safetensors and as .bin"""
 LOADING_ERRORS = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, StrictDataclassError)
 """Errors of diffusers and transformers at a folder whose files do not fit each other."""
-SUPPORTED = "supported is Stable Diffusion 1, 2 or XL that draws from text alone, and Stable Diffusion 3"
+SUPPORTED = "supported is Stable Diffusion 1, 2 or XL that draws from text alone, Stable Diffusion 3, and FLUX.1"
 
 
 class UNetConfig(Struct):
@@ -136,6 +143,21 @@ def is_sd3(index: dict[str, object]) -> bool:
     return index.get("_class_name") == "StableDiffusion3Pipeline"
 
 
+def is_flux(index: dict[str, object]) -> bool:
+    """Whether a `model_index.json` is that of FLUX.1."""
+    return index.get("_class_name") == "FluxPipeline"
+
+
+def _configs(folder: Path) -> dict:
+    """The configs of a folder that are there, read; T5's is left to transformers."""
+    t5 = "text_encoder_2/config.json" if is_flux(read_index(folder)) else None
+    return {
+        part: read_json(folder / part, kind)
+        for part, kind in CONFIGS.items()
+        if (folder / part).exists() and part != t5
+    }
+
+
 def check_folder(folder: Path) -> None:
     """Looks through the configs that are there.
 
@@ -157,7 +179,7 @@ def check_folder(folder: Path) -> None:
         scheduler = index.get("scheduler", ["diffusers"])
         if not isinstance(scheduler, list) or scheduler[:1] != ["diffusers"]:
             raise ValueError(f"{folder}: its scheduler is {str(scheduler)[:60]}, none of diffusers'")
-    configs = {part: read_json(folder / part, schema) for part, schema in CONFIGS.items() if (folder / part).exists()}
+    configs = _configs(folder)
     unet, vae, text, text_2 = (configs.get(f"{part}/config.json") for part in CLASSES_XL)
     if unet is not None:
         check_kind(folder, unet, vae or VaeConfig(block_out_channels=[1]), is_xl=is_sdxl(read_index(folder)))
@@ -197,7 +219,10 @@ def check_weights(folder: Path, variant: str | None) -> None:
         files, shapes = weight_files(folder / part), {}
         for file in files.get(variant or "", files.get("", [])):
             shapes |= read_shapes(file)
-        if part.startswith("text_encoder") and shapes:  # the others' are compared by diffusers; transformers makes
+        is_t5 = part == "text_encoder_2" and is_flux(read_index(folder))
+        if (
+            part.startswith("text_encoder") and shapes and not is_t5
+        ):  # the others' are compared by diffusers; transformers makes
             _check_text_encoder(folder / part, shapes)  # up what is missing
 
 

@@ -29,11 +29,15 @@ class StableDiffusion3(StableDiffusion):
         """Pixels a latent cell, each way."""
         return self.pipeline.vae_scale_factor
 
+    @property
+    def cell(self) -> int:
+        """Pixels a token, each way."""
+        return self.vae_scale_factor * self.unet.config.patch_size
+
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, h, w); sides are multiples of a patch of the transformer. Raises ValueError for others."""
-        cell = self.vae_scale_factor * self.unet.config.patch_size
         for name, value in {"H": height, "W": width}.items():
-            check_size(name, self.default_size if value is None else value, cell)
+            check_size(name, self.default_size if value is None else value, self.cell)
         return super().latent_shape(height, width)
 
     @property
@@ -44,7 +48,8 @@ class StableDiffusion3(StableDiffusion):
     @property
     def parts(self) -> dict[str, torch.nn.Module]:
         """Every network by its name in a pipeline, the transformer last."""
-        encoders = {name: getattr(self.pipeline, name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
+        parts = self.pipeline.components
+        encoders = {name: parts.get(name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
         return {name: part for name, part in encoders.items() if part is not None} | {
             "vae": self.vae,
             "transformer": self.unet,

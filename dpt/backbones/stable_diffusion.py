@@ -53,6 +53,11 @@ class StableDiffusion:
         """Height and width in pixels that the U-Net was made for."""
         return self.unet.config.sample_size * self.vae_scale_factor
 
+    @property
+    def latent_channels(self) -> int:
+        """C of a latent."""
+        return self.unet.config.in_channels
+
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, h, w) for an image of the given size in pixels, by default the model's own.
 
@@ -62,7 +67,7 @@ class StableDiffusion:
         factor, sides = self.vae_scale_factor, []
         for name, value in {"H": height, "W": width}.items():
             sides.append(check_size(name, self.default_size if value is None else value, factor) // factor)
-        return (self.unet.config.in_channels, *sides)
+        return (self.latent_channels, *sides)
 
     def expanded(self, prompt: str) -> str:
         """The prompt with a word for each vector of its textual inversions: "<cat>" as "<cat> <cat>_1 <cat>_2"."""

@@ -1,7 +1,8 @@
-"""Feature maps of a diffusion transformer of Stable Diffusion 3, from a pass that stops after the last block needed.
+"""Feature maps of the diffusion transformers of Stable Diffusion 3 and FLUX, from a pass that stops where it may.
 
-Blocks are `block0`, `block1`, ...; a block's map are its image tokens, put where they stand in the picture. Noisy
-latents come in the variance-preserving space, as those of every family do (see `dpt.backbones.flow`).
+Blocks are `block0`, `block1`, ..., and of FLUX, behind these, `single0`, `single1`, ...; a block's map are its image
+tokens, put where they stand in the picture. A pass without a prediction runs no block behind the last one needed.
+Noisy latents come in the variance-preserving space, as those of every family do (see `dpt.backbones.flow`).
 
 Shapes: B batch, C latent channels, (h, w) latent size, p patch size, D width of a token.
 """
@@ -10,10 +11,13 @@ import copy
 from contextlib import suppress
 
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel
 from torch import nn
 
 from dpt.backbones.flow import variance_scale
+
+FLUX_SAMPLE_SIZE = 128
+"""cells of a latent each way that `FluxPipeline` draws by default; its transformer has no size of its own"""
 
 
 class _Stop(Exception):
@@ -26,7 +30,7 @@ class _Stopping(nn.Module):
 
 
 def transformer_features(
-    transformer: SD3Transformer2DModel,
+    transformer: SD3Transformer2DModel | FluxTransformer2DModel,
     blocks: tuple[str, ...],
     noisy_latents: torch.Tensor,
     timesteps: torch.Tensor,
@@ -41,7 +45,7 @@ def transformer_features(
         conditioning: with `pooled_projections` among the further inputs.
     """
     batch, _, height, width = noisy_latents.shape
-    size = transformer.config.patch_size
+    size = patch_size(transformer.config)
     captured: dict[str, torch.Tensor] = {}
 
     def keep(block):
@@ -52,28 +56,69 @@ def transformer_features(
 
         return hook
 
-    numbers = [int(block.removeprefix("block")) for block in blocks]
-    modules = [transformer.transformer_blocks[number] for number in numbers]
+    named = transformer_blocks(transformer)
+    modules = [named[block] for block in blocks]
     handles = [module.register_forward_hook(keep(block)) for module, block in zip(modules, blocks, strict=True)]
     network, gradients, velocity = transformer, torch.is_grad_enabled(), None
     if not with_noise_pred:
         network = copy.copy(transformer)
         network._modules = dict(transformer._modules)  # a shallow copy shares this table
-        network.transformer_blocks = transformer.transformer_blocks[: max(numbers) + 1]
+        last = max(list(named).index(block) for block in blocks) + 1
+        double = transformer.transformer_blocks
+        network.transformer_blocks = double[:last]
+        if hasattr(transformer, "single_transformer_blocks"):
+            network.single_transformer_blocks = transformer.single_transformer_blocks[: max(0, last - len(double))]
         network.norm_out = _Stopping()
     timesteps = timesteps.expand(batch)
     scale = variance_scale(timesteps)[:, None, None, None].to(noisy_latents)
     try:
         with suppress(_Stop):
-            velocity = network(
-                noisy_latents * scale,
-                conditioning.encoder_hidden_states,
-                timestep=timesteps,
-                return_dict=False,
-                **conditioning.further,
-            )[0]
+            velocity = _run(network, noisy_latents * scale, timesteps, conditioning)
     finally:
         torch.set_grad_enabled(gradients)
         for handle in handles:
             handle.remove()
     return [captured[block] for block in blocks], velocity
+
+
+def _run(transformer, latents: torch.Tensor, timesteps: torch.Tensor, conditioning) -> torch.Tensor:
+    """The velocity (B, C, h, w); of FLUX through its packed latents, four cells a token."""
+    context, options = conditioning.encoder_hidden_states, {"return_dict": False, **conditioning.further}
+    if isinstance(transformer, SD3Transformer2DModel):
+        return transformer(latents, context, timestep=timesteps, **options)[0]
+    batch, channels, height, width = latents.shape
+    packed = FluxPipeline._pack_latents(latents, batch, channels, height, width)
+    where = FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, latents.device, latents.dtype)
+    text = torch.zeros(context.shape[1], 3, device=latents.device, dtype=latents.dtype)
+    options |= {"img_ids": where, "txt_ids": text, "timestep": timesteps.to(latents.dtype) / 1000}
+    velocity = transformer(packed, context, **options)[0]
+    return FluxPipeline._unpack_latents(velocity, height, width, vae_scale_factor=1)
+
+
+def transformer_blocks(transformer) -> dict[str, nn.Module]:
+    """The blocks by name, in the order in which they are run."""
+    single = getattr(transformer, "single_transformer_blocks", ())
+    return {f"block{i}": block for i, block in enumerate(transformer.transformer_blocks)} | {
+        f"single{i}": block for i, block in enumerate(single)
+    }
+
+
+def block_names(config) -> list[str]:
+    """Names of the blocks of a transformer of that config, in the order in which they are run."""
+    single = getattr(config, "num_single_layers", 0)
+    return [f"block{i}" for i in range(config.num_layers)] + [f"single{i}" for i in range(single)]
+
+
+def patch_size(config) -> int:
+    """Cells of the latent that a token of a transformer stands for, each way."""
+    return 2 if is_flux(config) else config.patch_size
+
+
+def tokens_a_side(config) -> int:
+    """Of the square picture that the stock pipeline draws by default."""
+    return (FLUX_SAMPLE_SIZE if is_flux(config) else config.sample_size) // patch_size(config)
+
+
+def is_flux(config) -> bool:
+    """Whether a transformer's config is of FLUX, whose latents come packed."""
+    return hasattr(config, "num_single_layers")

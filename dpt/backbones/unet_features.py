@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
-from dpt.backbones.transformer_features import transformer_features
+from dpt.backbones.transformer_features import block_names, is_flux, transformer_features
 
 LATENTS = "latents"
 
@@ -44,6 +44,21 @@ class Conditioning:
         """That of some images, by a list, a tensor or a slice of their indices."""
         return self.map(lambda value: value[indices])
 
+    def with_guidance(self, scale: float | None) -> "Conditioning":
+        """That with the guidance scale which distilled models take as an input; None leaves it.
+
+        Raises:
+            ValueError: a scale for a model that takes none.
+        """
+        if scale is None:
+            return self
+        if "guidance" not in self.further:
+            raise ValueError(
+                f"distilled_guidance is {scale:g}; this model takes none as an input: it is for FLUX.1-dev"
+            )
+        further = self.further | {"guidance": torch.full_like(self.further["guidance"], scale)}
+        return Conditioning(self.encoder_hidden_states, self.pooled_prompt_embeds, further)
+
     @staticmethod
     def join(parts: Iterable["Conditioning"]) -> "Conditioning":
         """That of the images of several batches."""
@@ -61,6 +76,13 @@ def is_transformer(config) -> bool:
     return not hasattr(config, "down_block_types")
 
 
+def denoiser_class(config) -> type:
+    """The class of diffusers of a denoiser's config."""
+    if not is_transformer(config):
+        return UNet2DConditionModel
+    return FluxTransformer2DModel if is_flux(config) else SD3Transformer2DModel
+
+
 def parse_feature(feature: str, config) -> tuple[str, ...]:
     """The blocks that a feature name stands for, in the order in which they are concatenated.
 
@@ -72,7 +94,7 @@ def parse_feature(feature: str, config) -> tuple[str, ...]:
         ValueError: a block that the U-Net lacks, or one named twice.
     """
     if is_transformer(config):
-        known = [f"block{i}" for i in range(config.num_layers)]
+        known = block_names(config)
     else:
         known = [f"down{i}" for i in range(len(config.down_block_types))] + ["mid"]
         known += [f"up{i}" for i in range(len(config.up_block_types))]
@@ -95,7 +117,7 @@ def parse_feature(feature: str, config) -> tuple[str, ...]:
 def block_channels(block: str, config) -> int:
     """Channels of a block's output."""
     if block == LATENTS:
-        return config.in_channels
+        return config.in_channels // 4 if is_flux(config) else config.in_channels
     if is_transformer(config):
         return config.num_attention_heads * config.attention_head_dim
     channels = config.block_out_channels
@@ -131,7 +153,7 @@ def unet_features(
     """
     if blocks == (LATENTS,) and not with_noise_pred:
         return [noisy_latents], None
-    if isinstance(unet, SD3Transformer2DModel):
+    if is_transformer(unet.config):
         options = {"with_noise_pred": with_noise_pred, "gradients_up_to_features": gradients_up_to_features}
         return transformer_features(unet, blocks, noisy_latents, timesteps, conditioning, **options)
     captured: dict[str, torch.Tensor] = {LATENTS: noisy_latents}

@@ -86,7 +86,7 @@ def guided_step_kinds(
         latents: (B, C, h, w).
     """
     scheduler = make_scheduler(scheduler, "ddim")
-    set_timesteps(scheduler, 50, latents.device)
+    set_timesteps(scheduler, 50, latents.device, shape=latents.shape[1:])
     timestep = scheduler.timesteps[10]
     plain = ClassifierFreeGuidance(unet, scheduler, conditioning, negative, guidance_scale=7.5)
     inputs = latents.to(unet.dtype)

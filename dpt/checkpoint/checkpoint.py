@@ -89,9 +89,9 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
         """What the weights are, in words, with their metrics and licence."""
         figures = "".join(f"| {name} | {value:g} |\n" for name, value in self.config.metrics.items())
         metrics = f"\n| metric | value |\n|---|---|\n{figures}" if figures else "\nNo metrics were recorded.\n"
-        data = ModelCardData(
-            library_name="dpt", license="apache-2.0", base_model=MODELS.get(self.config.base_model), tags=["dpt"]
-        )
+        known = MODELS.get(self.config.base_model)
+        hub_id = known.source if known else None
+        data = ModelCardData(library_name="dpt", license="apache-2.0", base_model=hub_id, tags=["dpt"])
         what = "Adapter and LoRA" if self.lora else "Adapter"
         alone = ", the LoRA alone with `pipe.load_lora_weights`" if self.lora else ""
         return ModelCard(
@@ -230,7 +230,8 @@ def _check_lora(lora: dict[str, torch.Tensor]) -> int:
         raise ValueError(f"LoRA tensor {other} is {tuple(lora[other].shape)}; the others are of rank {rank}")
     parts = [f"{name}.lora_{half}.weight" for name in ("to_q", "to_k", "to_v", "to_out.0") for half in "AB"]
     for attention in dict.fromkeys(re.split(r"\.(?:to|add)_", key)[0] for key in lora):
-        missing = [part for part in parts if f"{attention}.{part}" not in lora]
+        own = parts[: 6 if attention.startswith("single_") else 8]  # FLUX's single blocks have no to_out
+        missing = [part for part in own if f"{attention}.{part}" not in lora]
         if missing:
             raise ValueError(f"incomplete LoRA: {attention}.{missing[0]} is missing")
     return next(iter(ranks), 0)

@@ -140,7 +140,8 @@ def draw_missing(settings: TrajectorySettings, sd, prompts: list, folder: Path) 
         last = sampling.num_inference_steps - 1
         raise ValueError(f"steps names step {max(settings.steps)}; {last + 1} steps are 0 to {last}")
     scheduler = make_scheduler(sd.scheduler, sampling.scheduler, parity=sampling.parity)
-    set_timesteps(scheduler, sampling.num_inference_steps, "cpu")
+    shape = sd.latent_shape(sampling.height, sampling.width)
+    set_timesteps(scheduler, sampling.num_inference_steps, "cpu", shape=shape)
     about = Manifest(
         model=settings.model,
         weights=weights_fingerprint(*sd.parts.values()),

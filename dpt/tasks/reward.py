@@ -69,7 +69,7 @@ def reward_loss(
         step: pictures are drawn up to this step without gradients, and through it with them.
     """
     scheduler = make_scheduler(base, sampling.scheduler)
-    set_timesteps(scheduler, sampling.num_inference_steps, noise.device)
+    set_timesteps(scheduler, sampling.num_inference_steps, noise.device, shape=noise.shape[1:])
     guidance = ClassifierFreeGuidance(
         unet,
         scheduler,

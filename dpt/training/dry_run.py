@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import torch
-from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
 from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.assembly import WEIGHT_DTYPES, adapter_config
 from dpt.backbones.loading import architecture
-from dpt.backbones.unet_features import LATENTS, block_channels, is_transformer, parse_feature
+from dpt.backbones.transformer_features import tokens_a_side
+from dpt.backbones.unet_features import LATENTS, block_channels, denoiser_class, is_transformer, parse_feature
 from dpt.checkpoint.checkpoint import checkpoints, load_checkpoint
 from dpt.lora import add_lora
 from dpt.tasks import tasks_of
@@ -37,8 +37,7 @@ def describe_run(config: TrainConfig, stage: str) -> str:
     rec_text_dim = width if config.model.rec_text_encoder == "clip" else ROBERTA_WIDTH
     wanted = adapter_config(config, unet_config, text_dim=width, rec_text_dim=rec_text_dim)
     with torch.device("meta"):
-        kind = SD3Transformer2DModel if is_transformer(unet_config) else UNet2DConditionModel
-        unet, adapter = kind.from_config(unet_config), DiscriminativeAdapter(wanted)
+        unet, adapter = denoiser_class(unet_config).from_config(unet_config), DiscriminativeAdapter(wanted)
         frozen = _count(unet) + other
         if stage == "tune":
             add_lora(unet.requires_grad_(False), rank=config.lora.rank, alpha=1.0, blocks=tuple(config.lora.blocks))
@@ -74,7 +73,7 @@ def _count(module: torch.nn.Module) -> int:
 def _cells(block: str, unet_config) -> int:
     """Values of a block's feature map; a block's output is sampled down or up already, but for the last one's."""
     if is_transformer(unet_config):
-        return block_channels(block, unet_config) * (unet_config.sample_size // unet_config.patch_size) ** 2
+        return block_channels(block, unet_config) * tokens_a_side(unet_config) ** 2
     last = len(unet_config.block_out_channels) - 1
     halvings = {LATENTS: 0, "mid": last}
     halvings |= {f"down{i}": min(i + 1, last) for i in range(last + 1)}

@@ -175,9 +175,13 @@ def _check_losses(config: TrainConfig) -> None:
     if config.data.trajectories is not None and config.control != "none":
         raise ValueError(f"control is {config.control!r}; controls are of the paper's losses, not of trajectories")
     if weights.reward and not config.lora.only:
-        raise ValueError("loss.weights.reward is set; an adapter that is trained would please itself: set lora.only=true")
+        raise ValueError(
+            "loss.weights.reward is set; an adapter that is trained would please itself: set lora.only=true"
+        )
     if weights.reward and config.model.gradient_checkpointing:
-        raise ValueError("model.gradient_checkpointing is true; loss.weights.reward reads the score without LoRA: set one")
+        raise ValueError(
+            "model.gradient_checkpointing is true; loss.weights.reward reads the score without LoRA: set one"
+        )
     if loss.denoise_negatives and not weights.denoise:
         raise ValueError("loss.denoise_negatives is true and loss.weights.denoise is 0; nothing would be denoised")
     if loss.denoise_negatives and config.data.kind != "shapes":

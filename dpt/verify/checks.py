@@ -93,7 +93,7 @@ class Verification:
         sd, steps = self.sd, 5
         noise = initial_noise([0, 1], sd.latent_shape()).to(self.device)
         scheduler = make_scheduler(sd.scheduler, "ddim")
-        set_timesteps(scheduler, steps, self.device)
+        set_timesteps(scheduler, steps, self.device, shape=noise.shape[1:])
         texts = (sd.condition(words) for words in (self.prompts, [""] * 2))
         ours = sample(ClassifierFreeGuidance(sd.unet, scheduler, *texts, guidance_scale=7.5), scheduler, noise)
         ddim = DDIMScheduler.from_config(sd.scheduler.config)

@@ -1,0 +1,65 @@
+"""FLUX.1: a transformer on packed latents, flow matching, a CLIP for the pooled text and T5 for the context.
+
+Shapes: B batch, L text tokens of T5, E context width, P CLIP's pooled width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import FluxPipeline
+
+from dpt.backbones.sd3 import StableDiffusion3
+from dpt.backbones.unet_features import Conditioning
+
+DISTILLED_GUIDANCE = 3.5
+"""of the models that were distilled from guided ones, as their stock pipeline has it"""
+
+
+@dataclass
+class Flux(StableDiffusion3):
+    """The components of a `FluxPipeline` folder, in evaluation mode and without gradients.
+
+    `unet` is the transformer. ITM compares with CLIP's pooled text, as the transformer gets it.
+    """
+
+    pipeline: FluxPipeline
+    """the stock pipeline of the same parts, which encodes prompts"""
+
+    @property
+    def default_size(self) -> int:
+        """Height and width in pixels that the stock pipeline draws, as the transformer has no size of its own."""
+        return self.pipeline.default_sample_size * self.vae_scale_factor
+
+    @property
+    def cell(self) -> int:
+        """Pixels a token, each way."""
+        return 2 * self.vae_scale_factor
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent before four cells are packed into a token."""
+        return self.unet.config.in_channels // 4
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str], *, clip_skip: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Context (B, L, E) by T5 and pooled texts (B, P) by CLIP, as the stock pipeline makes them.
+
+        Raises:
+            ValueError: a `clip_skip`, as the context is not CLIP's.
+        """
+        if clip_skip is not None:
+            raise ValueError(f"clip_skip is {clip_skip}; FLUX reads its context by T5: leave it out")
+        distinct = list(dict.fromkeys(prompts))
+        length = 512 if self.unet.config.guidance_embeds else 256  # what the models were made with
+        context, pooled, _ = self.pipeline.encode_prompt(distinct, device=self.device, max_sequence_length=length)
+        rows = [distinct.index(prompt) for prompt in prompts]
+        return context[rows], pooled[rows]
+
+    def condition(
+        self, prompts: list[str], *, size: tuple[int, int] | None = None, negative: bool = False
+    ) -> Conditioning:
+        """Besides context and pooled text, `pooled_projections` (B, P), and of distilled models `guidance` (B,)."""
+        conditioning = super().condition(prompts)
+        if self.unet.config.guidance_embeds:
+            conditioning.further["guidance"] = torch.full((len(prompts),), DISTILLED_GUIDANCE, device=self.device)
+        return conditioning
