@@ -15,6 +15,7 @@ from dpt.base_models import (
     DPT_WEIGHTS,
     DTYPE_NAMES,
     MODELS,
+    OFFLOADS,
     config_beside,
     describe_size,
     half_precision,
@@ -46,6 +47,8 @@ def make_parser() -> ArgumentParser:
     )
     add("--revision", help="branch, tag or commit on the hub")
     add("--variant", help="of the files of weights, such as fp16 (default: of a local folder, whichever is there)")
+    add("--no_t5", action="store_true", help="leave out the T5 of Stable Diffusion 3, two thirds of its memory")
+    add("--offload", choices=OFFLOADS, help="keep on the CPU what does not compute: whole networks, or every layer")
     add("--local-files-only", action="store_true", help="never ask the hub")
     add("--dpt", metavar="PATH", help="adapter and LoRA: our folder, the released file or folder, a hub id, or none")
     add(

@@ -4,7 +4,7 @@ import torch
 
 from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.backbones.unet_features import block_channels, parse_feature, set_cpu_attention
+from dpt.backbones.unet_features import block_channels, is_transformer, parse_feature, set_cpu_attention
 from dpt.checkpoint.checkpoint import DPTCheckpoint
 from dpt.config import AdapterConfig, DPTConfig
 from dpt.lora import add_lora, load_lora, lora_state
@@ -113,6 +113,7 @@ def trained_weights(config: TrainConfig, sd: StableDiffusion, model: DPT) -> DPT
         model.itm_layer,
         model.adapter.config,
         control=config.control,
+        t5=sd.has_t5 if is_transformer(sd.unet.config) else None,
         lora_rank=lora.r if lora else 0,
         lora_alpha=float(lora.lora_alpha) if lora else 0.0,
     )

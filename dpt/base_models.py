@@ -63,6 +63,8 @@ VAE_SCALE_FACTOR = 8
 MAX_SIDE = 8192  # of a picture, in pixels: one of that size takes a hundred times the memory of 512
 
 
+OFFLOADS = ("model", "sequential")
+"""What of a model may stay out of the accelerator's memory while it is not needed: networks, or layers."""
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
 """Precisions of weights that draw."""
 

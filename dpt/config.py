@@ -164,6 +164,8 @@ class DPTConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     control: str = one_of("none", *CONTROLS)
     """the control that training had, which measuring has too"""
+    t5: bool | None = None
+    """whether the base model's context held T5's states, of families that have one; None where nobody noted it"""
     lora_rank: int = bounded(0, at_least=0, at_most=MOST_RANK)
     """0: no LoRA"""
     lora_alpha: float = bounded(0.0, at_least=0, at_most=1e6)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import dpt
 from dpt.backbones.loading import load_stable_diffusion
+from dpt.backbones.offload import offload
 from dpt.backbones.stable_diffusion import DTYPES, weights_fingerprint
 from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.choosing import rounds, with_numbers
@@ -41,7 +42,8 @@ def open_artist(
         variant=args.variant,
         local_files_only=args.local_files_only,
         dtype=DTYPES[dtype],
-        device=device,
+        device="cpu" if args.offload else device,
+        no_t5=args.no_t5,
     )
     _, h, w = sd.latent_shape(sampling.height, sampling.width)
     checkpoint = load_checkpoint(weights, local_files_only=args.local_files_only) if weights else None
@@ -57,6 +59,10 @@ def open_artist(
         "height": h * sd.vae_scale_factor,
         "width": w * sd.vae_scale_factor,
     }
+    if args.offload:
+        offload(sd, args.offload, device)
+        if scorer:
+            scorer.adapter.to(device)
     sources = {"dpt_source": checkpoint.source if checkpoint else None, "lora": str(args.lora) if args.lora else None}
     return Artist(sd, scorer), {"settings": settings} | sources
 

@@ -100,6 +100,24 @@ def test_t5_is_read_where_it_is(tmp_path):
     assert not without[:, 77:].any()
 
 
+def test_t5_can_be_left_out(tmp_path, capsys):
+    folder = make_sd3(tmp_path / "model", with_t5=True)
+    whole, without = load_stable_diffusion(str(folder)), load_stable_diffusion(str(folder), no_t5=True)
+    assert (whole.has_t5, without.has_t5) == (True, False)
+    assert not without.encode_prompts(PROMPTS)[0][:, 77:].any()
+    config = DPTConfig(str(folder), "block2", -1, ADAPTER, t5=True)
+    save_checkpoint(DPTCheckpoint(config, DiscriminativeAdapter(ADAPTER), {}), tmp_path / "dpt")
+    load_checkpoint(tmp_path / "dpt").attach(whole)
+    with pytest.raises(ValueError, match="was made with T5: give the model its T5 back"):
+        load_checkpoint(tmp_path / "dpt").attach(without)
+    words = ["--model", str(folder), "--prompt", PROMPTS[0], "--ddim_steps", "2", "--device", "cpu", "--no_t5"]
+    assert txt2img.main([*words, "--n_samples", "1", "--dpt", "none", "--outdir", str(tmp_path / "out")]) == 0
+    assert txt2img.main([*words, "--dpt", str(tmp_path / "dpt"), "--outdir", str(tmp_path / "out")]) == 2
+    assert "was made with T5" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no_t5 is set; shapes is not Stable Diffusion 3"):
+        load_stable_diffusion("shapes", no_t5=True)
+
+
 def test_images_are_encoded_and_decoded_by_scale_and_shift(folder, sd):
     stock, pixels = stock_of(folder), torch.rand(2, 3, 128, 128) * 2 - 1
     config = stock.vae.config
@@ -213,6 +231,7 @@ def test_probe_tune_correct_and_choose_from_the_command_line(folder, tmp_path, m
     assert train_probe.main([probe, *settings, "run_name=probe", "optim.steps=4", "resume=true"]) == 0
     start = ["init_from=outputs/probe", "lora.rank=2", "model.gradient_checkpointing=true"]
     assert train_tune.main([tune, *settings, *start, "run_name=tune", "optim.steps=2"]) == 0
+    assert load_checkpoint(tmp_path / "outputs/tune").config.t5 is False
     words = ["--model", str(folder), "--prompt", PROMPTS[0], "--n_samples", "2", "--ddim_steps", "4", "--device", "cpu"]
     for name, more in {
         "plain": ["--dpt", "none"],

@@ -294,13 +294,13 @@ def test_a_byte_order_mark_is_no_part_of_a_config(golden, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-FLUX = {"_class_name": "FluxPipeline", "text_encoder_2": ["transformers", "T5EncoderModel"]}
+OTHER = {"_class_name": "PixArtSigmaPipeline", "text_encoder_2": ["transformers", "T5EncoderModel"]}
 
 
 @pytest.mark.parametrize(
     ("file", "values", "message"),
     [
-        ("model_index.json", FLUX, "is of FluxPipeline"),
+        ("model_index.json", OTHER, "is of PixArtSigmaPipeline"),
         (UNET, {"addition_embed_type": "text_time"}, "as Stable Diffusion XL has"),
         (UNET, {"in_channels": 9}, "for inpainting use: its U-Net takes 9 channels, its latents have 4"),
         (UNET, {"num_class_embeds": 1000}, "num_class_embeds 1000"),
@@ -417,14 +417,6 @@ def test_a_folder_of_bin_files_is_loaded_in_silence(golden, tmp_path, capfd):
     sd = load_stable_diffusion(str(tmp_path))
     assert capfd.readouterr() == ("", "")
     assert torch.equal(sd.unet.conv_in.weight, load_stable_diffusion(str(golden / "sd21")).unet.conv_in.weight)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
-def test_a_single_file_says_how_it_is_converted(tmp_path, name):
-    (tmp_path / name).write_bytes(b"x")
-    for load in (load_stable_diffusion, architecture):
-        with pytest.raises(ValueError, match=r"is a single file.*from_single_file.*save_pretrained"):
-            load(str(tmp_path / name))
 
 
 def test_advice_against_values_that_are_not_finite(sd):

@@ -25,6 +25,8 @@ class Flux(StableDiffusion3):
     pipeline: FluxPipeline
     """the stock pipeline of the same parts, which encodes prompts"""
 
+    has_t5 = True
+
     @property
     def default_size(self) -> int:
         """Height and width in pixels that the stock pipeline draws, as the transformer has no size of its own."""

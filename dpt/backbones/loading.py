@@ -44,6 +44,7 @@ from dpt.backbones.model_folder import (
 )
 from dpt.backbones.sd3 import StableDiffusion3
 from dpt.backbones.sdxl import StableDiffusionXL
+from dpt.backbones.single_file import configs_of, is_xl, load_single_file, named_alike
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.base_models import CKPT_FOLDER, DEFAULT_MODEL, FLUX, MIRRORS, MODELS, SD_3
 from dpt.files import read_json
@@ -103,24 +104,30 @@ def load_stable_diffusion(
     *,
     revision: str | None = None,
     variant: str | None = None,
+    no_t5: bool = False,
     local_files_only: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     notice=print,
 ) -> StableDiffusion:
-    """Loads a base model by name (`MODELS`), local folder or hub id.
+    """Loads a base model by name (`MODELS`), local folder, single file or hub id.
 
     A named model is taken from `ckpt/<name>` where that folder exists. The scheduler becomes DDIM, settings kept.
 
     Args:
         variant: of the files of weights, such as fp16; by default, of a local folder, whichever is there.
+        no_t5: leave out the T5 of Stable Diffusion 3.
 
     Raises:
         ValueError: nothing usable there; the message says what to do.
     """
-    source = _source(model, notice)
-    if revision is not None and Path(source).is_dir():
-        raise ValueError(f"revision is {revision!r}; {source} is a local folder, which has none")
+    source = configs = _source(model, notice)
+    if revision is not None and Path(source).exists():
+        raise ValueError(f"revision is {revision!r}; {source} is on this machine, and has none")
+    if is_file := Path(source).is_file():
+        alike = named_alike(Path(source))
+        configs = configs_of(alike)
+        notice(f"{model} is taken for a model like {alike}; its configs are those of {configs}")
     if Path(source).is_dir():
         variant = _checked_variant(model, Path(source), variant, notice)
     diffusers.utils.logging.disable_progress_bar()
@@ -129,8 +136,12 @@ def load_stable_diffusion(
     try:
         with _quiet_fallback(), without_marks(source) as files:
             where = {"revision": revision, "local_files_only": local_files_only}
-            index = read_index(Path(source)) if Path(source).is_dir() else _hub_index(source, **where)
-            pipeline = _stock_pipeline(Path(source), files, index, variant=variant, dtype=dtype, **where)
+            index = read_index(Path(configs)) if Path(configs).is_dir() else _hub_index(configs, **where)
+            if is_file:
+                options = {"dtype": dtype, "local_files_only": local_files_only}
+                pipeline = load_single_file(Path(source), configs, is_xl=is_xl(alike), **options)
+            else:
+                pipeline = _stock_pipeline(Path(source), files, index, no_t5, variant=variant, dtype=dtype, **where)
         config = pipeline.scheduler.config
         # A config without clip_sample means none; DDIM's own default would clip the latents.
         if is_transformer(index):
@@ -141,6 +152,8 @@ def load_stable_diffusion(
         if isinstance(error, LOADING_ERRORS) or type(error) is Exception:  # as the tokenizers library raises it
             raise ValueError(_missing(model, source, error)) from error
         raise
+    if no_t5 and not is_sd3(index):
+        raise ValueError(f"no_t5 is set; {model} is not Stable Diffusion 3, which alone can do without T5")
     if not is_transformer(index):
         check_kind(f"model {model!r}", pipeline.unet.config, pipeline.vae.config, is_xl=is_sdxl(index))
     if lacking := _lacking(pipeline):
@@ -178,14 +191,14 @@ def _hub_index(source: str, *, revision: str | None, local_files_only: bool) -> 
     return DiffusionPipeline.load_config(source, revision=revision, local_files_only=local_files_only)
 
 
-def _stock_pipeline(source: Path, files, index: dict, **options) -> DiffusionPipeline:
+def _stock_pipeline(source: Path, files, index: dict, no_t5: bool, **options) -> DiffusionPipeline:
     """The pipeline of diffusers that a `model_index.json` is of."""
     options |= {"feature_extractor": None, "image_encoder": None}
     if is_flux(index):
         return FluxPipeline.from_pretrained(files, **options)
     if is_sd3(index):
-        if source.is_dir() and not (source / "text_encoder_3").is_dir():
-            options |= {"text_encoder_3": None, "tokenizer_3": None}  # T5, which may be left out
+        if no_t5 or (source.is_dir() and not (source / "text_encoder_3").is_dir()):
+            options |= {"text_encoder_3": None, "tokenizer_3": None}
         return StableDiffusion3Pipeline.from_pretrained(files, **options)
     if is_sdxl(index):
         return StableDiffusionXLPipeline.from_pretrained(files, add_watermarker=False, **options)
@@ -250,6 +263,8 @@ def architecture(model: str) -> tuple[FrozenDict, int, int]:
         ValueError: neither a local folder nor a model whose architecture is known, or a folder that is not complete.
     """
     source = _source(model, lambda _: None)
+    if Path(source).is_file():
+        source = configs_of(named_alike(Path(source)))
     folder = Path(source)
     if folder.is_dir():
         try:
@@ -292,12 +307,7 @@ def _whole_config(given: dict, kind=UNet2DConditionModel) -> FrozenDict:
 
 
 def _source(model: str, notice) -> str:
-    """The folder or hub id of a model. Raises ValueError for a single file."""
-    if Path(model).is_file():
-        raise ValueError(
-            f"model {model!r} is a single file; make it a folder once, as docs/drawing.md shows, and pass --model "
-            "FOLDER: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
-        )
+    """The folder, file or hub id of a model."""
     if model in MODELS and (MODELS[model].source is None or (CKPT_FOLDER / model).is_dir()):
         return str(CKPT_FOLDER / model)
     model = MODELS[model].source if model in MODELS else model
@@ -335,6 +345,12 @@ def _missing(model: str, source: str, error: Exception) -> str:
         return (
             f"model {model!r}: {source} is not a complete Stable Diffusion folder ({reason}); fetch what is missing "
             + advice
+        )
+    if Path(source).is_file():
+        name = named_alike(Path(source))
+        return (
+            f"model {model!r}: its weights need the configs of {name}, which cannot be had ({reason}); put those of "
+            f"{MODELS[name].source} without the weights into {CKPT_FOLDER / name}, or go online once"
         )
     close = difflib.get_close_matches(model, MODELS, n=1)
     if close and model not in MODELS:

@@ -25,6 +25,11 @@ class StableDiffusion3(StableDiffusion):
     """the stock pipeline of the same parts, which encodes prompts"""
 
     @property
+    def has_t5(self) -> bool:
+        """Whether the context holds T5's states, and not zeros in their place."""
+        return self.pipeline.components.get("text_encoder_3") is not None
+
+    @property
     def vae_scale_factor(self) -> int:
         """Pixels a latent cell, each way."""
         return self.pipeline.vae_scale_factor

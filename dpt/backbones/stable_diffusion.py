@@ -35,9 +35,14 @@ class StableDiffusion:
     unet: UNet2DConditionModel
     scheduler: DDIMScheduler
 
+    has_t5 = False
+    execution_device = None
+    """where it computes, if that is not where its weights lie (`dpt.backbones.offload`)"""
+
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        """Where it computes."""
+        return self.unet.device if self.execution_device is None else self.execution_device
 
     @property
     def dtype(self) -> torch.dtype:

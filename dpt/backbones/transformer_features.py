@@ -15,6 +15,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel, SD3Transformer2DMode
 from torch import nn
 
 from dpt.backbones.flow import variance_scale
+from dpt.backbones.offload import own_forward
 
 FLUX_SAMPLE_SIZE = 128
 """cells of a latent each way that `FluxPipeline` draws by default; its transformer has no size of its own"""
@@ -69,6 +70,7 @@ def transformer_features(
         if hasattr(transformer, "single_transformer_blocks"):
             network.single_transformer_blocks = transformer.single_transformer_blocks[: max(0, last - len(double))]
         network.norm_out = _Stopping()
+        own_forward(network, transformer)
     timesteps = timesteps.expand(batch)
     scale = variance_scale(timesteps)[:, None, None, None].to(noisy_latents)
     try:

@@ -15,6 +15,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DCondi
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
+from dpt.backbones.offload import own_forward
 from dpt.backbones.transformer_features import block_names, is_flux, transformer_features
 
 LATENTS = "latents"
@@ -206,6 +207,7 @@ def _truncated(unet: UNet2DConditionModel, blocks: tuple[str, ...]) -> UNet2DCon
         twin.down_blocks = unet.down_blocks[: max(downs) + 1]
     twin.conv_norm_out = None
     twin.conv_out = nn.Identity()
+    own_forward(twin, unet)
     return twin
 
 

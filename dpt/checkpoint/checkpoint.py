@@ -73,6 +73,9 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
             raise ValueError(f"{self.source} is a control ({self.config.control}), which is for measuring alone")
         if None not in (names := [known_name(self.config.base_model), known_name(sd.name)]) and names[0] != names[1]:
             raise ValueError(f"{self.source} was made for {self.config.base_model}; the model here is {sd.name}")
+        if self.config.t5 not in (None, sd.has_t5):
+            remedy = "give the model its T5 back" if self.config.t5 else "leave T5 out too (--no_t5)"
+            raise ValueError(f"{self.source} was made {'with' if self.config.t5 else 'without'} T5: {remedy}")
         if self.lora and self.released:
             reached = {key.rsplit(".to_", 1)[0] for key in self.lora}
             left = [n for n, _ in sd.unet.named_modules() if n.endswith((".attn1", ".attn2")) and n not in reached]
@@ -105,7 +108,7 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
         save_config(self.config, save_directory / CONFIG_FILE)
         if self.lora:
             metadata = lora_metadata(self.lora, self.config.lora_alpha)
-            if next(iter(self.lora)).startswith("transformer_blocks."):
+            if next(iter(self.lora)).startswith(("transformer_blocks.", "single_transformer_blocks.")):
                 layers = {"transformer_lora_layers": self.lora, "transformer_lora_adapter_metadata": metadata}
                 StableDiffusion3Pipeline.save_lora_weights(save_directory / "lora", **layers)
             else:

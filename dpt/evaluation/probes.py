@@ -81,6 +81,7 @@ def load_base(config: TrainConfig) -> StableDiffusion:
     return load_stable_diffusion(
         config.model.name,
         revision=config.model.revision,
+        no_t5=config.model.no_t5,
         local_files_only=config.model.local_files_only,
         dtype=WEIGHT_DTYPES[config.optim.mixed_precision],
         device=process_state().device,

@@ -14,6 +14,8 @@ class ModelSettings:
     name: str = "sd21-base"
     """a name of `dpt.backbones.stable_diffusion`, a local folder or a hub id"""
     revision: str | None = None
+    no_t5: bool = False
+    """leave out the T5 of Stable Diffusion 3"""
     local_files_only: bool = False
     feature: str = "up1"
     """down0..3, mid, up0..3, several joined by "+", or all; latents: the noisy latents themselves, as a control"""

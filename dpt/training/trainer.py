@@ -115,6 +115,7 @@ class Trainer:
         self.sd = load_stable_diffusion(
             config.model.name,
             revision=config.model.revision,
+            no_t5=config.model.no_t5,
             local_files_only=config.model.local_files_only,
             dtype=WEIGHT_DTYPES[config.optim.mixed_precision],
             device=self.accelerator.device,
