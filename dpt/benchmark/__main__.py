@@ -1,12 +1,14 @@
 """Seconds and memory of a step, beside what it should cost.
 
-    python -m dpt.benchmark sampling [--json] [--model shapes|random-145m] [--batch_size N]
-    python -m dpt.benchmark training [--json] [--model shapes|random-145m|random-sd21] [--batch_size N]
+    python -m dpt.benchmark sampling [--json] [--model MODEL] [--batch_size N]
+    python -m dpt.benchmark training [--json] [--model MODEL] [--batch_size N]
     python -m dpt.benchmark startup [--json]
 
 `sampling` times a plain guided step and ones corrected by each target, interleaved, and the share f of a U-Net pass
 that (U-Net up to the block + adapter) takes. A step corrected by a pass of its own should cost at most 1.10 x (1 + f)
-plain ones; the target `noise`, which has none, about 1 + f / 2.
+plain ones; the target `noise`, which has none, about 1 + f / 2. Where a plain step is one pass, as FLUX.1-dev's, it is
+2 f and f. Models but `shapes` have random weights: three of some 100 million, one a family, and `random-sd21`,
+`random-sdxl`, `random-sd35` of full size in bfloat16.
 
 `training` times a probe step with its six passes as one batch and one after the other, interleaved, and measures the
 peak memory of a tune step with and without gradient checkpointing.
@@ -24,7 +26,8 @@ from dpt.bounds import ArgumentParser, fail, number
 from dpt.imports import heavy_imports
 from dpt.results import LOG, markdown_table, page_of, record_section
 
-BATCH_SIZES = {"shapes": 8, "random-145m": 2, "random-sd21": 1}
+BATCH_SIZES = {"shapes": 8, "random-145m": 2, "random-sd21": 1, "random-sdxl": 1, "random-sd35": 1}
+BATCH_SIZES |= {"random-xl-94m": 2, "random-sd3-102m": 2, "random-flux-106m": 2}
 KINDS = {"sampling": ("plain", *CORRECTED, "whole", "feature"), "training": TRAINING_KINDS}
 
 

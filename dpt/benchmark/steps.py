@@ -9,49 +9,29 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
-from dpt.backbones.loading import ARCHITECTURES, load_stable_diffusion
-from dpt.backbones.unet_features import Conditioning, block_channels, set_cpu_attention, unet_features
+from dpt.backbones.unet_features import Conditioning, set_cpu_attention, unet_features
 from dpt.benchmark import CORRECTED, TRAINING_KINDS
-from dpt.config import AdapterConfig
+from dpt.benchmark.random_models import random_model
+from dpt.data.collate import conditioning_inputs
 from dpt.guidance.self_correction import SelfCorrection
 from dpt.lora import add_lora
 from dpt.memory import peak_mb, reset_peak
-from dpt.model import DPT
+from dpt.model import DPT, conditioning_of
 from dpt.sampling import ClassifierFreeGuidance
 from dpt.schedulers import make_scheduler, set_timesteps
 from dpt.settings import PAPER
 
-FEATURE = "up1"
 TUNE_BATCH_SIZES = {"shapes": 16, "random-145m": 8, "random-sd21": 1}
+TUNE_BATCH_SIZES |= {
+    "random-xl-94m": 8,
+    "random-sd3-102m": 8,
+    "random-flux-106m": 4,
+    "random-sdxl": 1,
+    "random-sd35": 1,
+}
 """of the peaks: the paper's 8 where it fits"""
-
-
-def random_unet(name: str) -> tuple[UNet2DConditionModel, DDIMScheduler, AdapterConfig, int]:
-    """A U-Net with its scheduler, the adapter it would have, and its number of text tokens.
-
-    `random-sd21` is SD 2.1's architecture in bfloat16, for 32x32 latents.
-    """
-    if name == "shapes":
-        sd = load_stable_diffusion("shapes")
-        small = {"hidden_dim": 128, "dim_feedforward": 512, "num_queries_itm": 4, "num_queries_rec": 12}
-        width = sd.text_encoder.config.hidden_size
-        config = AdapterConfig(in_channels=[block_channels(FEATURE, sd.unet.config)], text_dim=width, **small)
-        return sd.unet, sd.scheduler, config, sd.tokenizer.model_max_length
-    torch.manual_seed(0)
-    if name == "random-sd21":
-        torch.set_default_dtype(torch.bfloat16)
-        unet = UNet2DConditionModel(**ARCHITECTURES["sd21-base"] | {"sample_size": 32})
-        torch.set_default_dtype(torch.float32)
-    else:
-        widths = {"block_out_channels": (128, 256, 512, 512), "attention_head_dim": (2, 4, 8, 8)}
-        unet = UNet2DConditionModel(sample_size=32, cross_attention_dim=512, use_linear_projection=True, **widths)
-    unet.eval().requires_grad_(False)
-    width = unet.config.cross_attention_dim
-    config = AdapterConfig(in_channels=[block_channels(FEATURE, unet.config)], text_dim=width)
-    return unet, DDIMScheduler(steps_offset=1, clip_sample=False), config, 77
 
 
 def median_seconds(kinds: dict[str, Callable], repeats: int) -> dict[str, float]:
@@ -68,17 +48,23 @@ def median_seconds(kinds: dict[str, Callable], repeats: int) -> dict[str, float]
 
 def sampling_steps(name: str, batch_size: int) -> dict[str, Callable]:
     """The kinds of `guided_step_kinds` for a model by name, with an adapter of random weights."""
-    unet, scheduler, config, num_tokens = random_unet(name)
+    model = random_model(name)
     torch.manual_seed(1)
-    scorer = Scorer(DiscriminativeAdapter(config).eval().requires_grad_(False), (FEATURE,))
-    latents = torch.randn(batch_size, 4, unet.config.sample_size, unet.config.sample_size)
-    context = torch.randn(2, batch_size, num_tokens, unet.config.cross_attention_dim)
-    texts = (Conditioning(part, torch.randn(batch_size, config.text_dim)) for part in context)
-    return guided_step_kinds(unet, scheduler, scorer, latents, *texts)
+    adapter = DiscriminativeAdapter(model.adapter_config).eval().requires_grad_(False)
+    latents, texts = model.latents(batch_size), [model.conditioning(batch_size) for _ in range(2)]
+    scorer, scale = Scorer(adapter, (model.feature,)), model.guidance_scale
+    return guided_step_kinds(model.denoiser, model.scheduler, scorer, latents, *texts, guidance_scale=scale)
 
 
 def guided_step_kinds(
-    unet, scheduler, scorer: Scorer, latents, conditioning: Conditioning, negative: Conditioning
+    unet,
+    scheduler,
+    scorer: Scorer,
+    latents,
+    conditioning: Conditioning,
+    negative: Conditioning,
+    *,
+    guidance_scale: float = 7.5,
 ) -> dict[str, Callable]:
     """Functions that run a plain guided step, corrected ones, a U-Net pass of one half, and the scored part of it.
 
@@ -88,7 +74,7 @@ def guided_step_kinds(
     scheduler = make_scheduler(scheduler, "ddim")
     set_timesteps(scheduler, 50, latents.device, shape=latents.shape[1:])
     timestep = scheduler.timesteps[10]
-    plain = ClassifierFreeGuidance(unet, scheduler, conditioning, negative, guidance_scale=7.5)
+    plain = ClassifierFreeGuidance(unet, scheduler, conditioning, negative, guidance_scale=guidance_scale)
     inputs = latents.to(unet.dtype)
 
     denoisers = {"plain": plain} | {
@@ -118,6 +104,7 @@ def time_sampling(name: str, batch_size: int, repeats: int) -> dict:
     """Medians of interleaved runs, and the peak memory of either kind of step in a process of its own."""
     median = median_seconds(sampling_steps(name, batch_size), repeats)
     share = median["feature"] / median["whole"]
+    halves = 2 if random_model(name).guidance_scale > 1 else 1
     ratio = median["corrected"] / median["plain"]
     return {
         "model": name,
@@ -129,8 +116,8 @@ def time_sampling(name: str, batch_size: int, repeats: int) -> dict:
         "ratio": ratio,
         "ratio_latent": median["corrected_latent"] / median["plain"],
         "ratio_noise": median["corrected_noise"] / median["plain"],
-        "bound_noise": 1 + share / 2,
-        "allowed_ratio": 1.10 * (1 + share),
+        "bound_noise": 1 + share / halves,
+        "allowed_ratio": 1.10 * (1 + 2 * share / halves),
         "plain_peak_mb": _peak_mb("sampling", name, batch_size, "plain"),
         "corrected_peak_mb": _peak_mb("sampling", name, batch_size, "corrected"),
     }
@@ -144,9 +131,9 @@ class SequentialDPT(DPT):
     def features(self, batch, passes, *, with_full):
         parts = []
         for image, text in passes:
-            context = batch["expression_context"] if text is None else batch["caption_context"][:, text]
+            conditioning = conditioning_of(batch, "expression" if text is None else "caption", text)
             with torch.no_grad():
-                inputs = batch["noisy_latents"][:, image], batch["timesteps"], Conditioning(context)
+                inputs = batch["noisy_latents"][:, image], batch["timesteps"], conditioning
                 features, _ = unet_features(self.unet, self.blocks, *inputs, with_noise_pred=not self.stop_early)
             parts.append(features)
         return [torch.cat(maps) for maps in zip(*parts, strict=True)], None
@@ -157,22 +144,23 @@ def training_steps(name: str, batch_size: int) -> dict:
 
     `batched`, `sequential` and `sequential_full` are a probe's, `tune` and `tune_checkpointed` a tune's.
     """
-    unet, scheduler, config, num_tokens = random_unet(name)
+    model = random_model(name)
+    unet, scheduler, feature = model.denoiser, model.scheduler, model.feature
     torch.manual_seed(1)
-    adapter = DiscriminativeAdapter(config)
-    width, size = unet.config.cross_attention_dim, unet.config.sample_size
+    adapter = DiscriminativeAdapter(config := model.adapter_config)
     boxes = torch.rand(batch_size, 1, 4) * 0.4 + 0.2
     positive_map = torch.zeros(1, 256)
     positive_map[0, 1:3] = 0.5
     token_mask = torch.arange(8)[None] < 3
+    captions = model.conditioning(3 * batch_size).map(lambda value: value.unflatten(0, (-1, 3)))
     batch = {
-        "noisy_latents": torch.randn(batch_size, 3, 4, size, size),
+        "noisy_latents": model.latents(batch_size, 3),
         "timesteps": torch.randint(1000, (batch_size,)),
-        "caption_context": torch.randn(batch_size, 3, num_tokens, width),
-        "caption_pooled": torch.randn(batch_size, 3, width),
-        "expression_context": torch.randn(batch_size, num_tokens, width),
+        **conditioning_inputs("caption", captions),
+        "caption_pooled": captions.pooled_prompt_embeds,
+        **conditioning_inputs("expression", model.conditioning(batch_size)),
         "token_states": torch.randn(batch_size, 8, config.rec_text_dim),
-        "noise_target": torch.randn(batch_size, 4, size, size),
+        "noise_target": model.latents(batch_size),
         "targets": [{"boxes": b, "positive_map": positive_map, "token_mask": token_mask} for b in boxes],
     }
     half = unet.dtype != torch.float32
@@ -191,12 +179,12 @@ def training_steps(name: str, batch_size: int) -> dict:
         model.zero_grad()
         return total.item()
 
-    def model(kind, **options):
-        return kind(unet, adapter, (FEATURE,), scheduler, **options)
+    def module(kind, **options):
+        return kind(unet, adapter, (feature,), scheduler, **options)
 
-    batched, one_by_one, full = (model(kind, train_unet=False) for kind in (DPT, SequentialDPT, SequentialDPT))
+    batched, one_by_one, full = (module(kind, train_unet=False) for kind in (DPT, SequentialDPT, SequentialDPT))
     full.stop_early = False
-    tune = model(DPT, train_unet=True)
+    tune = module(DPT, train_unet=True)
     return {
         "batched": lambda: step(batched),
         "sequential": lambda: step(one_by_one),
