@@ -9,12 +9,13 @@ KEYS = {"plain_step_s", "corrected_step_s", "feature_share", "plain_peak_mb", "c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["shapes", "random-145m"])
+@pytest.mark.parametrize("model", ["shapes", "random-145m", "random-xl-94m", "random-sd3-102m", "random-flux-106m"])
 def test_a_corrected_step_costs_at_most_1_10_times_1_plus_f(model, capsys):
     """Timings on a busy machine vary: the best of three runs counts."""
     ratios = []
     for _ in range(3):
-        assert main(["sampling", "--model", model, "--json"]) == 0
+        more = [] if model == "shapes" else ["--batch_size", "1", "--repeats", "5"]
+        assert main(["sampling", "--model", model, "--json", *more]) == 0
         result = json.loads(capsys.readouterr().out)
         assert result.keys() >= KEYS
         assert result["repeats"] >= 5

@@ -13,7 +13,7 @@ import torch
 from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
 from dpt.backbones.unet_features import Conditioning, set_cpu_attention, unet_features
 from dpt.benchmark import CORRECTED, TRAINING_KINDS
-from dpt.benchmark.random_models import random_model
+from dpt.benchmark.random_models import RandomModel, random_model
 from dpt.data.collate import conditioning_inputs
 from dpt.guidance.self_correction import SelfCorrection
 from dpt.lora import add_lora
@@ -46,9 +46,8 @@ def median_seconds(kinds: dict[str, Callable], repeats: int) -> dict[str, float]
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def sampling_steps(name: str, batch_size: int) -> dict[str, Callable]:
-    """The kinds of `guided_step_kinds` for a model by name, with an adapter of random weights."""
-    model = random_model(name)
+def sampling_steps(model: RandomModel, batch_size: int) -> dict[str, Callable]:
+    """The kinds of `guided_step_kinds` for a model, with an adapter of random weights."""
     torch.manual_seed(1)
     adapter = DiscriminativeAdapter(model.adapter_config).eval().requires_grad_(False)
     latents, texts = model.latents(batch_size), [model.conditioning(batch_size) for _ in range(2)]
@@ -102,9 +101,10 @@ def guided_step_kinds(
 
 def time_sampling(name: str, batch_size: int, repeats: int) -> dict:
     """Medians of interleaved runs, and the peak memory of either kind of step in a process of its own."""
-    median = median_seconds(sampling_steps(name, batch_size), repeats)
+    model = random_model(name)
+    median = median_seconds(sampling_steps(model, batch_size), repeats)
     share = median["feature"] / median["whole"]
-    halves = 2 if random_model(name).guidance_scale > 1 else 1
+    halves = 2 if model.guidance_scale > 1 else 1
     ratio = median["corrected"] / median["plain"]
     return {
         "model": name,
@@ -139,12 +139,11 @@ class SequentialDPT(DPT):
         return [torch.cat(maps) for maps in zip(*parts, strict=True)], None
 
 
-def training_steps(name: str, batch_size: int) -> dict:
+def training_steps(model: RandomModel, batch_size: int) -> dict:
     """Functions that run a step, forward and backward, and return its weighted loss.
 
     `batched`, `sequential` and `sequential_full` are a probe's, `tune` and `tune_checkpointed` a tune's.
     """
-    model = random_model(name)
     unet, scheduler, feature = model.denoiser, model.scheduler, model.feature
     torch.manual_seed(1)
     adapter = DiscriminativeAdapter(config := model.adapter_config)
@@ -196,7 +195,7 @@ def training_steps(name: str, batch_size: int) -> dict:
 
 def time_training(name: str, batch_size: int, repeats: int, kinds: tuple[str, ...] = TRAINING_KINDS) -> dict:
     """Medians of interleaved steps of these kinds, and their losses."""
-    steps, losses = training_steps(name, batch_size), {}
+    steps, losses = training_steps(random_model(name), batch_size), {}
 
     def run(kind):
         torch.manual_seed(2)  # the adapter's dropout
@@ -232,7 +231,7 @@ def _peak_mb(what: str, name: str, batch_size: int, kind: str) -> float:
 
 def print_peak(what: str, name: str, batch_size: int, kind: str) -> None:
     """Prints one kind of step's peak memory in MB."""
-    step = {"sampling": sampling_steps, "training": training_steps}[what](name, batch_size)[kind]
+    step = {"sampling": sampling_steps, "training": training_steps}[what](random_model(name), batch_size)[kind]
     step()
     reset_peak()  # such as that of loading
     step()
