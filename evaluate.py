@@ -18,10 +18,8 @@ import importlib
 import json
 import sys
 
-from dpt.bounds import ArgumentParser, fail, is_out_of_memory
-from dpt.docstrings import docstring_of
+from dpt.command_line import ArgumentParser, docstring_of, fail, heavy_imports, is_out_of_memory
 from dpt.evaluation.flags import FLAGS
-from dpt.imports import heavy_imports
 
 LIGHT_CHECKS = {"generate": "arms", "experiment": "plan"}
 """subcommand -> the module of `dpt.evaluation` whose `check` sees bad files before anything heavy is imported"""
@@ -49,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         with heavy_imports():
             module = importlib.import_module(f"dpt.evaluation.{FLAGS[args.command][0]}")
-            from dpt.memory import keep_freed_memory
+            from dpt.peak_memory import keep_freed_memory
 
         if argv is None:  # a process of its own
             keep_freed_memory()

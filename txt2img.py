@@ -22,12 +22,11 @@ from dpt.base_models import (
     known_name,
     recommended,
 )
-from dpt.bounds import ArgumentParser, fail, is_out_of_memory, number
 from dpt.choosing import CANDIDATES_APART
+from dpt.command_line import ArgumentParser, fail, heavy_imports, is_out_of_memory, number
 from dpt.files import check_text, read_text, text_lines
 from dpt.flags import add_sampling_flags, given_sampling, refuse_reference_flags
 from dpt.hub import fetch_weights, is_hub_id
-from dpt.imports import heavy_imports
 from dpt.settings import SEED_LIMIT, Sampling
 
 MAX_PICTURES = 10_000_000  # of a run, months on a GPU

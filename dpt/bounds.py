@@ -1,12 +1,6 @@
-"""Ranges of numbers, stated once beside the flag or the setting that they bound.
+"""Ranges of numbers, stated once beside the setting that they bound: `steps: int = bounded(50, at_least=1)`."""
 
-add("--steps", type=number(int, at_least=1, at_most=500), ...)          # a flag
-steps: int = bounded(50, at_least=1, at_most=500)                       # a field of a dataclass
-"""
-
-import argparse
 import math
-import sys
 from dataclasses import dataclass, field, fields, is_dataclass
 
 
@@ -42,41 +36,6 @@ class Bounds:
             raise ValueError(f"{name} is {value}; it must be {self}")
 
 
-def number(kind: type, **limits: float):
-    """An argparse type: an int or float within `Bounds(**limits)`."""
-    bounds = Bounds(**limits)
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or value not in bounds:
-            noun = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r}; it must be {str(bounds).replace('a finite number', noun)}")
-        return value
-
-    return parse
-
-
-def device(text: str) -> str:
-    """An argparse type: a device of this machine to compute on."""
-    import torch  # not at the top: whoever asks for --help need not wait for it
-
-    try:
-        found = torch.device(text)
-        if found.type == "cpu":
-            return text
-        backend = torch.accelerator.current_accelerator()
-        there = torch.accelerator.device_count() if backend and backend.type == found.type else 0
-        if (found.index or 0) < there:
-            return text
-        reason = f"this machine has {there} devices of that kind"
-    except RuntimeError:
-        reason = "there is no such kind of device"
-    raise argparse.ArgumentTypeError(f"{text!r}; {reason}: cpu, cuda, cuda:1 or mps, where they are there")
-
-
 def bounded(default, **limits: float):
     """A dataclass field with bounds. A list's hold for each entry; None passes where it is the default."""
     metadata = {"bounds": Bounds(**limits)}
@@ -109,38 +68,3 @@ def check_bounds(settings, prefix: str = "") -> None:
             for one in value if isinstance(value, list) else [value]:
                 if one is not None or entry.default is not None:
                     bounds.check(name, one)
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser, which says what is wrong in one line; flags cannot be abbreviated."""
-
-    def __init__(self, *args, **options):
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        options.setdefault("allow_abbrev", False)
-        super().__init__(*args, **options)
-
-    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
-        """The arguments; of a command with `overrides`, settings (key=value) may stand behind flags too."""
-        found, rest = self.parse_known_args(args, namespace)
-        if "overrides" in found:
-            found.overrides += [word for word in rest if not word.startswith("-")]
-            rest = [word for word in rest if word.startswith("-")]
-        if rest:
-            self.error(f"unrecognized arguments: {' '.join(rest)}")
-        return found
-
-    def error(self, message: str):
-        """Ends the program with exit code 2 and one line."""
-        self.exit(2, f"error: {message} ({self.prog} --help lists every flag)\n")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, on a CPU or an accelerator."""
-    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
-    return known or any(text in str(error) for text in ("can't allocate memory", "out of memory"))
-
-
-def fail(error: object) -> int:
-    """Prints one line of an error for a person, and returns the exit code of bad input, 2."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import fields
 
-from dpt.bounds import ArgumentParser, number
+from dpt.command_line import ArgumentParser, number
 from dpt.settings import Sampling
 
 FLAGS = {

@@ -22,8 +22,8 @@ from dpt.choosing import rounds, with_numbers
 from dpt.drawing import Artist, Drawing, without_correction
 from dpt.images import append_metadata, compbench_stem, make_grid, numbered, read_metadata, save_new
 from dpt.lora import load_external_lora
+from dpt.score_traces import trace_of, write_traces
 from dpt.settings import Sampling
-from dpt.traces import trace_of, write_traces
 
 GRID_ROWS, GRID_COLUMNS = 12, 8
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dpt.base_models import CKPT_FOLDER, DPT_WEIGHTS, MODELS, config_beside, recommended
-from dpt.bounds import ArgumentParser
+from dpt.command_line import ArgumentParser
 from dpt.config import load_config
 from dpt.evaluation.flags import BLIP_FOLDER, OPEN_CLIP_FOLDER
 from dpt.flags import given_sampling

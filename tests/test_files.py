@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import msgspec
 import pytest
 
-from dpt.bounds import ArgumentParser, bounded, check_bounds, number, one_of
+from dpt.bounds import bounded, check_bounds, one_of
+from dpt.command_line import ArgumentParser, number
 from dpt.files import check_text, read_json, read_json_lines, text_lines, write_text
 
 

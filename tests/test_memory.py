@@ -3,11 +3,11 @@ import sys
 
 import pytest
 
-from dpt.memory import peak_mb
+from dpt.peak_memory import peak_mb
 
 SCRIPT = """
 import resource, sys, torch
-from dpt.memory import keep_freed_memory, peak_mb, reset_peak
+from dpt.peak_memory import keep_freed_memory, peak_mb, reset_peak
 if "keep" in sys.argv:
     keep_freed_memory()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

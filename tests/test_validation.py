@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from dpt.assembly import make_model
 from dpt.backbones.loading import load_stable_diffusion
 from dpt.config import load_config
 from dpt.data.collate import collate, encode_batch
 from dpt.rec_text import load_rec_text_encoder
 from dpt.shapes.samples import ShapesSamples
+from dpt.training.assembly import make_model
 from dpt.training.settings import TrainConfig
 from dpt.training.validation import measure, summarize
 

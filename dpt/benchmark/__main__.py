@@ -22,8 +22,7 @@ import sys
 
 from dpt.benchmark import CORRECTED, TRAINING_KINDS
 from dpt.benchmark.startup import measure_startup
-from dpt.bounds import ArgumentParser, fail, number
-from dpt.imports import heavy_imports
+from dpt.command_line import ArgumentParser, fail, heavy_imports, number
 from dpt.results import LOG, markdown_table, page_of, record_section
 
 BATCH_SIZES = {"shapes": 8, "random-145m": 2, "random-sd21": 1, "random-sdxl": 1, "random-sd35": 1}

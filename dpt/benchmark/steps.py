@@ -17,8 +17,8 @@ from dpt.benchmark.random_models import RandomModel, random_model
 from dpt.data.collate import conditioning_inputs
 from dpt.guidance.self_correction import SelfCorrection
 from dpt.lora import add_lora
-from dpt.memory import peak_mb, reset_peak
 from dpt.model import DPT, conditioning_of
+from dpt.peak_memory import peak_mb, reset_peak
 from dpt.sampling import ClassifierFreeGuidance
 from dpt.schedulers import make_scheduler, set_timesteps
 from dpt.settings import PAPER

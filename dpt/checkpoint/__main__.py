@@ -10,9 +10,8 @@ loads with `pipe.load_lora_weights(FOLDER + "/lora")`.
 import sys
 from pathlib import Path
 
-from dpt.bounds import ArgumentParser, fail, number
+from dpt.command_line import ArgumentParser, fail, heavy_imports, number
 from dpt.hub import check_there
-from dpt.imports import heavy_imports
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from dpt.base_models import DTYPE_NAMES
-from dpt.bounds import ArgumentParser, device, fail, number
-from dpt.data.needed import needed_files
+from dpt.command_line import ArgumentParser, device, fail, number
+from dpt.data.needed_files import needed_files
 from dpt.data.settings import DataSettings
 
 
@@ -69,7 +69,7 @@ def run_mine_negatives(args: argparse.Namespace) -> int:
     """Writes hard negatives as a folder of items, or as a table where --output ends in .tsv."""
     from dpt.data.coco import load_captions
     from dpt.data.hard_negatives import write_items, write_tsv
-    from dpt.data.mining import mine
+    from dpt.data.mine_hard_negatives import mine
     from dpt.data.open_clip_embedder import load_embedders
 
     output = Path(args.output)
@@ -98,7 +98,7 @@ def run_trajectories(args: argparse.Namespace) -> int:
     """Draws and judges half-drawn pictures to learn from; go on after a kill with the same command."""
     from dpt.config import load_config
     from dpt.data.draw_trajectories import TrajectorySettings, make
-    from dpt.memory import keep_freed_memory
+    from dpt.peak_memory import keep_freed_memory
 
     settings = load_config(TrajectorySettings, args.config, args.overrides)
     keep_freed_memory()

@@ -15,7 +15,7 @@ import torch
 from msgspec import Struct
 from tqdm import tqdm
 
-from dpt.arrays import read_array
+from dpt.array_files import read_array
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.data.coco import load_pixels
 from dpt.files import append_line, read_json, read_json_lines, write_bytes, write_text

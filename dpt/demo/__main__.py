@@ -10,7 +10,7 @@ import threading
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 
-from dpt.bounds import ArgumentParser, fail, number
+from dpt.command_line import ArgumentParser, fail, number
 from dpt.files import check_text
 from dpt.hub import is_hub_id
 from dpt.settings import CORRECTION_TARGETS, DEFAULT_CHOOSE_AT

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dpt.base_models import CKPT_FOLDER, DTYPE_NAMES
-from dpt.bounds import number
+from dpt.command_line import number
 from dpt.results import LOG
 
 SEEDS_APART = 1000  # seed s of the k-th prompt stands for the noise of seed k * SEEDS_APART + s

@@ -46,7 +46,7 @@ from dpt.images import (
 )
 from dpt.lora import load_external_lora
 from dpt.matching_score import matching_score
-from dpt.memory import peak_mb, reset_peak
+from dpt.peak_memory import peak_mb, reset_peak
 from dpt.sampling import initial_noise
 
 CHOICE_TIMESTEP = 200  # at which best-of-n reads the score of finished pictures

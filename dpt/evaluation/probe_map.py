@@ -24,7 +24,6 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from dpt.adapter.adapter import DiscriminativeAdapter
-from dpt.assembly import WEIGHT_DTYPES, adapter_config, encode_options
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.backbones.unet_features import parse_feature
 from dpt.config import AdapterConfig, load_config, save_config
@@ -40,6 +39,7 @@ from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
 from dpt.results import check_replaceable, figure_beside, markdown_table, page_of, record_section
 from dpt.tasks.task import passes_of
+from dpt.training.assembly import WEIGHT_DTYPES, adapter_config, encode_options
 from dpt.training.controls import control_batch, control_inputs, control_unet
 from dpt.training.loop import train_stage
 from dpt.training.settings import ModelSettings, TrainConfig

@@ -16,7 +16,6 @@ import msgspec
 import numpy as np
 import torch
 
-from dpt.assembly import WEIGHT_DTYPES
 from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.stable_diffusion import StableDiffusion, weights_fingerprint
 from dpt.checkpoint.checkpoint import DPTCheckpoint, load_checkpoint
@@ -28,6 +27,7 @@ from dpt.metrics import Interval, crossed_bootstrap
 from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
 from dpt.results import check_replaceable, markdown_table
+from dpt.training.assembly import WEIGHT_DTYPES
 from dpt.training.controls import control_unet
 from dpt.training.settings import TrainConfig
 from dpt.training.validation import FIGURES, PAPER_TIMESTEP, measure

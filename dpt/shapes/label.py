@@ -12,8 +12,7 @@ takes nothing of the oracle's verdicts along.
 import sys
 from pathlib import Path
 
-from dpt.bounds import ArgumentParser, fail, number
-from dpt.imports import heavy_imports
+from dpt.command_line import ArgumentParser, fail, heavy_imports, number
 from dpt.shapes.settings import LABELLED_FOLDER
 
 
@@ -31,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         with heavy_imports():
-            from dpt.shapes.labelling import collect_pictures, sheets
+            from dpt.shapes.labelled_pictures import collect_pictures, sheets
 
         if args.command == "collect":
             collect_pictures(args.folders, args.count, args.folder)

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dpt.bounds import ArgumentParser, fail
+from dpt.command_line import ArgumentParser, fail, heavy_imports
 from dpt.config import load_config
-from dpt.imports import heavy_imports
 from dpt.shapes.settings import STAGE_NAMES, PretrainConfig
 
 
@@ -29,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         if config.init_from and not Path(config.init_from).is_dir():
             raise ValueError(f"init_from is {config.init_from!r}, which is no folder")
         with heavy_imports():
-            from dpt.shapes.pretraining import run
+            from dpt.shapes.pretraining_stages import run
 
         run(config)
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:

@@ -9,8 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from dpt.bounds import ArgumentParser, fail, number
-from dpt.imports import heavy_imports
+from dpt.command_line import ArgumentParser, fail, heavy_imports, number
 from dpt.results import LOG, page_of, record_section
 from dpt.shapes.settings import SEEDS_APART
 

@@ -19,7 +19,7 @@ from dpt.metrics import bootstrap_interval
 from dpt.results import figure_beside, markdown_table
 from dpt.settings import Sampling
 from dpt.shapes.clip import load_clip, pooled_cosines, retrieval
-from dpt.shapes.labelling import LABELLED, JudgedPicture, agreement
+from dpt.shapes.labelled_pictures import LABELLED, JudgedPicture, agreement
 from dpt.shapes.oracle import LABELS, judge
 from dpt.shapes.scenes import render
 from dpt.shapes.settings import LABELLED_FOLDER, SEEDS_APART

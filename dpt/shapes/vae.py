@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from tqdm import tqdm
 
-from dpt.arrays import read_array, save_array
+from dpt.array_files import read_array, save_array
 from dpt.images import to_images, to_pixels
 from dpt.shapes.scenes import IMAGE_SIZE, Scene, render
 from dpt.shapes.world import ShapesWorld

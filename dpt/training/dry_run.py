@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 
 from dpt.adapter.adapter import DiscriminativeAdapter
-from dpt.assembly import WEIGHT_DTYPES, adapter_config
 from dpt.backbones.loading import architecture
 from dpt.backbones.transformer_features import tokens_a_side
 from dpt.backbones.unet_features import LATENTS, block_channels, denoiser_class, is_transformer, parse_feature
@@ -13,6 +12,7 @@ from dpt.checkpoint.checkpoint import checkpoints, load_checkpoint
 from dpt.lora import add_lora
 from dpt.tasks import tasks_of
 from dpt.tasks.task import passes_of
+from dpt.training.assembly import WEIGHT_DTYPES, adapter_config
 from dpt.training.settings import TrainConfig, check_stage
 
 ROBERTA_WIDTH, ROBERTA_PARAMETERS = 768, 125_000_000

@@ -7,11 +7,10 @@ from pathlib import Path
 import yaml
 
 from dpt.base_models import checkpoints
-from dpt.bounds import ArgumentParser, fail, is_out_of_memory
+from dpt.command_line import ArgumentParser, fail, heavy_imports, is_out_of_memory
 from dpt.config import load_config
-from dpt.data.needed import needed_files
+from dpt.data.needed_files import needed_files
 from dpt.hub import check_there
-from dpt.imports import heavy_imports
 from dpt.training.settings import TrainConfig, check_stage
 
 
@@ -50,7 +49,7 @@ def run_stage(stage: str, argv: list[str] | None, description: str) -> int:
                 raise ValueError(f"{missing} of these are missing; docs/data.md says where they come from")
         else:
             with heavy_imports():
-                from dpt.memory import keep_freed_memory
+                from dpt.peak_memory import keep_freed_memory
                 from dpt.training.trainer import Trainer
 
             if argv is None:  # a process of its own

@@ -17,7 +17,6 @@ from accelerate.utils import gather_object, set_seed
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from dpt.assembly import WEIGHT_DTYPES, encode_options, make_model, trained_weights
 from dpt.backbones.loading import load_stable_diffusion
 from dpt.base_models import recommended
 from dpt.checkpoint.checkpoint import checkpoints, load_checkpoint, save_checkpoint
@@ -26,11 +25,12 @@ from dpt.data.collate import Batch, collate, encode_batch
 from dpt.data.loader import micro_batches
 from dpt.data.sources import ranked_prompts, training_samples, validation_samples
 from dpt.data.trajectories import encode_ranked
-from dpt.memory import peak_mb
+from dpt.peak_memory import peak_mb
 from dpt.rec_text import load_rec_text_encoder
 from dpt.tasks.reward import reward_inputs
 from dpt.tasks.task import EXPRESSION, TRUE_PAIR
 from dpt.training.accelerator import learning_rate_factor, make_accelerator, schedule_stretch
+from dpt.training.assembly import WEIGHT_DTYPES, encode_options, make_model, trained_weights
 from dpt.training.controls import control_batch, control_inputs, control_unet
 from dpt.training.run_folder import (
     RunLog,

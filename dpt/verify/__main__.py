@@ -9,10 +9,9 @@ Writes `report.json` and `pictures.png` to attach to a report; exit code 1 where
 import sys
 from pathlib import Path
 
-from dpt.bounds import ArgumentParser, fail, number
+from dpt.command_line import ArgumentParser, fail, heavy_imports, number
 from dpt.files import check_text
 from dpt.hub import check_there
-from dpt.imports import heavy_imports
 
 
 def main(argv: list[str] | None = None) -> int:

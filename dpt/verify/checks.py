@@ -24,8 +24,8 @@ from dpt.drawing import Artist, without_correction
 from dpt.images import make_grid, to_pixels
 from dpt.lora import lora_state
 from dpt.matching_score import score_gradient
-from dpt.memory import peak_mb, reset_peak
 from dpt.metrics import bootstrap_interval
+from dpt.peak_memory import peak_mb, reset_peak
 from dpt.sampling import ClassifierFreeGuidance, initial_noise, sample
 from dpt.schedulers import make_scheduler, set_timesteps
 from dpt.settings import Sampling

@@ -90,7 +90,7 @@ def _of_parser(name: str) -> str:
 
 
 def _number_kind(of: object) -> type | None:
-    """int or float, where a flag's type is one of them or `dpt.bounds.number` of one."""
+    """int or float, where a flag's type is one of them or `dpt.command_line.number` of one."""
     if of in (int, float):
         return of
     kind = inspect.getclosurevars(of).nonlocals.get("kind") if inspect.isfunction(of) else None

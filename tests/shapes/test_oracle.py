@@ -3,7 +3,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from dpt.backbones.loading import load_stable_diffusion
-from dpt.shapes.labelling import LABELLED, agreement
+from dpt.shapes.labelled_pictures import LABELLED, agreement
 from dpt.shapes.oracle import find_objects, judge
 from dpt.shapes.scenes import COLORS, IMAGE_SIZE, Scene, SceneObject, render
 from dpt.shapes.vae import reconstruct

@@ -31,7 +31,7 @@ def test_all_stages_make_a_pipeline_and_resuming_changes_nothing(tmp_path):
     assert run(tmp_path / "cut", "unet.train.steps=4", "stages=[latents]") == 0
 
     # stop after the checkpoint of step 2, as a kill would
-    import dpt.shapes.pretraining as pretrain
+    import dpt.shapes.pretraining_stages as pretrain
 
     original = pretrain.denoising_losses
 

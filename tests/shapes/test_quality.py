@@ -6,7 +6,7 @@ from PIL import Image
 
 from dpt.backbones.loading import load_stable_diffusion
 from dpt.settings import Sampling
-from dpt.shapes import label, labelling
+from dpt.shapes import label, labelled_pictures
 from dpt.shapes.oracle import LABELS
 from dpt.shapes.quality import main
 from dpt.shapes.quality_tables import judge_prompts, shares
@@ -47,10 +47,10 @@ def test_labels_by_eye(drawn, tmp_path, capsys):
         row["label"] = verdicts[row["prompt"]]
     rows[0]["label"] = next(name for name in LABELS if name != verdicts[rows[0]["prompt"]])
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    wrong, counts = labelling.agreement(tmp_path / "labelled")
+    wrong, counts = labelled_pictures.agreement(tmp_path / "labelled")
     assert [w["index"] for w in wrong] == [0]
     assert sum(counts.values()) == 3
-    kept = {row["prompt"]: row["image"] for row in labelling.load_labelled(tmp_path / "labelled")}
+    kept = {row["prompt"]: row["image"] for row in labelled_pictures.load_labelled(tmp_path / "labelled")}
     for k, record in enumerate(records):
         assert (kept[record["prompt"]] == np.array(Image.open(folder / f"{k:04d}.png"))).all()
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpt.arrays import read_array
+from dpt.array_files import read_array
 from dpt.backbones.loading import load_stable_diffusion
 from dpt.shapes.clip import embed_texts, load_clip
 from dpt.shapes.grammar import parse

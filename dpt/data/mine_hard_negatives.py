@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dpt.arrays import save_array
+from dpt.array_files import save_array
 from dpt.data.coco import CaptionedImage
 from dpt.data.hard_negatives import ItmItem
 from dpt.files import replacing

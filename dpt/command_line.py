@@ -1,0 +1,100 @@
+"""Command lines: the parser, types of flags, errors in one line. Imports nothing heavy, and says when others do."""
+
+import argparse
+import ast
+import contextlib
+import gc
+import importlib.util
+import sys
+
+from dpt.bounds import Bounds
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser, which says what is wrong in one line; flags cannot be abbreviated."""
+
+    def __init__(self, *args, **options):
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        options.setdefault("allow_abbrev", False)
+        super().__init__(*args, **options)
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """The arguments; of a command with `overrides`, settings (key=value) may stand behind flags too."""
+        found, rest = self.parse_known_args(args, namespace)
+        if "overrides" in found:
+            found.overrides += [word for word in rest if not word.startswith("-")]
+            rest = [word for word in rest if word.startswith("-")]
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found
+
+    def error(self, message: str):
+        """Ends the program with exit code 2 and one line."""
+        self.exit(2, f"error: {message} ({self.prog} --help lists every flag)\n")
+
+
+def number(kind: type, **limits: float):
+    """An argparse type: an int or float within `Bounds(**limits)`."""
+    bounds = Bounds(**limits)
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or value not in bounds:
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r}; it must be {str(bounds).replace('a finite number', noun)}")
+        return value
+
+    return parse
+
+
+def device(text: str) -> str:
+    """An argparse type: a device of this machine to compute on."""
+    import torch  # not at the top: whoever asks for --help need not wait for it
+
+    try:
+        found = torch.device(text)
+        if found.type == "cpu":
+            return text
+        backend = torch.accelerator.current_accelerator()
+        there = torch.accelerator.device_count() if backend and backend.type == found.type else 0
+        if (found.index or 0) < there:
+            return text
+        reason = f"this machine has {there} devices of that kind"
+    except RuntimeError:
+        reason = "there is no such kind of device"
+    raise argparse.ArgumentTypeError(f"{text!r}; {reason}: cpu, cuda, cuda:1 or mps, where they are there")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, on a CPU or an accelerator."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
+    return known or any(text in str(error) for text in ("can't allocate memory", "out of memory"))
+
+
+def fail(error: object) -> int:
+    """Prints one line of an error for a person, and returns the exit code of bad input, 2."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def docstring_of(module: str) -> str:
+    """The docstring of a module, read from its source without running it."""
+    spec = importlib.util.find_spec(module)
+    return ast.get_docstring(ast.parse(spec.loader.get_source(module))) or ""
+
+
+@contextlib.contextmanager
+def heavy_imports():
+    """Spares the imports within it the garbage collector, and it those imports, later and at exit: seconds of both."""
+    if "diffusers" in sys.modules or not gc.isenabled():  # what a process has made since is not to be kept
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
