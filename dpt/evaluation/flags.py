@@ -138,8 +138,14 @@ def _add_worth(add: Callable) -> None:
     add("folder", type=Path, help="a folder of `choose`, of several adapters")
     add("--arms", nargs="+", type=Path, default=[], help="folders of arms, each drawn by the gradient of one of them")
     add("--against", default="base", help="the arm among them that draws without one (default: base)")
+    add("--measured", nargs="+", type=Path, default=[], help="itm.json and rec.json of checkpoints named as the arms")
     add("--candidates", type=number(int, at_least=2, at_most=1024), default=2, help="chosen from (default: 2)")
     add("--choose_at", type=number(float, above=0, at_most=1), default=0.25, help="where (default: 0.25)")
+    add("--output", **FOLDER, help="the figure; its numbers stand beside it")
+
+
+def _add_overoptimization(add: Callable) -> None:
+    add("folders", **FOLDERS, help="folders of arms, drawn and aligned: adapters followed by several lengths each")
     add("--output", **FOLDER, help="the figure; its numbers stand beside it")
 
 
@@ -193,5 +199,6 @@ FLAGS: dict[str, tuple[str, Callable[[Callable], None]]] = {
     "report": ("page", _add_report),
     "pareto": ("pareto", _add_pareto),
     "worth": ("worth", _add_worth),
+    "overoptimization": ("overoptimization", _add_overoptimization),
 }
 """subcommand -> the module of `dpt.evaluation` that runs it, and what adds its flags"""

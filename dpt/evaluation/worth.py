@@ -8,6 +8,9 @@ taken on every other prompt, and the points that choosing by it gains on the pro
 for both. An arm of `generate` that draws with the adapter gives the points that following its gradient gains. For
 either gain: the slope over adapters, points for 0.1 of area, with a 95 % interval that resamples adapters, the
 correlation, and how often a permutation of the adapters has one as far from 0. Writes the figure and its numbers.
+
+Accuracies that `evaluate.py itm` and `rec` measured, of checkpoints named as the arms, are asked the same: do they
+predict the gains?
 """
 
 import argparse
@@ -24,20 +27,23 @@ from dpt.choosing import rounds, stop_of
 from dpt.evaluation.arms import read_settings
 from dpt.evaluation.choose import CFG, PREDICTED, Candidate, simulate
 from dpt.evaluation.figures import collect
+from dpt.evaluation.probes import Summary
 from dpt.files import read_json, read_json_lines, write_text
 from dpt.metrics import area_within_prompts, bootstrap_interval
 from dpt.results import check_replaceable
 
 LEAST_VERIFIERS = 5
+ACCURACIES = {"text", "image", "precision_at_1"}
+"""columns of `itm` and `rec` that may predict gains"""
 
 
 class Worth(msgspec.Struct, forbid_unknown_fields=True):
     """The file beside the figure."""
 
-    verifiers: dict[str, dict[str, list[float]]]
-    """adapter -> area, and the gains in points; mean, low and high end of the 95 % interval over prompts"""
+    verifiers: dict[str, dict[str, list[float] | dict[str, float]]]
+    """adapter -> area and gains in points, each with the ends of the 95 % interval over prompts; and `accuracies`"""
     fits: dict[str, dict[str, float | list[float]]]
-    """gain -> slope (points for 0.1 of area), its interval, correlation, p"""
+    """gain -> slope (points for 0.1 of area), its interval, correlation, p; "gain by accuracy" -> the same"""
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -60,9 +66,15 @@ def run(args: argparse.Namespace) -> dict:
     for gain in ("choosing", "gradient"):
         if points := [(row["area"][0], row[gain][0]) for row in verifiers.values() if gain in row]:
             fits[gain] = fit(*np.array(points).T)
+    by_area = dict(fits)
+    if args.measured:
+        adapters = {folder.name: read_settings(folder)["dpt"] for folder in args.arms}
+        for name, accuracies in measured_at_500(args.measured, adapters).items():
+            verifiers[name]["accuracies"] = accuracies
+        fits |= fits_of_accuracies(verifiers)
     numbers = {"verifiers": verifiers, "fits": fits}
     write_text(beside, json.dumps(numbers, indent=1) + "\n")
-    draw(verifiers, fits, args.output)
+    draw(verifiers, by_area, args.output)
     return fits
 
 
@@ -113,6 +125,39 @@ def gradient_gains(folders: list[Path], against: str) -> dict[str, list[float]]:
             by_prompt.setdefault(key[0], []).append(100 * (row["correct"] - base[key]["correct"]))
         found[weights] = list(bootstrap_interval([np.mean(gains) for gains in by_prompt.values()]))
     return found
+
+
+def measured_at_500(files: list[Path], adapters: dict[str, str]) -> dict[str, dict[str, float]]:
+    """Accuracies at the paper's timestep by adapter, from files of `evaluate.py itm` and `rec`.
+
+    Args:
+        adapters: name of an arm -> the adapter that it draws with.
+
+    Raises:
+        ValueError: a file that cannot be read, or an arm of which it has nothing.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for path in files:
+        for samples, rows in read_json(path, Summary).items():
+            for name, adapter in adapters.items():
+                if adapter is None:  # the model alone
+                    continue
+                if name not in rows:
+                    raise ValueError(f"{path} has nothing of {name}; measure checkpoints under the names of the arms")
+                for column in ACCURACIES & rows[name].keys():
+                    found.setdefault(adapter, {})[f"{samples} {column}"] = rows[name][column]["t500"][0]
+    return found
+
+
+def fits_of_accuracies(verifiers: dict[str, dict]) -> dict[str, dict]:
+    """The fit of every gain to every accuracy, over the adapters that have both."""
+    rows = [row for row in verifiers.values() if "accuracies" in row]
+    names = sorted({name for row in rows for name in row["accuracies"]})
+    return {
+        f"{gain} by {name}": fit(*np.array([(row["accuracies"][name], row[gain][0]) for row in rows]).T)
+        for name in names
+        for gain in ("choosing", "gradient")
+    }
 
 
 def fit(areas: np.ndarray, gains: np.ndarray) -> dict:

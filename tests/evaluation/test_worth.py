@@ -4,10 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import evaluate
+from dpt.evaluation.align import file_hashes
+from dpt.evaluation.arms import SETTINGS_FILE, Arm
 from dpt.evaluation.worth import fit
-from dpt.files import append_line
+from dpt.files import append_line, write_text
+from dpt.images import append_metadata, read_metadata
 
 STRENGTHS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 
@@ -43,6 +47,32 @@ def test_adapters_that_rank_better_gain_more_by_choosing(choices, capsys):
     capsys.readouterr()
     assert evaluate.main(words) == 2
     assert "is not of this command" in capsys.readouterr().err
+
+
+def test_accuracies_that_predict_gains_are_fitted(choices, capsys):
+    names = [f"adapter-{s:g}" for s in STRENGTHS]
+    for number, name in enumerate([None, *names]):
+        folder = choices / "arms" / f"v{number}"
+        (folder / "samples").mkdir(parents=True)
+        write_text(folder / SETTINGS_FILE, json.dumps(Arm(dpt=name).settings()))
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / "samples/0.png")
+        append_metadata(folder, {"file": "samples/0.png", "prompt": "p", "category": "size", "seed": 0, "number": 0})
+        digest = file_hashes(folder, read_metadata(folder))["samples/0.png"]
+        line = {"file": "samples/0.png", "sha256": digest, "label": "correct" if number > 2 else "malformed"}
+        append_line(folder / "oracle.jsonl", line)
+    arms = sorted(str(folder) for folder in (choices / "arms").iterdir())
+    rising = {f"v{number}": {"text": {"t500": [0.5 + 0.05 * number, 0, 1]}} for number in range(1, 7)}
+    write_text(choices / "itm.json", json.dumps({"mined": rising}))
+    words = ["worth", str(choices), "--choose_at", "1", "--arms", *arms, "--against", "v0"]
+    words += ["--measured", str(choices / "itm.json"), "--output", str(choices / "worth.png")]
+    assert evaluate.main(words) == 0
+    fits = json.loads((choices / "worth.json").read_text())["fits"]
+    assert set(fits) == {"choosing", "gradient", "choosing by mined text", "gradient by mined text"}
+    assert fits["gradient by mined text"]["correlation"] > 0.7
+    write_text(choices / "itm.json", json.dumps({"mined": {"v1": rising["v1"]}}))
+    capsys.readouterr()
+    assert evaluate.main(words) == 2
+    assert "has nothing of v2; measure checkpoints under the names of the arms" in capsys.readouterr().err
 
 
 def test_no_line_is_seen_where_there_is_none():

@@ -221,6 +221,7 @@ OUTPUTS = {
     "evaluate report": ("--output", "file"),
     "evaluate pareto": ("--output", "file"),
     "evaluate worth": ("--output", "file"),
+    "evaluate overoptimization": ("--output", "file"),
     "evaluate rec": ("--output", "folder"),
     "dpt.verify": ("--outdir", "folder"),
     "dpt.data mine-negatives": ("--output", "folder"),

@@ -1,0 +1,110 @@
+"""`evaluate.py overoptimization`: how far does following a score pay, before the score is all that rises?
+
+    python evaluate.py experiment configs/tables/shapes_overoptimization.yaml
+    python evaluate.py overoptimization outputs/overoptimization/shapes-val-10/* --output outputs/overoptimization.png
+
+The folders are arms that follow the gradient of adapters' scores by several lengths (`correction_norm`). Of each
+adapter the shortest length is the zero point: make it so short that it changes nothing. The figure shows, by adapter,
+points of correct pictures that a length gains against the rise of the score at the last corrected step, in standard
+deviations of the zero point's scores (Gao et al. 2023, "Scaling laws for reward model overoptimization", figure 1).
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from matplotlib.figure import Figure
+
+from dpt.evaluation.arms import read_settings
+from dpt.evaluation.figures import read_arm
+from dpt.files import read_json, write_text
+from dpt.images import read_metadata
+from dpt.metrics import bootstrap_interval
+from dpt.results import check_replaceable
+
+
+class Length(msgspec.Struct, forbid_unknown_fields=True):
+    """An adapter, followed by one length."""
+
+    length: float
+    """share of the latent's norm"""
+    score: float
+    """its rise, in standard deviations"""
+    correct: list[float]
+    """points gained: mean, low and high end of the 95 % interval over prompts"""
+    malformed: float
+    """points"""
+
+
+def run(args: argparse.Namespace) -> dict[str, list[dict]]:
+    """Writes the figure and its numbers; returns them: adapter -> its lengths.
+
+    Raises:
+        ValueError: folders that cannot be used.
+    """
+    beside = args.output.with_suffix(".json")
+    check_replaceable(beside, partial(read_json, schema=dict[str, list[Length]]), args.output)
+    lengths: dict[str, dict[float, Path]] = {}
+    for folder in args.folders:
+        settings = read_settings(folder)
+        if not settings["correction_norm"]:
+            raise ValueError(f"{folder} is of no correction_norm; name arms that follow a score by a length")
+        row = lengths.setdefault(settings["dpt"], {})
+        if settings["correction_norm"] in row:
+            raise ValueError(f"{folder} and {row[settings['correction_norm']]} follow one adapter by one length")
+        row[settings["correction_norm"]] = folder
+    found = {adapter: measured(row) for adapter, row in lengths.items()}
+    numbers = msgspec.to_builtins(found)
+    write_text(beside, json.dumps(numbers, indent=1) + "\n")
+    draw(found, args.output)
+    return numbers
+
+
+def measured(folders: dict[float, Path]) -> list[Length]:
+    """The lengths of one adapter above its shortest.
+
+    Raises:
+        ValueError: a single length, or folders of other pictures than the shortest's.
+    """
+    if len(folders) < 2:
+        raise ValueError(f"{next(iter(folders.values()))} stands alone: its adapter needs a shorter length beside it")
+    shortest, *others = sorted(folders)
+    zero, before = last_scores(folders[shortest]), read_arm(folders[shortest])["values"]
+    spread, rows = np.std(list(zero.values())), []
+    for length in others:
+        scores, values = last_scores(folders[length]), read_arm(folders[length])["values"]
+        if values.keys() != before.keys():
+            raise ValueError(f"{folders[length]} and {folders[shortest]} show other prompts or seeds")
+        gains: dict[str, list[float]] = {}
+        for key, row in values.items():
+            gains.setdefault(key[0], []).append(100 * (row["correct"] - before[key]["correct"]))
+        rise = np.mean([scores[key] - zero[key] for key in zero]) / spread
+        malformed = 100 * np.mean([values[key]["malformed"] - before[key]["malformed"] for key in before])
+        correct = list(bootstrap_interval([np.mean(own) for own in gains.values()]))
+        rows.append(Length(length, float(rise), correct, float(malformed)))
+    return rows
+
+
+def last_scores(folder: Path) -> dict[tuple[str, int], float]:
+    """By (prompt, seed), the score at the last corrected step."""
+    return {(record["prompt"], record["seed"]): record["scores"][-1] for record in read_metadata(folder)}
+
+
+def draw(found: dict[str, list[Length]], path: Path) -> None:
+    """The figure: a line an adapter, from no length to its longest."""
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for adapter, rows in found.items():
+        x = np.array([0, *(row.score for row in rows)])
+        y, low, high = np.array([(0, 0, 0), *(row.correct for row in rows)]).T
+        axis.errorbar(x, y, yerr=[y - low, high - y], fmt="o-", ms=4, elinewidth=0.5, label=adapter)
+        for row in rows:
+            axis.annotate(f"{row.length:g}", (row.score, row.correct[0]), xytext=(3, 4), textcoords="offset points")
+    axis.axhline(0, color="grey", lw=0.8)
+    axis.set(xlabel="rise of the score, standard deviations", ylabel="points of correct pictures gained")
+    axis.grid(alpha=0.3)
+    axis.legend(title="length: share of the latent's norm")
+    figure.savefig(path, dpi=110)
