@@ -168,14 +168,6 @@ def _check_losses(config: TrainConfig) -> None:
     """Raises ValueError where nothing would be trained or denoised."""
     loss, weights = config.loss, config.loss.weights
     ranks = config.data.trajectories is not None and weights.rank
-    if not (weights.itm or weights.rec or ranks or ((weights.denoise or weights.reward) and config.lora.only)):
-        raise ValueError(
-            "loss.weights are all 0 but denoise's; nothing would train the adapter (lora.only trains LoRA alone)"
-        )
-    if config.data.kind == "trajectories" and not ranks:
-        raise ValueError("data.kind is 'trajectories' and loss.weights.rank is 0; nothing would be trained")
-    if config.data.trajectories is not None and config.control != "none":
-        raise ValueError(f"control is {config.control!r}; controls are of the paper's losses, not of trajectories")
     if weights.reward and not config.lora.only:
         raise ValueError(
             "loss.weights.reward is set; an adapter that is trained would please itself: set lora.only=true"
@@ -184,6 +176,14 @@ def _check_losses(config: TrainConfig) -> None:
         raise ValueError(
             "model.gradient_checkpointing is true; loss.weights.reward reads the score without LoRA: set one"
         )
+    if not (weights.itm or weights.rec or ranks or ((weights.denoise or weights.reward) and config.lora.only)):
+        raise ValueError(
+            "loss.weights are all 0 but denoise's; nothing would train the adapter (lora.only trains LoRA alone)"
+        )
+    if config.data.kind == "trajectories" and not ranks:
+        raise ValueError("data.kind is 'trajectories' and loss.weights.rank is 0; nothing would be trained")
+    if config.data.trajectories is not None and config.control != "none":
+        raise ValueError(f"control is {config.control!r}; controls are of the paper's losses, not of trajectories")
     if loss.denoise_negatives and not weights.denoise:
         raise ValueError("loss.denoise_negatives is true and loss.weights.denoise is 0; nothing would be denoised")
     if loss.denoise_negatives and config.data.kind != "shapes":
