@@ -101,6 +101,21 @@ def known_name(model: str) -> str | None:
     return None
 
 
+def source_of(model: str, notice=lambda text: None) -> str:
+    """The folder, file or hub id of a model by name, folder, file or hub id.
+
+    Args:
+        notice: called with a line where a mirror stands for an id that was taken down.
+    """
+    if model in MODELS and (MODELS[model].source is None or (CKPT_FOLDER / model).is_dir()):
+        return str(CKPT_FOLDER / model)
+    model = MODELS[model].source if model in MODELS else model
+    if model in MIRRORS and not Path(model).exists():
+        notice(f"{model} is no longer on the hub; using its mirror {MIRRORS[model]}")
+        model = MIRRORS[model]
+    return model
+
+
 def pipeline_of(model: str) -> str:
     """The class of diffusers that draws with a name, hub id or folder; that of SD 1 and 2 where nothing says so."""
     if name := known_name(model):
@@ -135,10 +150,11 @@ def describe_size(model: str, height: int | None, width: int | None) -> str:
     name = known_name(model)
     side = MODELS[name].side if name else None
     if side is None:
-        from dpt.backbones.loading import architecture
+        from dpt.backbones.architecture import architecture
+        from dpt.backbones.blocks import FLUX_SAMPLE_SIZE
 
         try:
-            side = architecture(model)[0].get("sample_size", 128) * VAE_SCALE_FACTOR
+            side = architecture(model).config.get("sample_size", FLUX_SAMPLE_SIZE) * VAE_SCALE_FACTOR
         except ValueError as error:
             if Path(model).exists():
                 raise

@@ -15,9 +15,9 @@ import torch
 from diffusers import SchedulerMixin
 
 from dpt.adapter.adapter import Scorer
+from dpt.backbones.blocks import is_flux, is_transformer
 from dpt.backbones.stable_diffusion import StableDiffusion, advice_against_nan
-from dpt.backbones.transformer_features import is_flux
-from dpt.backbones.unet_features import Conditioning, is_transformer
+from dpt.backbones.unet_features import Conditioning
 from dpt.choosing import best, candidate_seeds, rounds
 from dpt.guidance import guided
 from dpt.guidance.attend_and_excite import subject_tokens

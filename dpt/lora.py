@@ -12,15 +12,13 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from transformers import CLIPTextModel
 
+from dpt.backbones.architecture import PROJECTIONS, TEXT_PROJECTIONS
+from dpt.backbones.blocks import block_prefix, parse_feature
 from dpt.backbones.model_folder import LOADING_ERRORS
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.backbones.unet_features import parse_feature
 from dpt.checkpoint.lora_files import read_lora
 
 ADAPTER_NAME = "dpt"
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-TEXT_PROJECTIONS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-"""of the text's tokens, in transformers"""
 _RELEASED = re.compile(r"unet\.(?P<attention>.+)\.processor\.to_(?P<name>q|k|v|out)_lora\.(?P<part>down|up)\.weight")
 
 
@@ -149,7 +147,7 @@ def add_lora(unet: UNet2DConditionModel, *, rank: int, alpha: float, blocks: tup
     """
     for block in blocks:
         parse_feature(block, unet.config)
-    prefixes = tuple(map(_prefix, blocks)) or ("",)  # with which every name begins
+    prefixes = tuple(map(block_prefix, blocks)) or ("",)  # with which every name begins
     projections = (*PROJECTIONS, *TEXT_PROJECTIONS)
     targets = [n for n, _ in unet.named_modules() if n.endswith(projections) and n.startswith(prefixes)]
     if not targets:
@@ -161,13 +159,6 @@ def add_lora(unet: UNet2DConditionModel, *, rank: int, alpha: float, blocks: tup
         if ".lora_" in name:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-
-
-def _prefix(block: str) -> str:
-    """How names of a block's modules begin, such as "up_blocks.1." of up1."""
-    name, number = re.fullmatch(r"([a-z]+)(\d*)", block).groups()
-    tables = {"mid": "mid_block", "block": "transformer_blocks", "single": "single_transformer_blocks"}
-    return ".".join(filter(None, [tables.get(name, f"{name}_blocks"), number])) + "."
 
 
 def lora_state(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:

@@ -9,7 +9,8 @@ from transformers import AutoModel
 
 from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.adapter.transformer import attend
-from dpt.backbones.unet_features import Conditioning, block_channels, parse_feature, unet_features
+from dpt.backbones.blocks import block_channels, parse_feature
+from dpt.backbones.unet_features import Conditioning, unet_features
 from dpt.checkpoint.released import adapter_key, infer_adapter_config
 from dpt.config import AdapterConfig
 from dpt.tasks.itm import itm_score

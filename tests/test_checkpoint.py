@@ -13,8 +13,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import dpt
+from dpt.backbones.blocks import block_channels
 from dpt.backbones.loading import load_stable_diffusion
-from dpt.backbones.unet_features import block_channels
 from dpt.checkpoint.__main__ import main
 from dpt.checkpoint.checkpoint import DPTCheckpoint, describe, load_checkpoint, save_checkpoint
 from dpt.config import save_config
@@ -61,7 +61,8 @@ def test_golden_released_layout_is_read_to_the_last_tensor(golden, released, sma
 def test_golden_lora_outputs(golden):
     import numpy as np
 
-    from dpt.backbones.unet_features import Conditioning, parse_feature, unet_features
+    from dpt.backbones.blocks import parse_feature
+    from dpt.backbones.unet_features import Conditioning, unet_features
 
     arrays = {k: torch.from_numpy(v) for k, v in np.load(golden / "lora_unet.npz").items()}
     unet = load_stable_diffusion(str(golden / "sd21")).unet

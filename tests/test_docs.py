@@ -325,7 +325,8 @@ def test_examples_run(page, text, tmp_path, monkeypatch):
     from dpt import base_models
 
     monkeypatch.setattr(base_models, "MODELS", dict(base_models.MODELS))
-    monkeypatch.setattr("dpt.backbones.loading.MODELS", base_models.MODELS)
+    for module in ("loading", "architecture"):
+        monkeypatch.setattr(f"dpt.backbones.{module}.MODELS", base_models.MODELS)
     (tmp_path / "ckpt").symlink_to(CKPT_FOLDER)
     monkeypatch.chdir(tmp_path)
     exec(compile(text.replace("FOLDER", "ckpt/shapes"), name_of(page), "exec"), {"__name__": "__main__"})

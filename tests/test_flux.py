@@ -12,10 +12,12 @@ import train_probe
 import train_tune
 import txt2img
 from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
+from dpt.backbones.architecture import architecture
+from dpt.backbones.blocks import block_channels, parse_feature
 from dpt.backbones.flow import variance_scale
 from dpt.backbones.flux import Flux
-from dpt.backbones.loading import architecture, load_stable_diffusion
-from dpt.backbones.unet_features import block_channels, parse_feature, unet_features
+from dpt.backbones.loading import load_stable_diffusion
+from dpt.backbones.unet_features import unet_features
 from dpt.base_models import CKPT_FOLDER, half_precision, recommended
 from dpt.checkpoint.checkpoint import DPTCheckpoint, load_checkpoint, save_checkpoint
 from dpt.config import AdapterConfig, DPTConfig
@@ -75,7 +77,8 @@ def test_a_folder_says_what_it_is(folder, sd):
     assert isinstance(sd, Flux)
     assert (sd.default_size, sd.latent_shape(64, 96), sd.pooled_width) == (1024, (16, 8, 12), WIDTH)
     assert list(sd.parts) == ["text_encoder", "text_encoder_2", "vae", "transformer"]
-    config, width, others = architecture(str(folder))
+    known = architecture(str(folder))
+    config, width, others = known.config, known.pooled_width, known.other_weights
     assert (config.num_layers, config.num_single_layers, width) == (2, 2, WIDTH)
     assert others == sum(p.numel() for n, part in sd.parts.items() if n != "transformer" for p in part.parameters())
     with pytest.raises(ValueError, match="H is 72; it must be a positive multiple of 16"):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
-from dpt.backbones.loading import ARCHITECTURES, OTHER_PARAMETERS, architecture
-from dpt.backbones.unet_features import block_channels, parse_feature
+from dpt.backbones.architecture import CONFIGS, PROJECTIONS, TEXT_PROJECTIONS, architecture
+from dpt.backbones.blocks import block_channels, block_names, block_prefix, parse_feature
+from dpt.backbones.unet_features import denoiser_class
 from dpt.benchmark.random_models import random_model
 from dpt.benchmark.steps import sampling_steps, training_steps
 from dpt.lora import add_lora
@@ -28,7 +29,7 @@ def test_a_corrected_and_a_probe_step(name):
 
 def test_flux_on_the_meta_device():
     with torch.device("meta"):
-        transformer = FluxTransformer2DModel(**ARCHITECTURES["flux-dev"]).requires_grad_(False)
+        transformer = FluxTransformer2DModel(**CONFIGS["flux-dev"]).requires_grad_(False)
         assert sum(parameter.numel() for parameter in transformer.parameters()) == 11_901_408_320
         add_lora(transformer, rank=4, alpha=4.0)
     reached = {name.rsplit(".lora_", 1)[0] for name, p in transformer.named_parameters() if p.requires_grad}
@@ -39,9 +40,23 @@ def test_flux_on_the_meta_device():
     assert parse_feature("block18+single37", transformer.config) == ("block18", "single37")
 
 
-@pytest.mark.parametrize("name", ["sd3-medium", "sd35-medium", "flux-dev", "flux-schnell"])
-def test_what_is_known_before_a_download(name, monkeypatch, tmp_path):
-    monkeypatch.setattr("dpt.backbones.loading.CKPT_FOLDER", tmp_path)
-    config, width, others = architecture(name)
-    assert config.pooled_projection_dim == width
-    assert others == OTHER_PARAMETERS[name]
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_written_down_is_what_the_real_class_has(name, monkeypatch, tmp_path):
+    monkeypatch.setattr("dpt.base_models.CKPT_FOLDER", tmp_path)
+    known = architecture(name)
+    with torch.device("meta"):
+        network = denoiser_class(known.config)(**CONFIGS[name])
+    assert known.weights == sum(value.numel() for value in network.state_dict().values())
+    assert known.config.items() <= (dict(network.config) | CONFIGS[name]).items()
+    reached = {
+        path: module.in_features + module.out_features
+        for path, module in network.named_modules()
+        if path.endswith((*PROJECTIONS, *TEXT_PROJECTIONS))
+    }
+    blocks = {
+        block: sum(n for path, n in reached.items() if path.startswith(block_prefix(block)))
+        for block in block_names(network.config)
+    }
+    assert known.lora_widths == {block: width for block, width in blocks.items() if width}
+    if "pooled_projection_dim" in network.config:
+        assert network.config.pooled_projection_dim == known.pooled_width

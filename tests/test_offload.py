@@ -5,9 +5,9 @@ import torch
 
 import txt2img
 from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
+from dpt.backbones.blocks import block_channels
 from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.offload import offload
-from dpt.backbones.unet_features import block_channels
 from dpt.config import AdapterConfig
 from dpt.drawing import Artist
 from dpt.images import read_metadata

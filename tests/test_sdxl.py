@@ -12,9 +12,11 @@ import train_probe
 import train_tune
 import txt2img
 from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
-from dpt.backbones.loading import architecture, load_stable_diffusion
+from dpt.backbones.architecture import architecture
+from dpt.backbones.blocks import block_channels
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.sdxl import StableDiffusionXL
-from dpt.backbones.unet_features import block_channels, unet_features
+from dpt.backbones.unet_features import unet_features
 from dpt.base_models import CKPT_FOLDER
 from dpt.checkpoint.checkpoint import DPTCheckpoint, load_checkpoint, save_checkpoint
 from dpt.config import AdapterConfig, DPTConfig
@@ -45,11 +47,12 @@ def sd(folder):
 def test_a_folder_says_what_it_is(folder, sd):
     assert isinstance(sd, StableDiffusionXL)
     assert (sd.default_size, sd.latent_shape(), sd.pooled_width) == (128, (4, 16, 16), PROJECTION)
-    config, width, others = architecture(str(folder))
+    known = architecture(str(folder))
+    config, width, others = known.config, known.pooled_width, known.other_weights
     assert (config.addition_embed_type, width) == ("text_time", PROJECTION)
     assert others == sum(p.numel() for name, part in sd.parts.items() if name != "unet" for p in part.parameters())
     assert list(sd.parts) == ["text_encoder", "vae", "text_encoder_2", "unet"]
-    assert architecture("sdxl")[0].cross_attention_dim == 2048
+    assert architecture("sdxl").config.cross_attention_dim == 2048
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 import txt2img
 from dpt.backbones import loading, single_file
-from dpt.backbones.loading import architecture, load_stable_diffusion
+from dpt.backbones.architecture import architecture
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.single_file import named_alike
 from dpt.base_models import CKPT_FOLDER
 from dpt.images import read_metadata
@@ -45,7 +46,7 @@ def test_it_is_the_model_of_the_folder(file, ckpt, capfd):
     assert found.scheduler.config == expected.scheduler.config
     assert notices == [f"{file} is taken for a model like sd15; its configs are those of {ckpt / 'sd15'}"]
     assert capfd.readouterr() == ("", "")
-    assert architecture(str(file))[0].block_out_channels == expected.unet.config.block_out_channels
+    assert architecture(str(file)).config.block_out_channels == expected.unet.config.block_out_channels
 
 
 def test_it_draws_from_the_command_line(file, ckpt, tmp_path):

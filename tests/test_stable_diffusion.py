@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from dpt.backbones.loading import architecture, load_stable_diffusion
+from dpt.backbones.architecture import architecture
+from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.stable_diffusion import StableDiffusion, advice_against_nan, usable_device, weights_fingerprint
 from dpt.backbones.unet_features import Conditioning
 from dpt.base_models import CKPT_FOLDER, MIRRORS

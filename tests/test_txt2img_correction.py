@@ -8,8 +8,8 @@ from PIL import Image
 
 import txt2img
 from dpt.adapter.adapter import DiscriminativeAdapter
+from dpt.backbones.blocks import block_channels
 from dpt.backbones.loading import load_stable_diffusion
-from dpt.backbones.unet_features import block_channels
 from dpt.base_models import CKPT_FOLDER
 from dpt.checkpoint.released import adapter_key
 from dpt.config import AdapterConfig

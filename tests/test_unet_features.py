@@ -4,7 +4,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpt.backbones.unet_features import Conditioning, block_channels, parse_feature, unet_features
+from dpt.backbones.blocks import block_channels, parse_feature
+from dpt.backbones.unet_features import Conditioning, unet_features
 
 
 def close(actual, expected, rtol=1e-5):

@@ -6,7 +6,7 @@ Shapes: B batch, D width, (H, W) feature map.
 import math
 
 import torch
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -64,14 +64,22 @@ class LearnedPositionEmbedding(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoidal timesteps of width D (cosine first, no shift), then linear D -> 4D, SiLU, linear 4D -> D."""
+    """Sinusoidal timesteps of width D (cosine first, no shift), then linear D -> 4D, SiLU, linear 4D -> D.
 
-    def __init__(self, dim: int):
+    As diffusers' `Timesteps` and `TimestepEmbedding`, of which the adapter needs no more than this.
+    """
+
+    def __init__(self, dim: int, temperature: float = 10_000.0):
         super().__init__()
-        self.time_proj = Timesteps(dim, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time_embedding = TimestepEmbedding(dim, 4 * dim)
-        self.time_embedding.linear_2 = nn.Linear(4 * dim, dim)
+        self.dim, self.temperature = dim, temperature
+        self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(dim, 4 * dim)})
+        nn.Linear(4 * dim, 4 * dim)  # drawn and dropped, as ever: the same seed gives the same adapter
+        self.time_embedding["linear_2"] = nn.Linear(4 * dim, dim)
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
         """(B,) to (B, D)."""
-        return self.time_embedding(self.time_proj(timesteps).to(self.time_embedding.linear_1.weight.dtype))
+        half = self.dim // 2
+        steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+        angles = timesteps[:, None].float() * torch.exp(-math.log(self.temperature) * steps / half)[None]
+        first, second = self.time_embedding.values()
+        return second(F.silu(first(torch.cat([angles.cos(), angles.sin()], dim=1).to(first.weight.dtype))))

@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 import logging
-import math
 from pathlib import Path
 
 import diffusers
@@ -14,14 +13,11 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     FluxPipeline,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from diffusers.configuration_utils import FrozenDict
 from huggingface_hub import model_info
 from transformers import CLIPTextConfig
 
@@ -29,8 +25,6 @@ from dpt.backbones.flow import FlowScheduler, FluxScheduler
 from dpt.backbones.flux import Flux
 from dpt.backbones.model_folder import (
     LOADING_ERRORS,
-    STEMS,
-    TextConfig,
     check_folder,
     check_kind,
     check_weights,
@@ -46,57 +40,9 @@ from dpt.backbones.sd3 import StableDiffusion3
 from dpt.backbones.sdxl import StableDiffusionXL
 from dpt.backbones.single_file import configs_of, is_xl, load_single_file, named_alike
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.base_models import CKPT_FOLDER, DEFAULT_MODEL, FLUX, MIRRORS, MODELS, SD_3
+from dpt.base_models import CKPT_FOLDER, DEFAULT_MODEL, MIRRORS, MODELS, source_of
 from dpt.files import read_json
 from dpt.weights import read_shapes
-
-_SD2 = {
-    "sample_size": 64,
-    "attention_head_dim": [5, 10, 20, 20],
-    "cross_attention_dim": 1024,
-    "use_linear_projection": True,
-}
-_SD1 = {"sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768}
-ARCHITECTURES = {
-    "sd21-base": _SD2,
-    "sd21": _SD2 | {"sample_size": 96},
-    "sd14": _SD1,
-    "sd15": _SD1,
-    "sdxl": {
-        "sample_size": 128,
-        "block_out_channels": [320, 640, 1280],
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-        "transformer_layers_per_block": [1, 2, 10],
-        "attention_head_dim": [5, 10, 20],
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}
-"""What the denoisers of named models differ in from the defaults of their class."""
-_SD3 = {
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "caption_projection_dim": 1536,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 2048,
-}
-ARCHITECTURES |= {
-    "sd3-medium": _SD3 | {"pos_embed_max_size": 192},
-    "sd35-medium": _SD3 | {"pos_embed_max_size": 384, "dual_attention_layers": list(range(13)), "qk_norm": "rms_norm"},
-    "flux-dev": {"guidance_embeds": True},
-    "flux-schnell": {},
-}
-POOLED_WIDTHS = {"sd21-base": 1024, "sd21": 1024, "sd14": 768, "sd15": 768, "sdxl": 1280}
-POOLED_WIDTHS |= {"sd3-medium": 2048, "sd35-medium": 2048, "flux-dev": 768, "flux-schnell": 768}
-"""of the pooled text that ITM compares with"""
-OTHER_PARAMETERS = {"sd21-base": 424_000_000, "sd21": 424_000_000, "sd14": 207_000_000, "sd15": 207_000_000}
-OTHER_PARAMETERS |= {"sdxl": 902_000_000} | dict.fromkeys(("sd3-medium", "sd35-medium"), 5_664_000_000)
-OTHER_PARAMETERS |= dict.fromkeys(("flux-dev", "flux-schnell"), 4_969_000_000)
-"""about: text encoders, T5 among them, and autoencoder"""
 
 
 def load_stable_diffusion(
@@ -121,7 +67,7 @@ def load_stable_diffusion(
     Raises:
         ValueError: nothing usable there; the message says what to do.
     """
-    source = configs = _source(model, notice)
+    source = configs = source_of(model, notice)
     if revision is not None and Path(source).exists():
         raise ValueError(f"revision is {revision!r}; {source} is on this machine, and has none")
     if is_file := Path(source).is_file():
@@ -254,67 +200,6 @@ def _quiet_fallback():
     finally:
         logger.removeFilter(keep)
         transformers.utils.logging.set_verbosity(verbosity)
-
-
-def architecture(model: str) -> tuple[FrozenDict, int, int]:
-    """The U-Net's config, the pooled text's width, and about the other parts' parameters; reads no weights.
-
-    Raises:
-        ValueError: neither a local folder nor a model whose architecture is known, or a folder that is not complete.
-    """
-    source = _source(model, lambda _: None)
-    if Path(source).is_file():
-        source = configs_of(named_alike(Path(source)))
-    folder = Path(source)
-    if folder.is_dir():
-        try:
-            check_folder(folder)
-            if is_transformer(read_index(folder)):
-                return _transformer_architecture(folder)
-            unet = read_json(folder / "unet/config.json", dict)
-            width = read_json(folder / "text_encoder/config.json", TextConfig).hidden_size
-            if is_sdxl(read_index(folder)):
-                width = read_json(folder / "text_encoder_2/config.json", TextConfig).projection_dim
-            variant, others = choose_variant(folder) or "", [part for part in STEMS if part != "unet"]
-            files = [file for part in others for file in weight_files(folder / part).get(variant, [])]
-            parameters = sum(math.prod(shape) for file in files for shape in read_shapes(file).values())
-            return _whole_config(unet), width, parameters
-        except LOADING_ERRORS as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"model {model!r}: {folder} is not a complete Stable Diffusion folder ({reason})"
-            ) from error
-    known = next((name for name, known in MODELS.items() if source in (name, known.source)), None)
-    if known not in ARCHITECTURES:
-        raise ValueError(f"model {model!r}: its architecture is not known before it is downloaded")
-    kind = {SD_3: SD3Transformer2DModel, FLUX: FluxTransformer2DModel}.get(MODELS[known].pipeline, UNet2DConditionModel)
-    return _whole_config(ARCHITECTURES[known], kind), POOLED_WIDTHS[known], OTHER_PARAMETERS[known]
-
-
-def _transformer_architecture(folder: Path) -> tuple[FrozenDict, int, int]:
-    kind = FluxTransformer2DModel if is_flux(read_index(folder)) else SD3Transformer2DModel
-    config = _whole_config(read_json(folder / "transformer/config.json", dict), kind)
-    variant, parts = choose_variant(folder) or "", ("text_encoder", "text_encoder_2", "vae")
-    files = [file for part in parts for file in weight_files(folder / part).get(variant, [])]
-    files += (folder / "text_encoder_3").glob("*.safetensors")
-    parameters = sum(math.prod(shape) for file in files for shape in read_shapes(file).values())
-    return config, config.pooled_projection_dim, parameters
-
-
-def _whole_config(given: dict, kind=UNet2DConditionModel) -> FrozenDict:
-    with torch.device("meta"):
-        return kind.from_config(given).config
-
-
-def _source(model: str, notice) -> str:
-    """The folder, file or hub id of a model."""
-    if model in MODELS and (MODELS[model].source is None or (CKPT_FOLDER / model).is_dir()):
-        return str(CKPT_FOLDER / model)
-    model = MODELS[model].source if model in MODELS else model
-    if model in MIRRORS and not Path(model).exists():
-        notice(f"{model} is no longer on the hub; using its mirror {MIRRORS[model]}")
-        model = MIRRORS[model]
-    return model
 
 
 def _broken_part(folder: Path) -> str:

@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from msgspec import Meta, Struct, field
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from dpt.files import read_bytes, read_json, write_bytes
 from dpt.weights import read_shapes
@@ -227,6 +226,8 @@ def check_weights(folder: Path, variant: str | None) -> None:
 
 
 def _check_text_encoder(folder: Path, shapes: dict[str, list[int]]) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
     read_json(folder / "config.json", TextConfig)
     try:
         config = CLIPTextConfig.from_dict(read_json(folder / "config.json", dict))

@@ -14,11 +14,9 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel
 from torch import nn
 
+from dpt.backbones.blocks import patch_size
 from dpt.backbones.flow import variance_scale
 from dpt.backbones.offload import own_forward
-
-FLUX_SAMPLE_SIZE = 128
-"""cells of a latent each way that `FluxPipeline` draws by default; its transformer has no size of its own"""
 
 
 class _Stop(Exception):
@@ -103,24 +101,3 @@ def transformer_blocks(transformer) -> dict[str, nn.Module]:
     return {f"block{i}": block for i, block in enumerate(transformer.transformer_blocks)} | {
         f"single{i}": block for i, block in enumerate(single)
     }
-
-
-def block_names(config) -> list[str]:
-    """Names of the blocks of a transformer of that config, in the order in which they are run."""
-    single = getattr(config, "num_single_layers", 0)
-    return [f"block{i}" for i in range(config.num_layers)] + [f"single{i}" for i in range(single)]
-
-
-def patch_size(config) -> int:
-    """Cells of the latent that a token of a transformer stands for, each way."""
-    return 2 if is_flux(config) else config.patch_size
-
-
-def tokens_a_side(config) -> int:
-    """Of the square picture that the stock pipeline draws by default."""
-    return (FLUX_SAMPLE_SIZE if is_flux(config) else config.sample_size) // patch_size(config)
-
-
-def is_flux(config) -> bool:
-    """Whether a transformer's config is of FLUX, whose latents come packed."""
-    return hasattr(config, "num_single_layers")

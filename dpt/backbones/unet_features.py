@@ -15,10 +15,9 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DCondi
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
+from dpt.backbones.blocks import LATENTS, is_flux, is_transformer
 from dpt.backbones.offload import own_forward
-from dpt.backbones.transformer_features import block_names, is_flux, transformer_features
-
-LATENTS = "latents"
+from dpt.backbones.transformer_features import transformer_features
 
 
 @dataclass(frozen=True)
@@ -72,60 +71,11 @@ class Conditioning:
         )
 
 
-def is_transformer(config) -> bool:
-    """Whether a denoiser's config is that of a transformer."""
-    return not hasattr(config, "down_block_types")
-
-
 def denoiser_class(config) -> type:
     """The class of diffusers of a denoiser's config."""
     if not is_transformer(config):
         return UNet2DConditionModel
     return FluxTransformer2DModel if is_flux(config) else SD3Transformer2DModel
-
-
-def parse_feature(feature: str, config) -> tuple[str, ...]:
-    """The blocks that a feature name stands for, in the order in which they are concatenated.
-
-    Args:
-        feature: such as "up1", "down1+up0" or "all".
-        config: the U-Net's config, which says how many blocks there are.
-
-    Raises:
-        ValueError: a block that the U-Net lacks, or one named twice.
-    """
-    if is_transformer(config):
-        known = block_names(config)
-    else:
-        known = [f"down{i}" for i in range(len(config.down_block_types))] + ["mid"]
-        known += [f"up{i}" for i in range(len(config.up_block_types))]
-        if feature == "all":
-            return tuple(known)
-    if feature == LATENTS:
-        return (LATENTS,)
-    blocks = tuple(feature.split("+"))
-    for block in blocks:
-        if block not in known:
-            raise ValueError(
-                f"feature is {feature!r}; its blocks must be among {', '.join(known)}, joined by '+'; or it is "
-                + ("latents" if is_transformer(config) else "all, or latents")
-            )
-    if len(set(blocks)) < len(blocks):
-        raise ValueError(f"feature is {feature!r}; it names a block twice")
-    return blocks
-
-
-def block_channels(block: str, config) -> int:
-    """Channels of a block's output."""
-    if block == LATENTS:
-        return config.in_channels // 4 if is_flux(config) else config.in_channels
-    if is_transformer(config):
-        return config.num_attention_heads * config.attention_head_dim
-    channels = config.block_out_channels
-    if block == "mid":
-        return channels[-1]
-    index = int(block.removeprefix("down").removeprefix("up"))
-    return channels[index] if block.startswith("down") else channels[::-1][index]
 
 
 def unet_features(

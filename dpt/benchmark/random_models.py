@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 import torch
 from diffusers import DDIMScheduler, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 
+from dpt.backbones.architecture import CONFIGS
+from dpt.backbones.blocks import block_channels
 from dpt.backbones.flow import FlowScheduler, FluxScheduler
-from dpt.backbones.loading import ARCHITECTURES, load_stable_diffusion
-from dpt.backbones.unet_features import Conditioning, block_channels
+from dpt.backbones.loading import load_stable_diffusion
+from dpt.backbones.unet_features import Conditioning
 from dpt.config import AdapterConfig
 
 CELLS = 32
@@ -58,14 +60,14 @@ SMALL_SD = {
     "cross_attention_dim": 512,
     "use_linear_projection": True,
 }
-SMALL_XL = ARCHITECTURES["sdxl"] | {
+SMALL_XL = CONFIGS["sdxl"] | {
     "block_out_channels": [96, 192, 384],
     "transformer_layers_per_block": [1, 1, 3],
     "attention_head_dim": [3, 6, 12],
     "cross_attention_dim": 512,
     "projection_class_embeddings_input_dim": 6 * 256 + 512,
 }
-SMALL_SD3 = ARCHITECTURES["sd35-medium"] | {
+SMALL_SD3 = CONFIGS["sd35-medium"] | {
     "num_layers": 10,
     "num_attention_heads": 8,
     "dual_attention_layers": [0, 1, 2, 3, 4],
@@ -73,7 +75,7 @@ SMALL_SD3 = ARCHITECTURES["sd35-medium"] | {
     "joint_attention_dim": 512,
     "pooled_projection_dim": 256,
 }
-SMALL_FLUX = ARCHITECTURES["flux-dev"] | {
+SMALL_FLUX = CONFIGS["flux-dev"] | {
     "num_layers": 6,
     "num_single_layers": 12,
     "num_attention_heads": 4,
@@ -124,7 +126,7 @@ def _unet(config: dict) -> UNet2DConditionModel:
 def _full(kind: type, name: str) -> torch.nn.Module:
     """A named model's architecture in bfloat16; the same values over and over, as billions of others take a minute."""
     with torch.device("meta"):
-        network = kind(**ARCHITECTURES[name])
+        network = kind(**CONFIGS[name])
     network, some = network.to(torch.bfloat16).to_empty(device="cpu"), 0.02 * torch.randn(2**20).bfloat16()
     for parameter in (*network.parameters(), *network.buffers()):
         flat = parameter.data.flatten()

@@ -18,8 +18,8 @@ from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_do
 from safetensors.torch import save_file
 
 from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
+from dpt.backbones.blocks import block_channels, parse_feature
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.backbones.unet_features import block_channels, parse_feature
 from dpt.base_models import MODELS, checkpoints, known_name
 from dpt.checkpoint.released import RELEASED_FILES, infer_adapter_config, read_released
 from dpt.config import AdapterConfig, DPTConfig, load_config, save_config

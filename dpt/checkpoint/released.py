@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from dpt.backbones.unet_features import parse_feature
+from dpt.backbones.blocks import parse_feature
 from dpt.base_models import MODELS
 from dpt.config import AdapterConfig, DPTConfig
 from dpt.lora import lora_key

@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from dpt.adapter.adapter import DiscriminativeAdapter
+from dpt.backbones.blocks import parse_feature
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.backbones.unet_features import parse_feature
 from dpt.config import AdapterConfig, load_config, save_config
 from dpt.data.collate import as_latents, encode_batch
 from dpt.data.loader import micro_batches

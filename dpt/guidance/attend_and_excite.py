@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
+from dpt.backbones.blocks import is_transformer
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.backbones.unet_features import is_transformer, unet_features
+from dpt.backbones.unet_features import unet_features
 from dpt.matching_score import gradient_of
 from dpt.sampling import ClassifierFreeGuidance
 from dpt.settings import Sampling

@@ -1,7 +1,6 @@
 """Bipartite matching of REC queries and boxes (DETR; MDETR's soft-token cost)."""
 
 import torch
-from scipy.optimize import linear_sum_assignment
 
 from dpt.boxes import cxcywh_to_xyxy, generalized_box_iou
 
@@ -24,6 +23,8 @@ def hungarian_matcher(
     Returns:
         One pair an image: indices of queries and of boxes, int64 (min(Q, N),) each.
     """
+    from scipy.optimize import linear_sum_assignment  # its import takes a third of a second
+
     probabilities = outputs["pred_logits"].float().softmax(-1)
     boxes = outputs["pred_boxes"].float()
     indices = []

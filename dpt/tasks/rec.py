@@ -3,15 +3,21 @@
 Shapes: B batch, Q queries, D width, N boxes, L text tokens, R width of the REC text encoder, K contrastive width.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import BatchEncoding
 
 from dpt.boxes import box_iou, cxcywh_to_xyxy, generalized_box_iou
 from dpt.config import AdapterConfig, LossSettings
 from dpt.tasks.matcher import hungarian_matcher
 from dpt.tasks.task import EXPRESSION, Task
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding
 
 NUM_TOKEN_SLOTS = 255  # the classes are the expression's token positions, and one for "no object"
 KS = (1, 5, 10)

@@ -3,30 +3,19 @@
 import torch
 
 from dpt.adapter.adapter import DiscriminativeAdapter
+from dpt.backbones.blocks import is_transformer, parse_feature
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.backbones.unet_features import block_channels, is_transformer, parse_feature, set_cpu_attention
+from dpt.backbones.unet_features import set_cpu_attention
 from dpt.checkpoint.checkpoint import DPTCheckpoint
-from dpt.config import AdapterConfig, DPTConfig
+from dpt.config import DPTConfig
 from dpt.lora import add_lora, load_lora, lora_state
 from dpt.model import DPT
 from dpt.rec_text import RecTextEncoder
 from dpt.tasks import tasks_of
-from dpt.training.settings import TrainConfig
+from dpt.training.settings import TrainConfig, adapter_config
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """of the frozen weights; trained weights are float32"""
-
-
-def adapter_config(config: TrainConfig, unet_config, *, text_dim: int, rec_text_dim: int) -> AdapterConfig:
-    """The sizes of the configured adapter for a U-Net of that config and text encoders of those widths."""
-    blocks = parse_feature(config.model.feature, unet_config)
-    return AdapterConfig(
-        in_channels=[block_channels(block, unet_config) for block in blocks],
-        fuse=config.model.feature == "all",
-        text_dim=text_dim,
-        rec_text_dim=rec_text_dim,
-        **vars(config.adapter),
-    )
 
 
 def encode_options(config: TrainConfig, sd: StableDiffusion) -> dict:

@@ -1,58 +1,52 @@
-"""A training run described, not run."""
+"""A training run described, not run. Imports torch, but neither diffusers nor transformers."""
 
 from pathlib import Path
 
 import torch
 
 from dpt.adapter.adapter import DiscriminativeAdapter
-from dpt.backbones.loading import architecture
-from dpt.backbones.transformer_features import tokens_a_side
-from dpt.backbones.unet_features import LATENTS, block_channels, denoiser_class, is_transformer, parse_feature
-from dpt.checkpoint.checkpoint import checkpoints, load_checkpoint
-from dpt.lora import add_lora
+from dpt.backbones.architecture import Architecture, architecture
+from dpt.backbones.blocks import block_channels, block_side, parse_feature
+from dpt.base_models import checkpoints, config_beside
 from dpt.tasks import tasks_of
 from dpt.tasks.task import passes_of
-from dpt.training.assembly import WEIGHT_DTYPES, adapter_config
-from dpt.training.settings import TrainConfig, check_stage
+from dpt.training.settings import TrainConfig, adapter_config, check_stage
 
 ROBERTA_WIDTH, ROBERTA_PARAMETERS = 768, 125_000_000
 NUM_TRAIN_TIMESTEPS = 1000  # of all models known here
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def describe_run(config: TrainConfig, stage: str) -> str:
     """The parameters, batches, least memory and start of a run, as text.
 
-    Loads no weights but those of `init_from`.
+    Loads no weights, but those of a released file in `init_from`.
 
     Raises:
         ValueError: a setting that the model cannot meet.
     """
     goes_on = config.resume and bool(checkpoints(Path(config.output_folder) / config.run_name))
     check_stage(config, stage, NUM_TRAIN_TIMESTEPS, goes_on=goes_on)
-    start = "untrained"
-    if config.init_from not in (None, "new"):
-        start = load_checkpoint(config.init_from).source
-    unet_config, width, other = architecture(config.model.name)
-    blocks, optim = parse_feature(config.model.feature, unet_config), config.optim
-    rec_text_dim = width if config.model.rec_text_encoder == "clip" else ROBERTA_WIDTH
-    wanted = adapter_config(config, unet_config, text_dim=width, rec_text_dim=rec_text_dim)
+    start, model = _start(config), architecture(config.model.name)
+    blocks, optim = parse_feature(config.model.feature, model.config), config.optim
+    rec_text_dim = model.pooled_width if config.model.rec_text_encoder == "clip" else ROBERTA_WIDTH
+    wanted = adapter_config(config, model.config, text_dim=model.pooled_width, rec_text_dim=rec_text_dim)
     with torch.device("meta"):
-        unet, adapter = denoiser_class(unet_config).from_config(unet_config), DiscriminativeAdapter(wanted)
-        frozen = _count(unet) + other
-        if stage == "tune":
-            add_lora(unet.requires_grad_(False), rank=config.lora.rank, alpha=1.0, blocks=tuple(config.lora.blocks))
-    lora = _count(unet) + other - frozen
+        adapter = sum(parameter.numel() for parameter in DiscriminativeAdapter(wanted).parameters())
+    lora = _lora(config, model) if stage == "tune" else 0
+    frozen = model.weights + model.other_weights
     if config.model.rec_text_encoder != "clip" and config.loss.weights.contrastive_align:
         frozen += ROBERTA_PARAMETERS
-    trained = lora + _count(adapter) * (not config.lora.only)
+    trained = lora + adapter * (not config.lora.only)
     passes = passes_of(task for task in tasks_of(wanted) if task.is_weighted(config.loss.weights))
     joint = optim.batch_size * optim.gradient_accumulation_steps
     length = f"{optim.steps:,} steps" if optim.epochs is None else f"{optim.epochs} epochs"
-    dtype = WEIGHT_DTYPES[optim.mixed_precision]
-    kept = sum(_cells(block, unet_config) for block in blocks) * optim.batch_size * len(passes)
+    dtype = DTYPES[optim.mixed_precision]
+    cells = sum(block_channels(block, model.config) * block_side(block, model.config) ** 2 for block in blocks)
+    kept = cells * optim.batch_size * len(passes)
     return "\n".join(
         [
-            f"{stage}: {trained:,} parameters to train (adapter {_count(adapter):,}"
+            f"{stage}: {trained:,} parameters to train (adapter {adapter:,}"
             f"{' as it is' if config.lora.only else ''}, LoRA {lora:,})",
             f"batches: {optim.batch_size} samples x {optim.gradient_accumulation_steps} accumulated = {joint} a "
             f"process and step; {length}; 8 processes: {8 * joint} a step",
@@ -66,19 +60,29 @@ def describe_run(config: TrainConfig, stage: str) -> str:
     )
 
 
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _start(config: TrainConfig) -> str:
+    """Where the adapter comes from, in words. Raises ValueError where it cannot be read."""
+    if config.init_from in (None, "new"):
+        return "untrained"
+    weights = Path(config.init_from)
+    folder = next(iter(checkpoints(weights)), weights)
+    if (folder / "adapter.safetensors").is_file():
+        config_beside(folder)
+        return str(folder)
+    from dpt.checkpoint.checkpoint import load_checkpoint  # of a released file; imports diffusers
+
+    return load_checkpoint(config.init_from).source
 
 
-def _cells(block: str, unet_config) -> int:
-    """Values of a block's feature map; a block's output is sampled down or up already, but for the last one's."""
-    if is_transformer(unet_config):
-        return block_channels(block, unet_config) * tokens_a_side(unet_config) ** 2
-    last = len(unet_config.block_out_channels) - 1
-    halvings = {LATENTS: 0, "mid": last}
-    halvings |= {f"down{i}": min(i + 1, last) for i in range(last + 1)}
-    halvings |= {f"up{i}": max(last - 1 - i, 0) for i in range(last + 1)}
-    return block_channels(block, unet_config) * (unet_config.sample_size >> halvings[block]) ** 2
+def _lora(config: TrainConfig, model: Architecture) -> int:
+    """Parameters of the LoRA. Raises ValueError for blocks without attention, or that the model does not have."""
+    blocks = config.lora.blocks or [*model.lora_widths]
+    for block in blocks:
+        parse_feature(block, model.config)
+    widths = [model.lora_widths.get(block, 0) for block in blocks]
+    if not any(widths):
+        raise ValueError(f"lora.blocks is {blocks}; there is no attention in them")
+    return config.lora.rank * sum(widths)
 
 
 def _gib(count: int) -> str:

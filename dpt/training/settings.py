@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from dpt.backbones.blocks import block_channels, parse_feature
 from dpt.bounds import bounded, check_bounds, one_of
-from dpt.config import CONTROLS, MOST_RANK, AdapterSettings, LossSettings, differences, flatten
+from dpt.config import CONTROLS, MOST_RANK, AdapterConfig, AdapterSettings, LossSettings, differences, flatten
 from dpt.data.settings import DataSettings, check_data
 
 
@@ -188,6 +189,18 @@ def _check_losses(config: TrainConfig) -> None:
         raise ValueError("loss.denoise_negatives is true and loss.weights.denoise is 0; nothing would be denoised")
     if loss.denoise_negatives and config.data.kind != "shapes":
         raise ValueError("loss.denoise_negatives is true; negatives of coco come without captions of their own")
+
+
+def adapter_config(config: TrainConfig, unet_config, *, text_dim: int, rec_text_dim: int) -> AdapterConfig:
+    """The sizes of the configured adapter for a U-Net of that config and text encoders of those widths."""
+    blocks = parse_feature(config.model.feature, unet_config)
+    return AdapterConfig(
+        in_channels=[block_channels(block, unet_config) for block in blocks],
+        fuse=config.model.feature == "all",
+        text_dim=text_dim,
+        rec_text_dim=rec_text_dim,
+        **vars(config.adapter),
+    )
 
 
 JOINT_BATCH = ("optim.batch_size", "optim.gradient_accumulation_steps")
