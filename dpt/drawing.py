@@ -254,23 +254,22 @@ class Artist:
         images = to_images(sd.decode_latents(chosen.left.latents))
         cost = {"seconds": time.perf_counter() - began} | passes
         cost = {name: value / len(prompts) for name, value in cost.items()}
+        return [self._drawing(picture, image, chosen, every, sampling, cost) for picture, image in enumerate(images)]
+
+    def _drawing(self, picture: int, image, chosen: Chosen, seeds: list[int], sampling: Sampling, cost) -> Drawing:
+        """One picture with all that is to be said of it.
+
+        Args:
+            picture: its number; seeds: of all candidates of all pictures.
+        """
+        kept, several = chosen.left.numbers[picture], sampling.candidates > 1
         corrected_from = sampling.correction_start
-        if sampling.candidates > 1 and not sampling.correct_candidates:
+        if several and not sampling.correct_candidates:
             corrected_from = max(corrected_from, chosen.at / sampling.num_inference_steps)
-        drawings = []
-        for picture, (image, kept, latents) in enumerate(
-            zip(images, chosen.left.numbers, chosen.left.latents, strict=True)
-        ):
-            own = range(picture * sampling.candidates, (picture + 1) * sampling.candidates)
-            candidates = [
-                {"seed": every[n], "score": chosen.scores[n], "steps": chosen.steps[n]}
-                for n in own
-                if sampling.candidates > 1
-            ]
-            drawings.append(
-                Drawing(image, every[kept], latents, chosen.records[kept], candidates, corrected_from, cost)
-            )
-        return drawings
+        own = range(picture * sampling.candidates, (picture + 1) * sampling.candidates)
+        candidates = [{"seed": seeds[n], "score": chosen.scores[n], "steps": chosen.steps[n]} for n in own if several]
+        latents = chosen.left.latents[picture]
+        return Drawing(image, seeds[kept], latents, chosen.records[kept], candidates, corrected_from, cost)
 
     def _begin(self, texts: list[str], seeds: list[int], sampling: Sampling) -> Candidates:
         """All candidates before their first step."""

@@ -88,12 +88,7 @@ def load_stable_diffusion(
                 pipeline = load_single_file(Path(source), configs, is_xl=is_xl(alike), **options)
             else:
                 pipeline = _stock_pipeline(Path(source), files, index, no_t5, variant=variant, dtype=dtype, **where)
-        config = pipeline.scheduler.config
-        # A config without clip_sample means none; DDIM's own default would clip the latents.
-        if is_transformer(index):
-            scheduler = (FluxScheduler if is_flux(index) else FlowScheduler).from_config(config)
-        else:
-            scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
+        scheduler = _scheduler(pipeline.scheduler.config, index)
     except Exception as error:
         if isinstance(error, LOADING_ERRORS) or type(error) is Exception:  # as the tokenizers library raises it
             raise ValueError(_missing(model, source, error)) from error
@@ -107,15 +102,28 @@ def load_stable_diffusion(
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             module.to(device).eval().requires_grad_(False)
-    common = {"name": model, "source": str(source), "scheduler": scheduler, "vae": pipeline.vae}
-    common |= {"tokenizer": pipeline.tokenizer, "text_encoder": pipeline.text_encoder}
+    if dtype == torch.float16 and is_sdxl(index) and pipeline.vae.config.force_upcast:
+        pipeline.vae.float()  # its activations are beyond float16; madebyollin/sdxl-vae-fp16-fix has none such
+    common = {"name": model, "source": source, "scheduler": scheduler}
+    return _of_pipeline(pipeline, index, common)
+
+
+def _scheduler(config, index: dict):
+    """DDIM, or flow matching's own Euler, with a folder's settings."""
+    if is_transformer(index):
+        return (FluxScheduler if is_flux(index) else FlowScheduler).from_config(config)
+    # A config without clip_sample means none; DDIM's own default would clip the latents.
+    return DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
+
+
+def _of_pipeline(pipeline: DiffusionPipeline, index: dict, common: dict) -> StableDiffusion:
+    """The model of a loaded pipeline, by its family."""
+    common |= {"tokenizer": pipeline.tokenizer, "text_encoder": pipeline.text_encoder, "vae": pipeline.vae}
     if is_transformer(index):
         return (Flux if is_flux(index) else StableDiffusion3)(**common, unet=pipeline.transformer, pipeline=pipeline)
     common["unet"] = pipeline.unet
     if not is_sdxl(index):
         return StableDiffusion(**common)
-    if dtype == torch.float16 and pipeline.vae.config.force_upcast:
-        pipeline.vae.float()  # its activations are beyond float16; madebyollin/sdxl-vae-fp16-fix has none such
     second = {"tokenizer_2": pipeline.tokenizer_2, "text_encoder_2": pipeline.text_encoder_2}
     return StableDiffusionXL(**common, **second, zeros_for_empty_prompt=pipeline.config.force_zeros_for_empty_prompt)
 
