@@ -14,12 +14,16 @@ from dpt.base_models import (
     DEFAULT_MODEL,
     DPT_WEIGHTS,
     DTYPE_NAMES,
+    FLUX,
     MODELS,
     OFFLOADS,
+    SD_3,
+    check_family,
     config_beside,
     describe_size,
     half_precision,
     known_name,
+    pipeline_of,
     recommended,
 )
 from dpt.choosing import CANDIDATES_APART
@@ -42,7 +46,7 @@ def make_parser() -> ArgumentParser:
         "--model",
         "--pretrained_model_name_or_path",
         default=DEFAULT_MODEL,
-        help=f"{', '.join(MODELS)}, a local folder or a hub id (default: {DEFAULT_MODEL})",
+        help=f"{', '.join(MODELS)}, a local folder, a single file or a hub id (default: {DEFAULT_MODEL})",
     )
     add("--revision", help="branch, tag or commit on the hub")
     add("--variant", help="of the files of weights, such as fp16 (default: of a local folder, whichever is there)")
@@ -68,7 +72,7 @@ def make_parser() -> ArgumentParser:
     add("--compbench", action="store_true", help="name files as T2I-CompBench expects: <prompt>_<6 digits>.png")
     add("--skip_existing", action="store_true", help="skip what outdir holds already with the same settings")
     add("--trace", action="store_true", help="write score against step, with and without correction")
-    add("--dtype", choices=DTYPE_NAMES, help="default: float16 on CUDA (SD 3: bfloat16), else float32")
+    add("--dtype", choices=DTYPE_NAMES, help="default: float16 on CUDA (SD 3, FLUX: bfloat16), else float32")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the first GPU, else the CPU)")
     gpu = number(int, at_least=0, at_most=1023)
     add("-g", "--gpuid", "--gpu", type=gpu, metavar="N", help="draw on GPU N; without CUDA the CPU is used")
@@ -137,6 +141,7 @@ def choose_sampling(args: argparse.Namespace, weights: Path | None) -> Sampling:
     sampling = recommended(args.model, config_beside(weights) if weights else None).changed(**given_sampling(args))
     if weights is None and (sampling.needs_adapter or args.trace):
         raise ValueError("self-correction, --candidates and --trace need an adapter: pass --dpt PATH")
+    check_family(args.model, sampling, no_t5=args.no_t5)
     last = args.seed + args.n_samples * args.n_iter + CANDIDATES_APART * (sampling.candidates - 1)
     if sampling.candidates > 1 and last >= SEED_LIMIT:
         raise ValueError(f"--seed is {args.seed}; with {sampling.candidates} candidates seeds would go beyond 2**62")
@@ -195,10 +200,15 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device(args)
     dtype = args.dtype or (half_precision(args.model) if device.type == "cuda" else "float32")
     print(f"{args.model} on {device} in {dtype}, {describe(weights, sampling, args.lora)}", flush=True)
+    if args.parity and recommended(args.model, config_beside(weights) if weights else None).candidates > 1:
+        print("note: --parity draws as the reference: it chooses nothing and corrects by the paper's factor")
+    if args.offload and device.type == "cpu":
+        print("note: --offload has no effect: there is no accelerator here")
     if args.gpuid is not None and device.type == "cpu":
         print("no CUDA device here: drawing on the CPU")
     if args.dry_run:
-        steps = f"{sampling.num_inference_steps} {sampling.scheduler.upper()} steps"
+        scheduler = "flow Euler" if pipeline_of(args.model) in (SD_3, FLUX) else sampling.scheduler.upper()
+        steps = f"{sampling.num_inference_steps} {scheduler} steps"
         print(f"{steps}, guidance scale {sampling.guidance_scale}, seeds from {args.seed}, into {args.outdir}")
         print(describe_size(args.model, sampling.height, sampling.width))
         return 0
@@ -237,7 +247,7 @@ def announce(sd, prompts: list[str], args: argparse.Namespace, sampling: Samplin
 
     for prompt in dict.fromkeys([*prompts, sampling.negative_prompt]):
         if cut := sd.truncated_part(prompt):
-            limit = sd.tokenizer.model_max_length
+            _, limit = sd.longest_reader
             print(f"note: {sd.name} reads {limit} tokens a prompt; not read of {prompt[:40]!r}...: {cut[:60]!r}...")
     if note := grammar_note(sd.name, prompts):
         print(f"note: {note}")

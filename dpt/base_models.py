@@ -1,5 +1,6 @@
 """The base models that can be named, where their files come from, and how they draw. Imports nothing heavy."""
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -116,6 +117,26 @@ def source_of(model: str, notice=lambda text: None) -> str:
     return model
 
 
+def check_family(model: str, sampling: Sampling, *, no_t5: bool = False) -> None:
+    """Raises ValueError for settings that a model's family has not, before anything is loaded."""
+    pipeline = pipeline_of(model)
+    if no_t5 and pipeline != SD_3:
+        raise ValueError(f"no_t5 is set; {model} is not Stable Diffusion 3, which alone can do without T5")
+    if sampling.distilled_guidance is not None and (pipeline != FLUX or known_name(model) == "flux-schnell"):
+        raise ValueError(
+            f"distilled_guidance is {sampling.distilled_guidance:g}; {model} takes none: it is for FLUX.1-dev"
+        )
+    if pipeline in (SD_3, FLUX):
+        check_flow(parity=sampling.parity, scheduler=sampling.scheduler)
+
+
+def check_flow(*, parity: bool, scheduler: str) -> None:
+    """Raises ValueError for what flow matching has not."""
+    if parity or scheduler == "dpm++":
+        wrong = "parity" if parity else "scheduler 'dpm++'"
+        raise ValueError(f"{wrong} is not for flow matching, which steps by the model's own Euler: leave it out")
+
+
 def pipeline_of(model: str) -> str:
     """The class of diffusers that draws with a name, hub id or folder; that of SD 1 and 2 where nothing says so."""
     if name := known_name(model):
@@ -123,8 +144,14 @@ def pipeline_of(model: str) -> str:
     index = Path(model) / "model_index.json"
     if index.is_file():
         return str(read_json(index, dict).get("_class_name"))
-    alike = {"stable-diffusion-3": SD_3, "flux": FLUX, "xl": SD_XL}  # hub ids say what they are
-    return next((pipeline for part, pipeline in alike.items() if part in model.lower()), BaseModel.pipeline)
+    if Path(model).is_file():
+        from dpt.backbones.single_file import named_alike  # imports diffusers
+
+        return MODELS[named_alike(Path(model))].pipeline
+    words = set(re.split(r"[-_.]", model.lower().rpartition("/")[2]))  # hub ids say what they are
+    if {"stable", "diffusion", "3"} <= words:
+        return SD_3
+    return FLUX if words & {"flux", "flux1"} else SD_XL if words & {"xl", "sdxl"} else BaseModel.pipeline
 
 
 def half_precision(model: str) -> str:
@@ -137,8 +164,12 @@ def recommended(model: str, weights: DPTConfig | None = None) -> Sampling:
 
     A model without a name draws as the first of its family that has one; of Stable Diffusion 1 and 2 as sd21-base.
     """
-    alike = (name for name, one in MODELS.items() if one.pipeline == pipeline_of(model) and name != "shapes")
-    known = MODELS[known_name(model) or next(alike, DEFAULT_MODEL)]
+    name = known_name(model)
+    if name is None:
+        pipeline = pipeline_of(model)
+        alike = (name for name, one in MODELS.items() if one.pipeline == pipeline and name != "shapes")
+        name = next(alike, DEFAULT_MODEL)
+    known = MODELS[name]
     if weights is None:
         return known.sampling
     corrected = replace(known.sampling, correction_factor=PAPER.correction_factor)
@@ -159,5 +190,6 @@ def describe_size(model: str, height: int | None, width: int | None) -> str:
             if Path(model).exists():
                 raise
             return str(error)
-    height, width = (check_size(name, value or side) for name, value in (("H", height), ("W", width)))
+    factor = VAE_SCALE_FACTOR * (2 if pipeline_of(model) in (SD_3, FLUX) else 1)  # a transformer's token is 2 x 2
+    height, width = (check_size(name, value or side, factor) for name, value in (("H", height), ("W", width)))
     return f"{height} x {width} pixels"

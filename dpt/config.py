@@ -202,7 +202,7 @@ class LossSettings:
     itm_every: int = bounded(1, at_least=1)
     """the matching losses, which take five more passes of the U-Net, in every so-manieth step alone"""
     reward_until: float = bounded(0.4, above=0, below=1)
-    """own pictures are scored after a step from the first so large share of the steps"""
+    """half-drawn pictures are scored after a step drawn evenly from the first such share of the steps"""
     eos_coef: float = bounded(0.1, at_least=0)
     temperature: float = bounded(0.07, above=0)
     cost_class: float = bounded(1.0, at_least=0)

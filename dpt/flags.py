@@ -33,7 +33,10 @@ FLAGS = {
     "correction_start": (("--correction_start",), "first corrected step, as a fraction of the steps (default: 0)"),
     "correction_stop": (("--correction_stop",), "end of the corrected steps, as a fraction of the steps (default: 1)"),
     "on_nan": (("--on_nan",), "a non-finite score: stop, or go on without it (default: raise)"),
-    "candidates": (("--candidates",), "noises that a picture is chosen from by the matching score (default: 1)"),
+    "candidates": (
+        ("--candidates",),
+        "noises that a picture is chosen from by the matching score (default: 1, of shapes' verifier 2)",
+    ),
     "choose_at": (
         ("--choose_at",),
         "when to choose, as fractions of the steps; several narrow the candidates down (default: 0.25)",

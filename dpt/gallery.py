@@ -17,7 +17,7 @@ import dpt
 from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.offload import offload
 from dpt.backbones.stable_diffusion import DTYPES, weights_fingerprint
-from dpt.checkpoint.checkpoint import load_checkpoint
+from dpt.checkpoint.checkpoint import leaves_t5_out, load_checkpoint
 from dpt.choosing import rounds, with_numbers
 from dpt.drawing import Artist, Drawing, without_correction
 from dpt.images import append_metadata, compbench_stem, make_grid, numbered, read_metadata, save_new
@@ -36,6 +36,7 @@ def open_artist(
     Raises:
         ValueError: weights that cannot be used, or a size that the model cannot draw.
     """
+    checkpoint = load_checkpoint(weights, local_files_only=args.local_files_only) if weights else None
     sd = load_stable_diffusion(
         args.model,
         revision=args.revision,
@@ -43,10 +44,9 @@ def open_artist(
         local_files_only=args.local_files_only,
         dtype=DTYPES[dtype],
         device="cpu" if args.offload else device,
-        no_t5=args.no_t5,
+        no_t5=args.no_t5 or leaves_t5_out(checkpoint),
     )
     _, h, w = sd.latent_shape(sampling.height, sampling.width)
-    checkpoint = load_checkpoint(weights, local_files_only=args.local_files_only) if weights else None
     scorer = checkpoint.attach(sd) if checkpoint else None
     if args.lora:
         load_external_lora(sd, args.lora)

@@ -13,7 +13,7 @@ from peft.utils import get_peft_model_state_dict
 from transformers import CLIPTextModel
 
 from dpt.backbones.architecture import PROJECTIONS, TEXT_PROJECTIONS
-from dpt.backbones.blocks import block_prefix, parse_feature
+from dpt.backbones.blocks import LATENTS, block_prefix, parse_feature
 from dpt.backbones.model_folder import LOADING_ERRORS
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.checkpoint.lora_files import read_lora
@@ -146,7 +146,8 @@ def add_lora(unet: UNet2DConditionModel, *, rank: int, alpha: float, blocks: tup
         ValueError: blocks without attention, or that the U-Net does not have.
     """
     for block in blocks:
-        parse_feature(block, unet.config)
+        if parse_feature(block, unet.config) != (block,) or block == LATENTS:
+            raise ValueError(f"lora.blocks is {list(blocks)}; {block!r} is no single block")
     prefixes = tuple(map(block_prefix, blocks)) or ("",)  # with which every name begins
     projections = (*PROJECTIONS, *TEXT_PROJECTIONS)
     targets = [n for n, _ in unet.named_modules() if n.endswith(projections) and n.startswith(prefixes)]

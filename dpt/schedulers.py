@@ -12,6 +12,7 @@ from diffusers import (
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
 from dpt.backbones.flow import FlowScheduler
+from dpt.base_models import check_flow
 
 CLASSES = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpm++": DPMSolverMultistepScheduler}
 
@@ -44,9 +45,7 @@ def make_scheduler(base: SchedulerMixin, name: str, *, parity: bool = False) -> 
         ValueError: `parity` with a model that does not predict epsilon, or what flow matching has not.
     """
     if isinstance(base, FlowScheduler):
-        if parity or name == "dpm++":
-            wrong = "parity" if parity else "scheduler 'dpm++'"
-            raise ValueError(f"{wrong} is not for flow matching, which steps by the model's own Euler: leave it out")
+        check_flow(parity=parity, scheduler=name)
         return copy.deepcopy(base)
     if parity and base.config.prediction_type != "epsilon":
         raise ValueError("parity is the reference's DDIM for models that predict epsilon; this one needs parity=False")

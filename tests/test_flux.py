@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import train_probe
 import train_tune
@@ -267,6 +268,53 @@ def test_a_folder_that_lacks_something_is_refused(folder, tmp_path):
     shutil.rmtree(tmp_path / "model/text_encoder_2")
     with pytest.raises(ValueError, match="lacks the folder text_encoder_2 of FLUX"):
         load_stable_diffusion(str(tmp_path / "model"))
+
+
+def test_a_folder_whose_t5_lacks_something_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "words")
+    shutil.rmtree(tmp_path / "words/tokenizer_2")
+    with pytest.raises(ValueError, match="tokenizer_2"):
+        load_stable_diffusion(str(tmp_path / "words"))
+    shutil.copytree(folder, tmp_path / "weights")
+    path = tmp_path / "weights/text_encoder_2/model.safetensors"
+    state = load_file(path)
+    state.pop("encoder.block.0.layer.0.SelfAttention.k.weight")
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"text_encoder_2: its weights have no .*SelfAttention.k.weight"):
+        load_stable_diffusion(str(tmp_path / "weights"))
+
+
+def test_t5_reads_more_of_a_prompt_than_clip(sd):
+    assert sd.truncated_part("a red circle and " * 30) == ""
+    assert sd.truncated_part("a red circle and " * 300)
+
+
+def test_noisy_latents_can_be_read_beside_a_prediction(sd):
+    z = initial_noise([0], sd.latent_shape(64, 96))
+    with torch.no_grad():
+        inputs = sd.unet, ("latents",), z, torch.tensor(500.0), sd.condition(PROMPTS[:1])
+        (found,), velocity = unet_features(*inputs, with_noise_pred=True)
+    assert torch.equal(found, z)
+    assert velocity.shape == z.shape
+
+
+def test_several_blocks_in_one_word_are_no_block_of_lora(sd):
+    with pytest.raises(ValueError, match=r"'block0.block1' is no single block"):
+        add_lora(sd.unet, rank=2, alpha=2.0, blocks=("block0+block1",))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "flux-dev", "--H", "1032"], "H is 1032; it must be a positive multiple of 16"),
+        (["--model", "sd3-medium", "--scheduler", "dpm++"], "scheduler 'dpm++' is not for flow matching"),
+        (["--model", "flux-schnell", "--distilled_guidance", "2"], "distilled_guidance is 2; flux-schnell takes none"),
+        (["--model", "shapes", "--no_t5"], "no_t5 is set; shapes is not Stable Diffusion 3"),
+    ],
+)
+def test_a_dry_run_refuses_what_drawing_would(words, message, capsys):
+    assert txt2img.main([*words, "--prompt", "a star", "--dpt", "none", "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_fetched_says_where_its_licence_is(capsys):

@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import txt2img
 from dpt.backbones import loading, single_file
 from dpt.backbones.architecture import architecture
 from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.single_file import named_alike
-from dpt.base_models import CKPT_FOLDER
+from dpt.base_models import CKPT_FOLDER, pipeline_of, recommended
 from dpt.images import read_metadata
 from tests.single_file import save_single_file
 
@@ -100,6 +100,44 @@ def test_other_files_are_refused(tensors, message, tmp_path, capsys):
     save_file({key: torch.zeros(shape) for key, shape in tensors.items()}, tmp_path / "model.safetensors")
     assert txt2img.main([*WORDS, "--model", str(tmp_path / "model.safetensors")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_its_family_is_that_of_its_tensors(tmp_path):
+    (tmp_path / "flux-xl").mkdir()
+    names = {
+        "v1.safetensors": "model.diffusion_model.output_blocks.11.0.skip_connection.weight",
+        "juggernaut.safetensors": "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias",
+    }
+    for file, name in names.items():
+        tensors = {name: torch.zeros(4, 4), "model.diffusion_model.out.2.bias": torch.zeros(4)}
+        save_file(tensors, tmp_path / "flux-xl" / file)
+    found = [recommended(str(tmp_path / "flux-xl" / file)) for file in names]
+    assert [sampling.guidance_scale for sampling in found] == [7.5, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "pipeline"),
+    [
+        ("black-forest-labs/FLUX.1-dev", "FluxPipeline"),
+        ("stabilityai/stable-diffusion-3.5-large", "StableDiffusion3Pipeline"),
+        ("someone/dreamer-xl", "StableDiffusionXLPipeline"),
+        ("someone/pixlart-sd15", "StableDiffusionPipeline"),
+        ("flux-lovers/sd15-anime", "StableDiffusionPipeline"),
+    ],
+)
+def test_hub_ids_say_their_family_by_whole_words(hub_id, pipeline):
+    assert pipeline_of(hub_id) == pipeline
+
+
+def test_a_file_without_a_text_encoder_is_refused(file, ckpt, tmp_path, capsys):
+    if file.suffix == ".ckpt":
+        return
+    state = {name: value for name, value in load_file(file).items() if not name.startswith("cond_stage_model.")}
+    save_file(state, tmp_path / "half.safetensors")
+    assert txt2img.main([*WORDS, "--model", str(tmp_path / "half.safetensors")]) == 2
+    assert "is not a complete model like sd15" in capsys.readouterr().err
+    assert txt2img.main([*WORDS, "--model", str(file), "--variant", "fp16"]) == 2
+    assert "variant is 'fp16'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])

@@ -142,10 +142,14 @@ _NUMBERS = {
     "flux-schnell": (768, 11_891_178_560, 4_969_000_000, _FLUX_LORA),
 }
 """pooled width, weights of the denoiser and of the others (T5 among them), LoRA's widths"""
+T5_WEIGHTS = 4_762_000_000  # about: T5-XXL's encoder
 
 
-def architecture(model: str) -> Architecture:
+def architecture(model: str, *, no_t5: bool = False) -> Architecture:
     """What is known of a model by name, folder, single file or hub id; reads no weights of safetensors.
+
+    Args:
+        no_t5: leave out the T5 of Stable Diffusion 3.
 
     Raises:
         ValueError: neither on this machine nor a model that has a name, or a folder that is not complete.
@@ -157,7 +161,7 @@ def architecture(model: str) -> Architecture:
         source = configs_of(named_alike(Path(source)))
     if Path(source).is_dir():
         try:
-            return _of_folder(Path(source))
+            return _of_folder(Path(source), no_t5)
         except LOADING_ERRORS as error:
             reason = " ".join(str(error).split())
             raise ValueError(
@@ -167,10 +171,11 @@ def architecture(model: str) -> Architecture:
     if known not in CONFIGS:
         raise ValueError(f"model {model!r}: its architecture is not known before it is downloaded")
     defaults = {SD_3: TRANSFORMER_3, FLUX: TRANSFORMER_FLUX}.get(MODELS[known].pipeline, UNET)
-    return Architecture(Config(defaults | CONFIGS[known]), *_NUMBERS[known])
+    width, weights, others, lora = _NUMBERS[known]
+    return Architecture(Config(defaults | CONFIGS[known]), width, weights, others - T5_WEIGHTS * no_t5, lora)
 
 
-def _of_folder(folder: Path) -> Architecture:
+def _of_folder(folder: Path, no_t5: bool) -> Architecture:
     check_folder(folder)
     index = read_index(folder)
     part, defaults = "unet", UNET
@@ -185,8 +190,8 @@ def _of_folder(folder: Path) -> Architecture:
         width = read_json(folder / "text_encoder/config.json", TextConfig).hidden_size
     variant = choose_variant(folder) or ""
     files = {name: weight_files(folder / name).get(variant, []) for name in STEMS}
-    others = [file for name in STEMS if name != part for file in files[name]]
-    others += (folder / "text_encoder_3").glob("*.safetensors")
+    left_out = {part, "text_encoder_3"} if no_t5 else {part}
+    others = [file for name in STEMS if name not in left_out for file in files[name]]
     shapes = {name: shape for file in files[part] for name, shape in read_shapes(file).items()}
     shapes = shapes or _shapes_of(config, part == "transformer")
     ends = tuple(f"{name}.weight" for name in (*PROJECTIONS, *TEXT_PROJECTIONS))

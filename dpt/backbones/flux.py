@@ -42,6 +42,11 @@ class Flux(StableDiffusion3):
         """Channels of a latent before four cells are packed into a token."""
         return self.unet.config.in_channels // 4
 
+    @property
+    def longest_reader(self):
+        """T5's tokenizer."""
+        return self.pipeline.tokenizer_2, 512 if self.unet.config.guidance_embeds else 256  # as they were made
+
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str], *, clip_skip: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Context (B, L, E) by T5 and pooled texts (B, P) by CLIP, as the stock pipeline makes them.
@@ -52,7 +57,7 @@ class Flux(StableDiffusion3):
         if clip_skip is not None:
             raise ValueError(f"clip_skip is {clip_skip}; FLUX reads its context by T5: leave it out")
         distinct = list(dict.fromkeys(prompts))
-        length = 512 if self.unet.config.guidance_embeds else 256  # what the models were made with
+        _, length = self.longest_reader
         context, pooled, _ = self.pipeline.encode_prompt(distinct, device=self.device, max_sequence_length=length)
         rows = [distinct.index(prompt) for prompt in prompts]
         return context[rows], pooled[rows]

@@ -13,11 +13,14 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import model_info
 from transformers import CLIPTextConfig
 
@@ -40,7 +43,7 @@ from dpt.backbones.sd3 import StableDiffusion3
 from dpt.backbones.sdxl import StableDiffusionXL
 from dpt.backbones.single_file import configs_of, is_xl, load_single_file, named_alike
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.base_models import CKPT_FOLDER, DEFAULT_MODEL, MIRRORS, MODELS, source_of
+from dpt.base_models import CKPT_FOLDER, DEFAULT_MODEL, MIRRORS, MODELS, SD_3, pipeline_of, source_of
 from dpt.files import read_json
 from dpt.weights import read_shapes
 
@@ -70,7 +73,11 @@ def load_stable_diffusion(
     source = configs = source_of(model, notice)
     if revision is not None and Path(source).exists():
         raise ValueError(f"revision is {revision!r}; {source} is on this machine, and has none")
+    if no_t5 and pipeline_of(model) != SD_3:
+        raise ValueError(f"no_t5 is set; {model} is not Stable Diffusion 3, which alone can do without T5")
     if is_file := Path(source).is_file():
+        if variant is not None:
+            raise ValueError(f"variant is {variant!r}; {source} is a single file, which has none")
         alike = named_alike(Path(source))
         configs = configs_of(alike)
         notice(f"{model} is taken for a model like {alike}; its configs are those of {configs}")
@@ -90,11 +97,11 @@ def load_stable_diffusion(
                 pipeline = _stock_pipeline(Path(source), files, index, no_t5, variant=variant, dtype=dtype, **where)
         scheduler = _scheduler(pipeline.scheduler.config, index)
     except Exception as error:
-        if isinstance(error, LOADING_ERRORS) or type(error) is Exception:  # as the tokenizers library raises it
+        if (
+            isinstance(error, (*LOADING_ERRORS, SingleFileComponentError)) or type(error) is Exception
+        ):  # as the tokenizers library raises it
             raise ValueError(_missing(model, source, error)) from error
         raise
-    if no_t5 and not is_sd3(index):
-        raise ValueError(f"no_t5 is set; {model} is not Stable Diffusion 3, which alone can do without T5")
     if not is_transformer(index):
         check_kind(f"model {model!r}", pipeline.unet.config, pipeline.vae.config, is_xl=is_sdxl(index))
     if lacking := _lacking(pipeline):
@@ -166,12 +173,16 @@ def _lacking(pipeline: DiffusionPipeline) -> str:
     for part, module in networks.items():
         if lacking := [name for name, value in module.named_parameters() if value.is_meta]:
             return f"{part}: its weights lack {lacking[0]}"
-    for number in ("", "_2"):
+    for number in ("", "_2", "_3"):
         tokenizer = pipeline.components.get(f"tokenizer{number}")
-        config = getattr(pipeline.components.get(f"text_encoder{number}"), "config", None)
-        if tokenizer is None or not isinstance(config, CLIPTextConfig):  # T5 has words that no text needs
+        if tokenizer is None:
             continue
-        if len(tokenizer) != config.vocab_size:  # transformers makes an empty one where its files are missing
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one where its files are missing
+            return f"its tokenizer{number} has no words"
+        config = pipeline.components[f"text_encoder{number}"].config
+        if not isinstance(config, CLIPTextConfig):  # T5 has words that no text needs
+            continue
+        if len(tokenizer) != config.vocab_size:
             return f"its tokenizer{number} has {len(tokenizer)} tokens, its text encoder{number} {config.vocab_size}"
         # without its config, a tokenizer's length is 1e30
         tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
@@ -212,7 +223,11 @@ def _quiet_fallback():
 
 def _broken_part(folder: Path) -> str:
     """The first component of a folder whose config is of no model, or not of its weights'; "" where none is found."""
-    for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+    index = read_index(folder)
+    denoiser = ("unet", UNet2DConditionModel)
+    if is_transformer(index):
+        denoiser = ("transformer", FluxTransformer2DModel if is_flux(index) else SD3Transformer2DModel)
+    for part, kind in (denoiser, ("vae", AutoencoderKL)):
         try:
             with torch.device("meta"):
                 expected = kind.from_config(read_json(folder / part / "config.json", dict)).state_dict()
@@ -241,6 +256,8 @@ def _missing(model: str, source: str, error: Exception) -> str:
         )
     if Path(source).is_file():
         name = named_alike(Path(source))
+        if Path(configs_of(name)).is_dir():
+            return f"model {model!r} is not a complete model like {name} ({reason})"
         return (
             f"model {model!r}: its weights need the configs of {name}, which cannot be had ({reason}); put those of "
             f"{MODELS[name].source} without the weights into {CKPT_FOLDER / name}, or go online once"

@@ -41,7 +41,7 @@ FAMILIES = {
 }
 """kind of a `model_index.json` -> its name, and the classes of its parts; others are Stable Diffusion 1 and 2"""
 STEMS = {part: ("diffusion_pytorch_model",) * 2 for part in ("unet", "transformer", "vae")}
-STEMS |= {"text_encoder": ("model", "pytorch_model"), "text_encoder_2": ("model", "pytorch_model")}
+STEMS |= {f"text_encoder{number}": ("model", "pytorch_model") for number in ("", "_2", "_3")}
 """how the names of weights begin, as safetensors and as .bin"""
 LOADING_ERRORS = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, StrictDataclassError)
 """Errors of diffusers and transformers at a folder whose files do not fit each other."""
@@ -218,22 +218,27 @@ def check_weights(folder: Path, variant: str | None) -> None:
         files, shapes = weight_files(folder / part), {}
         for file in files.get(variant or "", files.get("", [])):
             shapes |= read_shapes(file)
-        is_t5 = part == "text_encoder_2" and is_flux(read_index(folder))
-        if (
-            part.startswith("text_encoder") and shapes and not is_t5
-        ):  # the others' are compared by diffusers; transformers makes
-            _check_text_encoder(folder / part, shapes)  # up what is missing
+        if not part.startswith("text_encoder") or not shapes:  # diffusers compares the others'
+            continue
+        is_t5 = part == "text_encoder_3" or (part == "text_encoder_2" and is_flux(read_index(folder)))
+        _check_text_encoder(folder / part, shapes, is_t5=is_t5)  # transformers makes up what is missing
 
 
-def _check_text_encoder(folder: Path, shapes: dict[str, list[int]]) -> None:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+def _check_text_encoder(folder: Path, shapes: dict[str, list[int]], *, is_t5: bool) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-    read_json(folder / "config.json", TextConfig)
+    if not is_t5:
+        read_json(folder / "config.json", TextConfig)
     try:
-        config = CLIPTextConfig.from_dict(read_json(folder / "config.json", dict))
-        kind = CLIPTextModelWithProjection if folder.name == "text_encoder_2" else CLIPTextModel
+        given = read_json(folder / "config.json", dict)
+        config = T5Config.from_dict(given) if is_t5 else CLIPTextConfig.from_dict(given)
+        with_projection = CLIPTextModelWithProjection if folder.name == "text_encoder_2" else CLIPTextModel
+        kind = T5EncoderModel if is_t5 else with_projection
         with torch.device("meta"):
             expected = kind(config).state_dict()
+        if is_t5:  # the same words under two names, of which a file has one
+            expected.pop("encoder.embed_tokens.weight", None)
+            shapes = {"shared.weight": shapes.get("encoder.embed_tokens.weight")} | shapes
     except LOADING_ERRORS as error:
         raise ValueError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
     found = {name.removeprefix("text_model."): shape for name, shape in shapes.items()}

@@ -12,6 +12,9 @@ from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.backbones.unet_features import Conditioning
 from dpt.base_models import check_size
 
+T5_TOKENS = 256
+"""that T5 reads in the stock pipeline"""
+
 
 @dataclass
 class StableDiffusion3(StableDiffusion):
@@ -59,6 +62,11 @@ class StableDiffusion3(StableDiffusion):
             "vae": self.vae,
             "transformer": self.unet,
         }
+
+    @property
+    def longest_reader(self):
+        """T5's tokenizer, where it is there; else CLIP's."""
+        return (self.pipeline.tokenizer_3, T5_TOKENS) if self.has_t5 else super().longest_reader
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str], *, clip_skip: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:

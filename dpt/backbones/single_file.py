@@ -4,6 +4,7 @@ The file holds weights alone. Configs, tokenizers and the scheduler come from th
 ckpt/<name> where its `model_index.json` is, else from the hub's cache or the hub.
 """
 
+import re
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ def named_alike(file: Path) -> str:
     if kind not in KINDS or not any(name.startswith("model.diffusion_model.") for name in shapes):
         found = "no whole model" if kind == "v1" else f"a model of the kind {kind}"
         raise ValueError(f"model {str(file)!r} holds {found}; {SUPPORTED}, in one file 1, 2 and XL")
-    return "sd21" if kind == "v2" and "768" in file.stem else KINDS[kind]
+    return "sd21" if kind == "v2" and re.search(r"(?<!\d)768(?!\d)", file.stem) else KINDS[kind]
 
 
 def configs_of(name: str) -> str:

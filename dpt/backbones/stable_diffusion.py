@@ -127,12 +127,15 @@ class StableDiffusion:
         """Every network by its name in a pipeline, the U-Net last."""
         return {"text_encoder": self.text_encoder, "vae": self.vae, "unet": self.unet}
 
+    @property
+    def longest_reader(self) -> tuple[CLIPTokenizer, int]:
+        """The tokenizer of the text encoder that reads most of a prompt, and how many tokens it reads."""
+        return self.tokenizer, self.tokenizer.model_max_length
+
     def truncated_part(self, prompt: str) -> str:
         """The end of an `expanded` prompt that the text encoder does not read; "" when it reads all."""
-        prompt = self.expanded(prompt)
-        tokens = self.tokenizer(
-            prompt, truncation=True, max_length=self.tokenizer.model_max_length, return_offsets_mapping=True
-        )
+        prompt, (tokenizer, length) = self.expanded(prompt), self.longest_reader
+        tokens = tokenizer(prompt, truncation=True, max_length=length, return_offsets_mapping=True)
         read = max(end for _, end in tokens["offset_mapping"])
         return prompt[read:].strip()
 

@@ -14,7 +14,7 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel
 from torch import nn
 
-from dpt.backbones.blocks import patch_size
+from dpt.backbones.blocks import LATENTS, patch_size
 from dpt.backbones.flow import variance_scale
 from dpt.backbones.offload import own_forward
 
@@ -45,7 +45,8 @@ def transformer_features(
     """
     batch, _, height, width = noisy_latents.shape
     size = patch_size(transformer.config)
-    captured: dict[str, torch.Tensor] = {}
+    captured: dict[str, torch.Tensor] = {LATENTS: noisy_latents}
+    read = [block for block in blocks if block != LATENTS]
 
     def keep(block):
         def hook(module, args, output):  # (text tokens, image tokens)
@@ -56,13 +57,12 @@ def transformer_features(
         return hook
 
     named = transformer_blocks(transformer)
-    modules = [named[block] for block in blocks]
-    handles = [module.register_forward_hook(keep(block)) for module, block in zip(modules, blocks, strict=True)]
+    handles = [named[block].register_forward_hook(keep(block)) for block in read]
     network, gradients, velocity = transformer, torch.is_grad_enabled(), None
     if not with_noise_pred:
         network = copy.copy(transformer)
         network._modules = dict(transformer._modules)  # a shallow copy shares this table
-        last = max(list(named).index(block) for block in blocks) + 1
+        last = max(list(named).index(block) for block in read) + 1
         double = transformer.transformer_blocks
         network.transformer_blocks = double[:last]
         if hasattr(transformer, "single_transformer_blocks"):

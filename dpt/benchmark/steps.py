@@ -84,6 +84,7 @@ def guided_step_kinds(
     @torch.no_grad()
     def step(denoise):
         noise_pred, moved = denoise(latents, timestep, 10)
+        scheduler._step_index = None  # flow matching counts its steps
         return scheduler.step(noise_pred, timestep, moved)
 
     @torch.no_grad()

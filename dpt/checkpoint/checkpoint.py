@@ -73,9 +73,7 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
             raise ValueError(f"{self.source} is a control ({self.config.control}), which is for measuring alone")
         if None not in (names := [known_name(self.config.base_model), known_name(sd.name)]) and names[0] != names[1]:
             raise ValueError(f"{self.source} was made for {self.config.base_model}; the model here is {sd.name}")
-        if self.config.t5 not in (None, sd.has_t5):
-            remedy = "give the model its T5 back" if self.config.t5 else "leave T5 out too (--no_t5)"
-            raise ValueError(f"{self.source} was made {'with' if self.config.t5 else 'without'} T5: {remedy}")
+        self.check_t5(sd)
         if self.lora and self.released:
             reached = {key.rsplit(".to_", 1)[0] for key in self.lora}
             left = [n for n, _ in sd.unet.named_modules() if n.endswith((".attn1", ".attn2")) and n not in reached]
@@ -87,6 +85,12 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
             remove_lora(sd.unet)
         self.adapter.to(sd.device).eval().requires_grad_(False)
         return Scorer(self.adapter, blocks, self.config.itm_layer)
+
+    def check_t5(self, sd: StableDiffusion) -> None:
+        """Raises ValueError where the model has a T5 and the weights were made without, or the other way round."""
+        if self.config.t5 not in (None, sd.has_t5):
+            remedy = "give the model its T5 back" if self.config.t5 else "leave T5 out too (no_t5)"
+            raise ValueError(f"{self.source} was made {'with' if self.config.t5 else 'without'} T5: {remedy}")
 
     def generate_model_card(self, *args, **kwargs) -> ModelCard:
         """What the weights are, in words, with their metrics and licence."""
@@ -121,6 +125,11 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
             return load_checkpoint(model_id)
         names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
         return load_checkpoint(snapshot_download(model_id, **{n: kwargs[n] for n in names if n in kwargs}))
+
+
+def leaves_t5_out(checkpoint: DPTCheckpoint | None) -> bool:
+    """Whether weights were made without the T5 that their base model has, and draw without it."""
+    return checkpoint is not None and checkpoint.config.t5 is False
 
 
 def load_checkpoint(path: str | Path, *, local_files_only: bool = False, **released_settings) -> DPTCheckpoint:

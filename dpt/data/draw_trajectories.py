@@ -23,7 +23,7 @@ from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.stable_diffusion import DTYPES, weights_fingerprint
 from dpt.base_models import DTYPE_NAMES, recommended
 from dpt.bounds import bounded, check_bounds, one_of
-from dpt.checkpoint.checkpoint import load_checkpoint
+from dpt.checkpoint.checkpoint import leaves_t5_out, load_checkpoint
 from dpt.choosing import candidate_seeds
 from dpt.config import differences
 from dpt.data.trajectories import (
@@ -117,7 +117,8 @@ def make(settings: TrajectorySettings, *, device: torch.device | str) -> tuple[i
                 f"{both[0]!r}: leave them out"
             )
     folder = Path(settings.output)
-    sd = load_stable_diffusion(settings.model, dtype=DTYPES[settings.dtype], device=device)
+    no_t5 = leaves_t5_out(None if settings.dpt == "none" else load_checkpoint(settings.dpt))
+    sd = load_stable_diffusion(settings.model, no_t5=no_t5, dtype=DTYPES[settings.dtype], device=device)
     drawn = draw_missing(settings, sd, prompts, folder)
     return drawn, 0 if settings.scorer == "none" else label_missing(settings, sd, folder)
 

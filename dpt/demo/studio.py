@@ -14,7 +14,7 @@ from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.stable_diffusion import DTYPES, StableDiffusion, usable_device
 from dpt.backbones.unet_features import unet_features
 from dpt.base_models import DPT_WEIGHTS, half_precision, known_name, recommended
-from dpt.checkpoint.checkpoint import load_checkpoint
+from dpt.checkpoint.checkpoint import leaves_t5_out, load_checkpoint
 from dpt.drawing import Artist, without_correction
 from dpt.files import check_text
 from dpt.hub import is_hub_id
@@ -204,7 +204,8 @@ def open_studio(
         raise ValueError(f"self-correction needs an adapter: {weights} is not there; pass --dpt PATH")
     place = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = DTYPES[half_precision(model)] if place.type == "cuda" else torch.float32
-    sd = load_stable_diffusion(model, local_files_only=local_files_only, dtype=dtype, device=place)
     checkpoint = load_checkpoint(weights, local_files_only=local_files_only)
+    options = {"local_files_only": local_files_only, "no_t5": leaves_t5_out(checkpoint)}
+    sd = load_stable_diffusion(model, dtype=dtype, device=place, **options)
     sampling = recommended(model, checkpoint.config).changed(guidance_scale=scale, num_inference_steps=steps)
     return Studio(sd, checkpoint.attach(sd), sampling)

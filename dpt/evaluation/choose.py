@@ -26,7 +26,7 @@ from tqdm import tqdm
 from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.stable_diffusion import DTYPES, weights_fingerprint
 from dpt.base_models import recommended
-from dpt.checkpoint.checkpoint import load_checkpoint
+from dpt.checkpoint.checkpoint import leaves_t5_out, load_checkpoint
 from dpt.choosing import best, candidate_seeds, rounds, stop_of, with_numbers
 from dpt.drawing import Artist
 from dpt.evaluation.flags import judge_options
@@ -100,8 +100,9 @@ def read_candidates(path: Path, num_steps: int) -> list[Candidate]:
 def draw_missing(args: argparse.Namespace, prompts: list[Prompt], there: list[Candidate], path: Path) -> None:
     """Draws and judges the candidates that are not in the file yet."""
     device = process_state().device
-    sd = load_stable_diffusion(args.model, dtype=DTYPES[args.dtype], device=device)
     adapters = {name: load_checkpoint(name) for name in args.dpt}
+    no_t5 = any(map(leaves_t5_out, adapters.values()))
+    sd = load_stable_diffusion(args.model, no_t5=no_t5, dtype=DTYPES[args.dtype], device=device)
     for name, checkpoint in list(adapters.items())[1:]:
         if checkpoint.lora:
             raise ValueError(f"--dpt {name} holds a LoRA; only the first adapter's LoRA can draw: name it first")

@@ -50,6 +50,7 @@ def another_prompt(sd: StableDiffusion, scorer: Scorer, texts: list[str]) -> Met
 
     def method(guidance, sampling, prompts, seeds, trace):
         conditioning = sd.condition([another[prompt] for prompt in prompts])
+        conditioning = conditioning.with_guidance(sampling.distilled_guidance)
         return SelfCorrection(guidance, scorer, sampling, trace, conditioning)
 
     return method

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.stable_diffusion import DTYPES, weights_fingerprint
-from dpt.checkpoint.checkpoint import load_checkpoint
+from dpt.checkpoint.checkpoint import leaves_t5_out, load_checkpoint
 from dpt.choosing import candidate_seeds
 from dpt.drawing import Artist, Drawing, counted_passes
 from dpt.evaluation import correction_controls
@@ -113,10 +113,11 @@ class ArmArtist:
 
     def __init__(self, arm: Arm, prompts: list[Prompt], device: torch.device | str):
         self.arm, self.scorer, self.method = arm, None, None
-        self.sd = load_stable_diffusion(arm.model, dtype=DTYPES[arm.dtype], device=device)
+        checkpoint = load_checkpoint(arm.dpt) if arm.dpt else None
+        options = {"dtype": DTYPES[arm.dtype], "device": device, "no_t5": leaves_t5_out(checkpoint)}
+        self.sd = load_stable_diffusion(arm.model, **options)
         *parts, unet = self.sd.parts.values()
-        if arm.dpt:
-            checkpoint = load_checkpoint(arm.dpt)
+        if checkpoint:
             # what was tuned on shuffled labels is an arm too; other controls are of another U-Net or input
             self.scorer = checkpoint.attach(self.sd, measuring=checkpoint.config.control == "shuffled_labels")
             parts.append(checkpoint.adapter)
@@ -153,7 +154,7 @@ class ArmArtist:
         latents = sd.encode_images(to_pixels(images))
         noise = initial_noise([0] * len(latents), tuple(latents.shape[1:])).to(latents.device)
         noisy = sd.scheduler.add_noise(latents, noise, timestep[None])
-        conditioning = sd.condition(prompts, size=images[0].shape[:2])
+        conditioning = sd.condition(prompts, size=images[0].shape[:2]).with_guidance(self.arm.distilled_guidance)
         return matching_score(sd.unet, self.scorer, noisy, timestep, conditioning).cpu()
 
 

@@ -48,11 +48,15 @@ def run(args: argparse.Namespace) -> dict[str, list[dict]]:
     beside = args.output.with_suffix(".json")
     check_replaceable(beside, partial(read_json, schema=dict[str, list[Length]]), args.output)
     lengths: dict[str, dict[float, Path]] = {}
+    alike: dict[str, dict] = {}  # the other settings of an adapter's arms
     for folder in args.folders:
         settings = read_settings(folder)
         if not settings["correction_norm"]:
             raise ValueError(f"{folder} is of no correction_norm; name arms that follow a score by a length")
         row = lengths.setdefault(settings["dpt"], {})
+        others = {name: value for name, value in settings.items() if name not in ("correction_norm", "weights")}
+        if alike.setdefault(settings["dpt"], others) != others:
+            raise ValueError(f"{folder} differs from the other arms of its adapter in more than correction_norm")
         if settings["correction_norm"] in row:
             raise ValueError(f"{folder} and {row[settings['correction_norm']]} follow one adapter by one length")
         row[settings["correction_norm"]] = folder
@@ -74,8 +78,16 @@ def measured(folders: dict[float, Path]) -> list[Length]:
     shortest, *others = sorted(folders)
     zero, before = last_scores(folders[shortest]), read_arm(folders[shortest])["values"]
     spread, rows = np.std(list(zero.values())), []
+    if not spread:
+        raise ValueError(f"{folders[shortest]} shows pictures of one score alone; draw more")
     for length in others:
         scores, values = last_scores(folders[length]), read_arm(folders[length])["values"]
+        if lacking := {"correct", "malformed"} - set.intersection(
+            *(set(row) for row in [*values.values(), *before.values()])
+        ):
+            raise ValueError(
+                f"{folders[length]} has no figure {min(lacking)!r}: let `evaluate.py align --metrics oracle` judge it"
+            )
         if values.keys() != before.keys():
             raise ValueError(f"{folders[length]} and {folders[shortest]} show other prompts or seeds")
         gains: dict[str, list[float]] = {}
@@ -90,7 +102,12 @@ def measured(folders: dict[float, Path]) -> list[Length]:
 
 def last_scores(folder: Path) -> dict[tuple[str, int], float]:
     """By (prompt, seed), the score at the last corrected step."""
-    return {(record["prompt"], record["seed"]): record["scores"][-1] for record in read_metadata(folder)}
+    found = {}
+    for record in read_metadata(folder):
+        if not record.get("scores"):
+            raise ValueError(f"{folder} holds a picture of {record['prompt']!r} without scores of corrected steps")
+        found[record["prompt"], record["seed"]] = record["scores"][-1]
+    return found
 
 
 def draw(found: dict[str, list[Length]], path: Path) -> None:

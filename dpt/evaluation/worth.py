@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> dict:
         if points := [(row["area"][0], row[gain][0]) for row in verifiers.values() if gain in row]:
             fits[gain] = fit(*np.array(points).T)
     by_area = dict(fits)
+    if args.measured and not args.arms:
+        raise ValueError("--measured is of checkpoints named as the arms: name these with --arms")
     if args.measured:
         adapters = {folder.name: read_settings(folder)["dpt"] for folder in args.arms}
         for name, accuracies in measured_at_500(args.measured, adapters).items():
@@ -144,20 +146,22 @@ def measured_at_500(files: list[Path], adapters: dict[str, str]) -> dict[str, di
                     continue
                 if name not in rows:
                     raise ValueError(f"{path} has nothing of {name}; measure checkpoints under the names of the arms")
-                for column in ACCURACIES & rows[name].keys():
+                for column in sorted(ACCURACIES & rows[name].keys()):
                     found.setdefault(adapter, {})[f"{samples} {column}"] = rows[name][column]["t500"][0]
     return found
 
 
 def fits_of_accuracies(verifiers: dict[str, dict]) -> dict[str, dict]:
     """The fit of every gain to every accuracy, over the adapters that have both."""
-    rows = [row for row in verifiers.values() if "accuracies" in row]
-    names = sorted({name for row in rows for name in row["accuracies"]})
-    return {
-        f"{gain} by {name}": fit(*np.array([(row["accuracies"][name], row[gain][0]) for row in rows]).T)
-        for name in names
-        for gain in ("choosing", "gradient")
-    }
+    rows, found = [row for row in verifiers.values() if "accuracies" in row], {}
+    for name in sorted({name for row in rows for name in row["accuracies"]}):
+        for gain in ("choosing", "gradient"):
+            points = [
+                (row["accuracies"][name], row[gain][0]) for row in rows if gain in row and name in row["accuracies"]
+            ]
+            if len(points) >= LEAST_VERIFIERS:
+                found[f"{gain} by {name}"] = fit(*np.array(points).T)
+    return found
 
 
 def fit(areas: np.ndarray, gains: np.ndarray) -> dict:

@@ -32,17 +32,23 @@ def reward_inputs(batch: Batch, sd: StableDiffusion, sampling: Sampling, *, unti
 
     Args:
         sampling: how pictures are drawn.
-        until: the step is drawn evenly from the first so large share of the steps.
+        until: the step is drawn evenly from the first such share of the steps.
+
+    Raises:
+        ValueError: a schedule of a single step.
     """
     named = zip(batch.ids, batch.epochs, strict=True)
     generators = [sample_generator(seed, *pair, "reward") for pair in named]
     captions = [captions[0] for captions in batch.captions]
     shape = sd.latent_shape()
-    last = max(1, round(until * sampling.num_inference_steps))
+    steps = sampling.num_inference_steps
+    if steps < 2:
+        raise ValueError(f"num_inference_steps is {steps}; a half-drawn picture needs at least 2")
+    last = min(max(1, round(until * steps)), steps - 1)
     return {
         "noise": torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(sd.device),
-        "conditioning": sd.condition(captions),
-        "negative": sd.condition([""] * len(captions), negative=True),
+        "conditioning": sd.condition(captions).with_guidance(sampling.distilled_guidance),
+        "negative": sd.condition([""] * len(captions), negative=True).with_guidance(sampling.distilled_guidance),
         "sampling": sampling,
         "step": int(torch.randint(last, (1,), generator=generators[0])),
     }

@@ -50,6 +50,7 @@ def make_model(
         raise ValueError(f"{start.source} reads {start.config.feature}; model.feature is {config.model.feature}")
     adapter = DiscriminativeAdapter(wanted)
     if start:
+        start.check_t5(sd)
         found = vars(start.adapter.config) | {"dropout": wanted.dropout}
         differing = [f"{n} {found[n]} (here {v})" for n, v in vars(wanted).items() if found[n] != v]
         if differing:

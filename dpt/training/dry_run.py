@@ -27,7 +27,7 @@ def describe_run(config: TrainConfig, stage: str) -> str:
     """
     goes_on = config.resume and bool(checkpoints(Path(config.output_folder) / config.run_name))
     check_stage(config, stage, NUM_TRAIN_TIMESTEPS, goes_on=goes_on)
-    start, model = _start(config), architecture(config.model.name)
+    start, model = _start(config), architecture(config.model.name, no_t5=config.model.no_t5)
     blocks, optim = parse_feature(config.model.feature, model.config), config.optim
     rec_text_dim = model.pooled_width if config.model.rec_text_encoder == "clip" else ROBERTA_WIDTH
     wanted = adapter_config(config, model.config, text_dim=model.pooled_width, rec_text_dim=rec_text_dim)

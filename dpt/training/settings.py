@@ -13,13 +13,14 @@ class ModelSettings:
     """The base model and what of it is probed."""
 
     name: str = "sd21-base"
-    """a name of `dpt.backbones.stable_diffusion`, a local folder or a hub id"""
+    """a name of `dpt.base_models`, a local folder, a single file or a hub id"""
     revision: str | None = None
     no_t5: bool = False
     """leave out the T5 of Stable Diffusion 3"""
     local_files_only: bool = False
     feature: str = "up1"
-    """down0..3, mid, up0..3, several joined by "+", or all; latents: the noisy latents themselves, as a control"""
+    """down0..3, mid, up0..3, of transformers block0.. and single0..; several joined by "+", or all; latents: the noisy
+    latents themselves, as a control"""
     rec_text_encoder: str = "roberta-base"
     """roberta-base, a folder, or clip: the base model's own"""
     gradient_checkpointing: bool = False
@@ -27,7 +28,7 @@ class ModelSettings:
 
 @dataclass
 class LoraSettings:
-    """LoRA on to_q, to_k, to_v and to_out of every attention (tune only)."""
+    """LoRA on to_q, to_k, to_v and to_out of every attention, of transformers on the text's too (tune only)."""
 
     rank: int = bounded(4, at_least=1, at_most=MOST_RANK)
     alpha: float | None = bounded(None, above=0)
@@ -173,6 +174,9 @@ def _check_losses(config: TrainConfig) -> None:
         raise ValueError(
             "loss.weights.reward is set; an adapter that is trained would please itself: set lora.only=true"
         )
+    if weights.reward and (config.data.kind == "trajectories" or config.control != "none"):
+        wrong = f"control is {config.control!r}" if config.control != "none" else "data.kind is 'trajectories'"
+        raise ValueError(f"{wrong}; loss.weights.reward draws pictures of the captions of samples: set one of them")
     if weights.reward and config.model.gradient_checkpointing:
         raise ValueError(
             "model.gradient_checkpointing is true; loss.weights.reward reads the score without LoRA: set one"

@@ -17,7 +17,7 @@ from dpt.backbones.stable_diffusion import StableDiffusion, usable_device
 from dpt.backbones.unet_features import unet_features
 from dpt.base_models import recommended
 from dpt.benchmark.steps import guided_step_kinds, median_seconds
-from dpt.checkpoint.checkpoint import DPTCheckpoint, load_checkpoint
+from dpt.checkpoint.checkpoint import DPTCheckpoint, leaves_t5_out, load_checkpoint
 from dpt.data.coco import load_captions, load_pixels
 from dpt.data.refcoco import load_expressions
 from dpt.drawing import Artist, without_correction
@@ -57,6 +57,7 @@ class Verification:
 
     def load(self, dtype: torch.dtype) -> tuple[StableDiffusion, Scorer]:
         options = {"variant": self.args.variant, "local_files_only": self.args.local_files_only}
+        options["no_t5"] = leaves_t5_out(self.checkpoint)
         sd = load_stable_diffusion(self.args.model, dtype=dtype, device=self.device, **options)
         return sd, self.checkpoint.attach(sd)
 

@@ -12,6 +12,7 @@ arms:
     {dpt: ckpt/shapes-dpt/verifier, guidance_scale: 5, num_inference_steps: 10, correction_norm: 1.0e-6,
      correction_target: latent, correction_stop: 0.5}
   far: {<<: *near, correction_norm: 0.03}
+  other: {<<: *near, correction_norm: 0.03, num_inference_steps: 2}
   plain: {num_inference_steps: 2}
 """
 
@@ -22,7 +23,7 @@ def arms(tmp_path_factory):
     (folder / "arms.yaml").write_text(ARMS)
     words = ["--prompts", "shapes:val", "--per_category", "1", "--seeds", "0", "--outdir", str(folder)]
     assert evaluate.main(["generate", "--arms", str(folder / "arms.yaml"), *words]) == 0
-    folders = [str(folder / name) for name in ("near", "far", "plain")]
+    folders = [str(folder / name) for name in ("near", "far", "other", "plain")]
     assert evaluate.main(["align", *folders, "--metrics", "oracle"]) == 0
     return folder
 
@@ -46,6 +47,7 @@ def test_the_score_rises_with_the_length(arms, capsys):
         (["near"], "near stands alone: its adapter needs a shorter length beside it"),
         (["near", "plain"], "plain is of no correction_norm"),
         (["near", "nowhere"], "nowhere"),
+        (["near", "other"], "other differs from the other arms of its adapter in more than correction_norm"),
     ],
 )
 def test_bad_input_is_one_line(arms, folders, message, capsys):
