@@ -16,6 +16,9 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, *args, **options):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         options.setdefault("allow_abbrev", False)
+        module = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "")
+        if not args and module.startswith("dpt."):  # by python -m, where argparse would say __main__.py
+            options.setdefault("prog", f"python -m {module.removesuffix('.__main__')}")
         super().__init__(*args, **options)
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:

@@ -20,9 +20,11 @@ from dpt.data.settings import DataSettings
 
 def run_check(args: argparse.Namespace) -> int:
     """Prints a table; the exit code is 1 where there are errors. Leakage is told, but is no error."""
+    root = Path(args.root)
+    if not root.is_dir():
+        raise ValueError(f"{root} is no folder; docs/data.md shows what it should hold")
     from dpt.data.check import SHOWN, check_tree, find, leakage, write_leak_free
 
-    root = Path(args.root)
     lists = check_tree(root, decode=args.decode)
     for findings in lists:
         total = sum(map(len, findings.errors.values()))
@@ -50,6 +52,8 @@ def run_check(args: argparse.Namespace) -> int:
 
 def run_cache_latents(args: argparse.Namespace) -> int:
     """Encodes a folder of images; go on after a kill with the same command."""
+    if not Path(args.images).is_dir():
+        raise ValueError(f"--images {args.images} is no folder")
     from dpt.backbones.loading import load_stable_diffusion
     from dpt.backbones.stable_diffusion import DTYPES
     from dpt.data.latents import cache_folder

@@ -76,8 +76,8 @@ class Experiment:
     per_category: int | None = bounded(None, at_least=1)
     """only the first so many prompts a category; they have folders of their own"""
     packed: str | None = None
-    """a file of `evaluate.py pack`: its arms are not drawn but tabled from there. Settings, prompts and seeds must be
-    the same; weights are not compared. Their runs are trained all the same: choose --steps draw table"""
+    """a file of `evaluate.py pack`: its arms are not drawn but tabled from there. Settings must be the same, and its
+    pictures may be more; weights are not compared. Their runs are trained all the same: choose --steps draw table"""
     image_seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3])
     metrics: list[str] = field(default_factory=lambda: ["oracle", "shapes-clip"])
     quality: bool = True
