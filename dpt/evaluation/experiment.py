@@ -23,7 +23,7 @@ from dpt.checkpoint.checkpoint import checkpoints
 from dpt.config import load_config
 from dpt.evaluation import align, frechet, generate, itm, plan, rec, table
 from dpt.evaluation.arms import Arm, differing_arms
-from dpt.evaluation.figures import COSTS, read_arm, read_packed
+from dpt.evaluation.figures import of_pictures, read_arm, read_packed
 from dpt.evaluation.flags import EARLY_TIMESTEPS
 from dpt.evaluation.plan import Experiment, Run, run_settings
 from dpt.evaluation.prompts import load_prompt_set
@@ -110,17 +110,7 @@ def packed_arms(experiment: Experiment, arms: list[Arm], prompt_set: str) -> dic
             raise ValueError(
                 f"packed is {path}, for which {arm.name} was drawn with {', '.join(differing)}; leave it out"
             )
-    return {name: _of_pictures(one, pictures) for name, one in kept.items()}
-
-
-def _of_pictures(arm: dict, wanted: set[tuple[str, int]]) -> dict:
-    """An arm's figures of some of its pictures; those that are of all of them together are left out."""
-    if arm["values"].keys() == wanted:
-        return arm
-    values = {key: row for key, row in arm["values"].items() if key in wanted}
-    categories = {prompt: arm["categories"][prompt] for prompt, _ in values}
-    costs = {name: value for name, value in arm["costs"].items() if name in COSTS}
-    return arm | {"values": values, "categories": categories, "costs": costs}
+    return {name: of_pictures(one, pictures) for name, one in kept.items()}
 
 
 def record(args: argparse.Namespace, tables: list[Path], notes: str) -> None:

@@ -55,11 +55,32 @@ def run(args: argparse.Namespace) -> dict:
         ValueError: a folder without scores, or of other pictures than the file's.
     """
     packed = read_packed(args.output) if args.output.exists() else {}
-    for folder in args.folders:
-        found = read_settings(folder) if (folder / SETTINGS_FILE).exists() else {}  # others' pictures have none
-        packed[folder_name(folder)] = read_arm(folder) | {"settings": found}
+    for path in args.folders:
+        arms = read_packed(path) if path.is_file() else {folder_name(path): _with_settings(path)}
+        for name, arm in arms.items():
+            if args.only and name.split("/")[0] not in args.only:
+                continue
+            seeds = args.seeds or {seed for _, seed in arm["values"]}
+            packed[name] = of_pictures(arm, {pair for pair in arm["values"] if pair[1] in seeds})
+    if not packed:
+        raise ValueError(f"--only names {', '.join(args.only)}; there is none of them")
     write_packed(packed, args.output)
     return {name: len(arm["values"]) for name, arm in packed.items()}
+
+
+def _with_settings(folder: Path) -> dict:
+    found = read_settings(folder) if (folder / SETTINGS_FILE).exists() else {}  # others' pictures have none
+    return read_arm(folder) | {"settings": found}
+
+
+def of_pictures(arm: dict, wanted: set[tuple[str, int]]) -> dict:
+    """An arm's figures of some of its pictures; those that are of all of them together are left out."""
+    if arm["values"].keys() == wanted:
+        return arm
+    values = {key: row for key, row in arm["values"].items() if key in wanted}
+    categories = {prompt: arm["categories"][prompt] for prompt, _ in values}
+    costs = {name: value for name, value in arm["costs"].items() if name in COSTS}
+    return arm | {"values": values, "categories": categories, "costs": costs}
 
 
 def write_packed(packed: dict[str, dict], path: Path) -> None:

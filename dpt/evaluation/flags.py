@@ -163,7 +163,9 @@ def _add_experiment(add: Callable) -> None:
 
 
 def _add_pack(add: Callable) -> None:
-    add("folders", **FOLDERS, help="folders of arms, drawn and aligned")
+    add("folders", **FOLDERS, help="folders of arms, drawn and aligned, or files of `pack`")
+    add("--only", nargs="+", help="names of arms (default: all)")
+    add("--seeds", type=number(int, at_least=0), nargs="+", help="of the noise (default: all)")
     add("--output", **FOLDER, help="a JSON file, new or of `pack`, to be added to")
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 import evaluate
 from dpt.evaluation.align import score, score_lines
 from dpt.evaluation.arms import Arm, load_arms
-from dpt.evaluation.figures import read_arm
+from dpt.evaluation.figures import read_arm, read_packed
 from dpt.evaluation.frechet import frechet_distance, render_prompt, spread
 from dpt.evaluation.prompts import load_prompt_set
 from dpt.evaluation.scorers import Judge
@@ -310,6 +310,12 @@ def test_packed_figures_stand_for_their_pictures(drawn, tmp_path, capsys):
     assert of_packed["correct_difference"] == of_folders["correct_difference"]
     assert of_packed["cosine"] == pytest.approx(of_folders["cosine"], abs=1e-3)
     assert of_packed["seconds"] == of_folders["seconds"]
+    assert evaluate.main(["pack", str(packed), "--only", "own", "--seeds", "1", "--output", str(tmp_path / "own")]) == 0
+    some = read_packed(tmp_path / "own")
+    assert set(some) == {"own/0", "own/1"}
+    assert {seed for arm in some.values() for _, seed in arm["values"]} == {1}
+    assert evaluate.main(["pack", str(packed), "--only", "nobody", "--output", str(tmp_path / "none")]) == 2
+    assert "--only names nobody; there is none of them" in capsys.readouterr().err
     experiment = {
         "folder": str(tmp_path / "experiment"),
         "more_arms": {"base": {"num_inference_steps": 2}},
