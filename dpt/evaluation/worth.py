@@ -141,6 +141,8 @@ def measured_at_500(files: list[Path], adapters: dict[str, str]) -> dict[str, di
     found: dict[str, dict[str, float]] = {}
     for path in files:
         for samples, rows in read_json(path, Summary).items():
+            if ":" in samples:  # a kind of negative alone
+                continue
             for name, adapter in adapters.items():
                 if adapter is None:  # the model alone
                     continue
