@@ -110,7 +110,13 @@ def test_features_cannot_please_the_score(sd, scorer):
 
 SETTINGS = [
     *("configs/shapes/reward.yaml", "init_from=ckpt/shapes-dpt/verifier", "optim.batch_size=2", "optim.steps=2"),
-    *("validation.num_samples=2", "validation.timesteps=[500]", "data.num_samples=4", "log_every=1"),
+    *(
+        "validation.num_samples=2",
+        "validation.timesteps=[500]",
+        "data.num_samples=4",
+        "log_every=1",
+        "optim.mixed_precision=no",
+    ),
 ]
 
 

@@ -21,7 +21,7 @@ from dpt.backbones.model_folder import (
     read_index,
     weight_files,
 )
-from dpt.base_models import FLUX, MODELS, SD_3, source_of
+from dpt.base_models import CKPT_FOLDER, FLUX, MODELS, SD_3, source_of
 from dpt.files import read_json
 from dpt.weights import read_shapes
 
@@ -192,8 +192,10 @@ def _of_folder(folder: Path, no_t5: bool) -> Architecture:
     files = {name: weight_files(folder / name).get(variant, []) for name in STEMS}
     left_out = {part, "text_encoder_3"} if no_t5 else {part}
     others = [file for name in STEMS if name not in left_out for file in files[name]]
-    shapes = {name: shape for file in files[part] for name, shape in read_shapes(file).items()}
-    shapes = shapes or _shapes_of(config, part == "transformer")
+    if folder == CKPT_FOLDER / "shapes":
+        shapes = {name: shape for file in files[part] for name, shape in read_shapes(file).items()}
+    else:  # somebody's: what cannot be built is told
+        shapes = _shapes_of(config)
     ends = tuple(f"{name}.weight" for name in (*PROJECTIONS, *TEXT_PROJECTIONS))
     widths = {
         block: sum(sum(shape) for name, shape in shapes.items() if name.startswith(prefix) and name.endswith(ends))
@@ -204,8 +206,8 @@ def _of_folder(folder: Path, no_t5: bool) -> Architecture:
     return Architecture(config, width, weights, other_weights, {block: n for block, n in widths.items() if n})
 
 
-def _shapes_of(config: Config, is_transformer: bool) -> dict[str, list[int]]:
-    """Shapes of the tensors of a denoiser whose weights are not there."""
+def _shapes_of(config: Config) -> dict[str, list[int]]:
+    """Shapes of the tensors of a denoiser of that config."""
     import torch
 
     from dpt.backbones.unet_features import denoiser_class  # imports diffusers

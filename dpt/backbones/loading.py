@@ -72,7 +72,8 @@ def load_stable_diffusion(
     """
     source = configs = source_of(model, notice)
     if revision is not None and Path(source).exists():
-        raise ValueError(f"revision is {revision!r}; {source} is on this machine, and has none")
+        kind = "folder" if Path(source).is_dir() else "file"
+        raise ValueError(f"revision is {revision!r}; {source} is a local {kind}, which has none")
     if no_t5 and pipeline_of(model) != SD_3:
         raise ValueError(f"no_t5 is set; {model} is not Stable Diffusion 3, which alone can do without T5")
     if is_file := Path(source).is_file():

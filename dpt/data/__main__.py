@@ -53,7 +53,7 @@ def run_check(args: argparse.Namespace) -> int:
 def run_cache_latents(args: argparse.Namespace) -> int:
     """Encodes a folder of images; go on after a kill with the same command."""
     if not Path(args.images).is_dir():
-        raise ValueError(f"--images {args.images} is no folder")
+        raise ValueError(f"{args.images} holds no images: it is no folder")
     from dpt.backbones.loading import load_stable_diffusion
     from dpt.backbones.stable_diffusion import DTYPES
     from dpt.data.latents import cache_folder

@@ -18,12 +18,16 @@ import msgspec
 import numpy as np
 from matplotlib.figure import Figure
 
+from dpt.bounds import Bounds
 from dpt.evaluation.arms import read_settings
 from dpt.evaluation.figures import read_arm
 from dpt.files import read_json, write_text
 from dpt.images import read_metadata
 from dpt.metrics import bootstrap_interval
 from dpt.results import check_replaceable
+
+
+LENGTHS = Bounds(above=0, at_most=1e3)
 
 
 class Length(msgspec.Struct, forbid_unknown_fields=True):
@@ -51,7 +55,7 @@ def run(args: argparse.Namespace) -> dict[str, list[dict]]:
     alike: dict[str, dict] = {}  # the other settings of an adapter's arms
     for folder in args.folders:
         settings = read_settings(folder)
-        if not settings["correction_norm"]:
+        if not settings["correction_norm"] or settings["correction_norm"] not in LENGTHS:
             raise ValueError(f"{folder} is of no correction_norm; name arms that follow a score by a length")
         row = lengths.setdefault(settings["dpt"], {})
         others = {name: value for name, value in settings.items() if name not in ("correction_norm", "weights")}

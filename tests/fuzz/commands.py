@@ -216,6 +216,11 @@ COMMANDS = {
         "evaluate", "pareto {here}/figures/packed.json --output {here}/out/pareto.png", "figures"
     ),
     "evaluate worth": _command("evaluate", "worth {here}/figures/choices --output {here}/out/worth.png", "figures"),
+    "evaluate overoptimization": _command(
+        "evaluate",
+        "overoptimization {here}/figures/arms/near {here}/figures/arms/far --output {here}/out/over.png",
+        "figures",
+    ),
     "evaluate experiment": _command("evaluate", "experiment --dry-run {here}/arms/experiment.yaml", "arms"),
     "evaluate experiment, packed": _command(
         "evaluate",

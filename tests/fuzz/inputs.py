@@ -154,6 +154,13 @@ def make_figures(root: Path) -> None:
         scores = {f"adapter-{k}": [0.1 * k * seed, float(seed**k)] for k in range(5)}
         record = {"prompt": prompt, "category": "size", "seed": seed, "value": float(seed), "scores": scores}
         append_line(folder / "choices/candidates.jsonl", record | {"settings": "same"})
+    for name, length in (("near", 1e-6), ("far", 0.1)):  # arms that follow a score
+        arm = Path(shutil.copytree(drawn / "base", folder / "arms" / name))
+        settings = json.loads((arm / "arm.json").read_text())
+        (arm / "arm.json").write_text(json.dumps(settings | {"dpt": "adapter", "correction_norm": length}))
+        lines = (arm / "metadata.jsonl").read_text().splitlines()
+        lines = [json.dumps(json.loads(line) | {"scores": [0.1 * k]}) for k, line in enumerate(lines)]
+        (arm / "metadata.jsonl").write_text("".join(f"{line}\n" for line in lines))
     run, config = given(root, "run"), REPOSITORY / "configs/sd21/probe.yaml"
     words = ["itm", run / "run", "--config", config, "--num_samples", "2", "--timesteps", "500"]
     succeeds(evaluate.main, [*words, "--output", folder / "probes", "--set", *of_coco(root)])

@@ -93,6 +93,10 @@ JSON_FILES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     ),
     "evaluate pareto": (("figures/packed.json", PACKED),),
     "evaluate worth": (("figures/choices/candidates.jsonl", ("prompt:any", "value:any", "scores:any", ":any")),),
+    "evaluate overoptimization": (
+        ("figures/arms/far/metadata.jsonl", ("scores:any", ":any")),
+        ("figures/arms/far/arm.json", ("correction_norm:any", "dpt:any", ":any")),
+    ),
     "evaluate experiment, packed": (("figures/packed.json", PACKED),),
     "evaluate itm": (("figures/probes/records/itm_run_all_val.json", ("identity:any", "records:any", ":any")),),
     "dpt.shapes.label collect": (
