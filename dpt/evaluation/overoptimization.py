@@ -26,7 +26,6 @@ from dpt.images import read_metadata
 from dpt.metrics import bootstrap_interval
 from dpt.results import check_replaceable
 
-
 LENGTHS = Bounds(above=0, at_most=1e3)
 
 
