@@ -46,17 +46,45 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("module", "arguments", "expected"), CASES)
-def test_nothing_heavy_is_imported(module, arguments, expected):
+def run_and_list(module, arguments, names):
+    """The exit code of a module run with these arguments, and which of the names are imported at its end."""
     code = (
         "import runpy, sys\n"
         f"sys.argv[1:] = {arguments!r}\n"
         f"try: runpy.run_module({module!r}, run_name='__main__', alter_sys=True)\n"
         "except SystemExit as stop: code = stop.code or 0\n"
-        f"print(code, [name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+        f"print(code, [name for name in {names!r} if name in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stderr.splitlines()[-1] == f"{expected} []"
+    return done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("module", "arguments", "expected"), CASES)
+def test_nothing_heavy_is_imported(module, arguments, expected):
+    assert run_and_list(module, arguments, HEAVY) == f"{expected} []"
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("train_probe", ["configs/shapes/probe.yaml"]),
+        ("train_tune", ["configs/shapes/tune_converged.yaml", "init_from=ckpt/shapes-dpt/verifier"]),
+        (
+            "train_tune",
+            [
+                "configs/shapes/reward.yaml",
+                "init_from=new",
+                "lora.only=false",
+                "loss.weights.reward=0",
+                "loss.weights.ce=1",
+            ],
+        ),
+    ],
+)
+def test_a_dry_run_of_training_imports_torch_alone(module, arguments):
+    """It needs numbers of parameters, not the models: everything else is seconds of imports."""
+    names = ("diffusers", "transformers", "peft", "torchvision", "scipy", "torch._dynamo")
+    assert run_and_list(module, [*arguments, "--dry-run"], names) == "0 []"
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ def describe_run(config: TrainConfig, stage: str) -> str:
     blocks, optim = parse_feature(config.model.feature, model.config), config.optim
     rec_text_dim = model.pooled_width if config.model.rec_text_encoder == "clip" else ROBERTA_WIDTH
     wanted = adapter_config(config, model.config, text_dim=model.pooled_width, rec_text_dim=rec_text_dim)
-    with torch.device("meta"):
-        adapter = sum(parameter.numel() for parameter in DiscriminativeAdapter(wanted).parameters())
+    # not on the meta device, whose random numbers need a second of imports
+    adapter = sum(parameter.numel() for parameter in DiscriminativeAdapter(wanted).parameters())
     lora = _lora(config, model) if stage == "tune" else 0
     frozen = model.weights + model.other_weights
     if config.model.rec_text_encoder != "clip" and config.loss.weights.contrastive_align:
