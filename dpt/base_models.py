@@ -120,14 +120,20 @@ def source_of(model: str, notice=lambda text: None) -> str:
 def check_family(model: str, sampling: Sampling, *, no_t5: bool = False) -> None:
     """Raises ValueError for settings that a model's family has not, before anything is loaded."""
     pipeline = pipeline_of(model)
-    if no_t5 and pipeline != SD_3:
-        raise ValueError(f"no_t5 is set; {model} is not Stable Diffusion 3, which alone can do without T5")
+    if no_t5:
+        check_no_t5(model)
     if sampling.distilled_guidance is not None and (pipeline != FLUX or known_name(model) == "flux-schnell"):
         raise ValueError(
             f"distilled_guidance is {sampling.distilled_guidance:g}; {model} takes none: it is for FLUX.1-dev"
         )
     if pipeline in (SD_3, FLUX):
         check_flow(parity=sampling.parity, scheduler=sampling.scheduler)
+
+
+def check_no_t5(model: str) -> None:
+    """Raises ValueError where a model's family cannot do without T5, or has none."""
+    if pipeline_of(model) != SD_3:
+        raise ValueError(f"no_t5 is set; {model} is not Stable Diffusion 3, which alone can do without T5")
 
 
 def check_flow(*, parity: bool, scheduler: str) -> None:

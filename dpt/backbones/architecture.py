@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from dpt.backbones.blocks import block_names, block_prefix
 from dpt.backbones.model_folder import (
     LOADING_ERRORS,
@@ -16,8 +18,8 @@ from dpt.backbones.model_folder import (
     check_folder,
     choose_variant,
     is_flux,
-    is_sd3,
     is_sdxl,
+    is_transformer,
     read_index,
     weight_files,
 )
@@ -179,7 +181,7 @@ def _of_folder(folder: Path, no_t5: bool) -> Architecture:
     check_folder(folder)
     index = read_index(folder)
     part, defaults = "unet", UNET
-    if is_sd3(index) or is_flux(index):
+    if is_transformer(index):
         part, defaults = "transformer", TRANSFORMER_FLUX if is_flux(index) else TRANSFORMER_3
     config = Config(defaults | read_json(folder / part / "config.json", dict))
     if part == "transformer":
@@ -208,8 +210,6 @@ def _of_folder(folder: Path, no_t5: bool) -> Architecture:
 
 def _shapes_of(config: Config) -> dict[str, list[int]]:
     """Shapes of the tensors of a denoiser of that config."""
-    import torch
-
     from dpt.backbones.unet_features import denoiser_class  # imports diffusers
 
     with torch.device("meta"):

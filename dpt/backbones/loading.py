@@ -35,6 +35,7 @@ from dpt.backbones.model_folder import (
     is_flux,
     is_sd3,
     is_sdxl,
+    is_transformer,
     read_index,
     weight_files,
     without_marks,
@@ -43,7 +44,7 @@ from dpt.backbones.sd3 import StableDiffusion3
 from dpt.backbones.sdxl import StableDiffusionXL
 from dpt.backbones.single_file import configs_of, is_xl, load_single_file, named_alike
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.base_models import CKPT_FOLDER, DEFAULT_MODEL, MIRRORS, MODELS, SD_3, pipeline_of, source_of
+from dpt.base_models import CKPT_FOLDER, DEFAULT_MODEL, MIRRORS, MODELS, check_no_t5, source_of
 from dpt.files import read_json
 from dpt.weights import read_shapes
 
@@ -74,8 +75,8 @@ def load_stable_diffusion(
     if revision is not None and Path(source).exists():
         kind = "folder" if Path(source).is_dir() else "file"
         raise ValueError(f"revision is {revision!r}; {source} is a local {kind}, which has none")
-    if no_t5 and pipeline_of(model) != SD_3:
-        raise ValueError(f"no_t5 is set; {model} is not Stable Diffusion 3, which alone can do without T5")
+    if no_t5:
+        check_no_t5(model)
     if is_file := Path(source).is_file():
         if variant is not None:
             raise ValueError(f"variant is {variant!r}; {source} is a single file, which has none")
@@ -134,11 +135,6 @@ def _of_pipeline(pipeline: DiffusionPipeline, index: dict, common: dict) -> Stab
         return StableDiffusion(**common)
     second = {"tokenizer_2": pipeline.tokenizer_2, "text_encoder_2": pipeline.text_encoder_2}
     return StableDiffusionXL(**common, **second, zeros_for_empty_prompt=pipeline.config.force_zeros_for_empty_prompt)
-
-
-def is_transformer(index: dict) -> bool:
-    """Whether the denoiser of a `model_index.json` is a transformer."""
-    return is_sd3(index) or is_flux(index)
 
 
 def _hub_index(source: str, *, revision: str | None, local_files_only: bool) -> dict:

@@ -147,6 +147,11 @@ def is_flux(index: dict[str, object]) -> bool:
     return index.get("_class_name") == "FluxPipeline"
 
 
+def is_transformer(index: dict[str, object]) -> bool:
+    """Whether the denoiser of a `model_index.json` is a transformer."""
+    return is_sd3(index) or is_flux(index)
+
+
 def _configs(folder: Path) -> dict:
     """The configs of a folder that are there, read; T5's is left to transformers."""
     t5 = "text_encoder_2/config.json" if is_flux(read_index(folder)) else None

@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_do
 from safetensors.torch import save_file
 
 from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
+from dpt.backbones.architecture import PROJECTIONS
 from dpt.backbones.blocks import block_channels, parse_feature
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.base_models import MODELS, checkpoints, known_name
@@ -240,7 +241,7 @@ def _check_lora(lora: dict[str, torch.Tensor]) -> int:
         rank = ranks.most_common(1)[0][0]
         other = next(k for k, v in lora.items() if v.shape[0 if ".lora_A." in k else 1] != rank)
         raise ValueError(f"LoRA tensor {other} is {tuple(lora[other].shape)}; the others are of rank {rank}")
-    parts = [f"{name}.lora_{half}.weight" for name in ("to_q", "to_k", "to_v", "to_out.0") for half in "AB"]
+    parts = [f"{name}.lora_{half}.weight" for name in PROJECTIONS for half in "AB"]
     for attention in dict.fromkeys(re.split(r"\.(?:to|add)_", key)[0] for key in lora):
         own = parts[: 6 if attention.startswith("single_") else 8]  # FLUX's single blocks have no to_out
         missing = [part for part in own if f"{attention}.{part}" not in lora]

@@ -39,9 +39,10 @@ from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
 from dpt.results import check_replaceable, figure_beside, markdown_table, page_of, record_section
 from dpt.tasks.task import passes_of
-from dpt.training.assembly import WEIGHT_DTYPES, adapter_config, encode_options
+from dpt.training.assembly import adapter_config, encode_options
 from dpt.training.controls import control_batch, control_inputs, control_unet
 from dpt.training.loop import train_stage
+from dpt.training.precision import WEIGHT_DTYPES
 from dpt.training.settings import ModelSettings, TrainConfig
 from dpt.training.validation import PAPER_TIMESTEP, batches_to_measure
 

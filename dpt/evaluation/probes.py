@@ -27,8 +27,8 @@ from dpt.metrics import Interval, crossed_bootstrap
 from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
 from dpt.results import check_replaceable, markdown_table
-from dpt.training.assembly import WEIGHT_DTYPES
 from dpt.training.controls import control_unet
+from dpt.training.precision import WEIGHT_DTYPES
 from dpt.training.settings import TrainConfig
 from dpt.training.validation import FIGURES, PAPER_TIMESTEP, measure
 

@@ -1,7 +1,5 @@
 """The parts of a training run, from a config and a start: the U-Net with its LoRA, and the adapter."""
 
-import torch
-
 from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.backbones.blocks import is_transformer, parse_feature
 from dpt.backbones.stable_diffusion import StableDiffusion
@@ -13,9 +11,6 @@ from dpt.model import DPT
 from dpt.rec_text import RecTextEncoder
 from dpt.tasks import tasks_of
 from dpt.training.settings import TrainConfig, adapter_config
-
-WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""of the frozen weights; trained weights are float32"""
 
 
 def encode_options(config: TrainConfig, sd: StableDiffusion) -> dict:

@@ -2,19 +2,17 @@
 
 from pathlib import Path
 
-import torch
-
 from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.backbones.architecture import Architecture, architecture
 from dpt.backbones.blocks import block_channels, block_side, parse_feature
 from dpt.base_models import checkpoints, config_beside
 from dpt.tasks import tasks_of
 from dpt.tasks.task import passes_of
+from dpt.training.precision import WEIGHT_DTYPES
 from dpt.training.settings import TrainConfig, adapter_config, check_stage
 
 ROBERTA_WIDTH, ROBERTA_PARAMETERS = 768, 125_000_000
 NUM_TRAIN_TIMESTEPS = 1000  # of all models known here
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def describe_run(config: TrainConfig, stage: str) -> str:
@@ -41,7 +39,7 @@ def describe_run(config: TrainConfig, stage: str) -> str:
     passes = passes_of(task for task in tasks_of(wanted) if task.is_weighted(config.loss.weights))
     joint = optim.batch_size * optim.gradient_accumulation_steps
     length = f"{optim.steps:,} steps" if optim.epochs is None else f"{optim.epochs} epochs"
-    dtype = DTYPES[optim.mixed_precision]
+    dtype = WEIGHT_DTYPES[optim.mixed_precision]
     cells = sum(block_channels(block, model.config) * block_side(block, model.config) ** 2 for block in blocks)
     kept = cells * optim.batch_size * len(passes)
     return "\n".join(

@@ -30,8 +30,9 @@ from dpt.rec_text import load_rec_text_encoder
 from dpt.tasks.reward import reward_inputs
 from dpt.tasks.task import EXPRESSION, TRUE_PAIR
 from dpt.training.accelerator import learning_rate_factor, make_accelerator, schedule_stretch
-from dpt.training.assembly import WEIGHT_DTYPES, encode_options, make_model, trained_weights
+from dpt.training.assembly import encode_options, make_model, trained_weights
 from dpt.training.controls import control_batch, control_inputs, control_unet
+from dpt.training.precision import WEIGHT_DTYPES
 from dpt.training.run_folder import (
     RunLog,
     check_run,
