@@ -14,14 +14,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import dpt
-from dpt.backbones.loading import load_stable_diffusion
-from dpt.backbones.offload import offload
 from dpt.backbones.stable_diffusion import DTYPES, weights_fingerprint
-from dpt.checkpoint.checkpoint import leaves_t5_out, load_checkpoint
 from dpt.choosing import rounds, with_numbers
-from dpt.drawing import Artist, Drawing, without_correction
+from dpt.drawing import Artist, Drawing
 from dpt.images import append_metadata, compbench_stem, make_grid, numbered, read_metadata, save_new
-from dpt.lora import load_external_lora
 from dpt.score_traces import trace_of, write_traces
 from dpt.settings import Sampling
 
@@ -36,20 +32,19 @@ def open_artist(
     Raises:
         ValueError: weights that cannot be used, or a size that the model cannot draw.
     """
-    checkpoint = load_checkpoint(weights, local_files_only=args.local_files_only) if weights else None
-    sd = load_stable_diffusion(
+    artist = Artist.load(
         args.model,
+        weights,
+        lora=args.lora,
+        device="cpu" if args.offload else device,
+        no_t5=args.no_t5,
+        local_files_only=args.local_files_only,
         revision=args.revision,
         variant=args.variant,
-        local_files_only=args.local_files_only,
         dtype=DTYPES[dtype],
-        device="cpu" if args.offload else device,
-        no_t5=args.no_t5 or leaves_t5_out(checkpoint),
     )
+    sd, checkpoint = artist.sd, artist.checkpoint
     _, h, w = sd.latent_shape(sampling.height, sampling.width)
-    scorer = checkpoint.attach(sd) if checkpoint else None
-    if args.lora:
-        load_external_lora(sd, args.lora)
     settings = {
         "model": args.model,
         "weights": weights_fingerprint(*sd.parts.values()),
@@ -60,11 +55,9 @@ def open_artist(
         "width": w * sd.vae_scale_factor,
     }
     if args.offload:
-        offload(sd, args.offload, device)
-        if scorer:
-            scorer.adapter.to(device)
+        artist.offload(args.offload, device)
     sources = {"dpt_source": checkpoint.source if checkpoint else None, "lora": str(args.lora) if args.lora else None}
-    return Artist(sd, scorer), {"settings": settings} | sources
+    return artist, {"settings": settings} | sources
 
 
 class Gallery:
@@ -131,7 +124,7 @@ def draw_all(
     """
     arms = {"corrected" if sampling.corrects else "uncorrected": sampling}
     if trace and sampling.corrects:
-        arms["uncorrected"] = without_correction(sampling)
+        arms["uncorrected"] = sampling.without_correction()
     rows, traces = {}, []
     batches = iter(lambda: list(itertools.islice(jobs, batch_size)), [])
     schedule = rounds(sampling.num_inference_steps, sampling.candidates, sampling.choose_at)

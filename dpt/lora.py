@@ -7,16 +7,22 @@ import warnings
 from pathlib import Path
 
 import torch
-from diffusers import ModelMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    FluxPipeline,
+    ModelMixin,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, T5EncoderModel
 
 from dpt.backbones.architecture import PROJECTIONS, TEXT_PROJECTIONS
 from dpt.backbones.blocks import LATENTS, block_prefix, parse_feature
 from dpt.backbones.model_folder import LOADING_ERRORS
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.checkpoint.lora_files import read_lora
+from dpt.checkpoint.lora_files import PARTS, read_lora
 
 ADAPTER_NAME = "dpt"
 _RELEASED = re.compile(r"unet\.(?P<attention>.+)\.processor\.to_(?P<name>q|k|v|out)_lora\.(?P<part>down|up)\.weight")
@@ -74,7 +80,7 @@ def load_lora(
 
 
 def load_external_lora(sd: StableDiffusion, path: Path, notice=print) -> None:
-    """Attaches another method's LoRA, of any layout that `lora_files` reads, to U-Net and text encoder, frozen.
+    """Attaches another method's LoRA, of any layout that `lora_files` reads, to denoiser and text encoders, frozen.
 
     Args:
         path: a file, or a folder that holds one.
@@ -83,13 +89,16 @@ def load_external_lora(sd: StableDiffusion, path: Path, notice=print) -> None:
     Raises:
         ValueError: nothing readable there, or nothing that fits this model.
     """
-    models, notes = {"unet": sd.unet, "text_encoder": sd.text_encoder}, []
+    stock, notes, parts = sd.stock_class, [], {part: sd.parts.get(part) for part in PARTS}
+    models = {part: model for part, model in parts.items() if model and not isinstance(model, T5EncoderModel)}
     for model in models.values():
         remove_lora(model)
     state, settings = read_lora(path, models, notes.append)
+    options = {FluxPipeline: {"return_alphas": True}, StableDiffusionXLPipeline: {"unet_config": sd.unet.config}}
     try:
         with collected_warnings(notes):
-            state, alphas = StableDiffusionPipeline.lora_state_dict(state)
+            found = stock.lora_state_dict(state, **options.get(stock, {}))
+            state, alphas = found if isinstance(found, tuple) else (found, None)
             for part, model in models.items():
                 own = {key: value for key, value in state.items() if key.startswith(f"{part}.")}
                 if not own:
@@ -98,13 +107,20 @@ def load_external_lora(sd: StableDiffusion, path: Path, notice=print) -> None:
                 if metadata is not None:
                     targets = sorted({key.removeprefix(f"{part}.").split(".lora_")[0] for key in own})
                     metadata = {f"{part}.{k}": v for k, v in (metadata | {"target_modules": targets}).items()}
-                load = getattr(StableDiffusionPipeline, f"load_lora_into_{part}")
-                load(own, alphas, model, adapter_name=ADAPTER_NAME, metadata=metadata)
+                kind, given = part.removesuffix("_2"), {"adapter_name": ADAPTER_NAME, "metadata": metadata}
+                if kind == "text_encoder":
+                    given["prefix"] = part
+                if stock is not StableDiffusion3Pipeline or kind == "text_encoder":
+                    given["network_alphas"] = alphas
+                getattr(stock, f"load_lora_into_{kind}")(own, **{kind: model}, **given)
                 model.eval().requires_grad_(False)
     except (*LOADING_ERRORS, re.error) as error:  # of libraries, by any content
         raise ValueError(f"lora {path} does not fit this model: {' '.join(str(error).split())[:200]}") from error
     if not any(ADAPTER_NAME in getattr(model, "peft_config", {}) for model in models.values()):
-        raise ValueError(f"lora {path} holds nothing for a U-Net or text encoder")
+        kinds = sorted({key.split(".")[0] for key in state if key.split(".")[0] in PARTS})
+        raise ValueError(f"lora {path} is for {' and '.join(kinds) or 'nothing'}; this model has {', '.join(models)}")
+    if strangers := sorted({key.split(".")[0] for key in state} - {*models}):
+        notes.append(f"its tensors for {', '.join(strangers)[:80]} are left out, which this model has not")
     if notes:
         notice(f"note: lora {path}: {' '.join('; '.join(notes).split())[:400]}")
 

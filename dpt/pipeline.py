@@ -18,10 +18,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from dpt.adapter.adapter import Scorer
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.backbones.unet_features import Conditioning
-from dpt.base_models import check_size, recommended
+from dpt.base_models import FLUX, SD_3, SD_XL, check_size, pipeline_of, recommended
 from dpt.bounds import Bounds
+from dpt.candidates import Candidates, draw_and_choose
 from dpt.checkpoint.checkpoint import load_checkpoint
-from dpt.drawing import Candidates, draw_and_choose
 from dpt.guidance import guided
 from dpt.matching_score import ScoreReader
 from dpt.sampling import ClassifierFreeGuidance, Denoiser, sample
@@ -44,6 +44,17 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
     _recommended: Sampling = PAPER
     kept: list[int] | None = None
     """of the last call with candidates, the number of the one that was kept for each picture"""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **options) -> "SelfCorrectionPipeline":
+        """As `StableDiffusionPipeline.from_pretrained`. Raises ValueError for a model of another family."""
+        kind = pipeline_of(str(pretrained_model_name_or_path))
+        if kind in (SD_XL, SD_3, FLUX):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is of {kind}; SelfCorrectionPipeline is of Stable Diffusion 1 and 2 "
+                "alone: draw with dpt.Artist.load"
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     def load_dpt(self, path: str | Path, **released_settings) -> "SelfCorrectionPipeline":
         """Attaches an adapter and a LoRA; see `dpt.checkpoint.checkpoint.load_checkpoint`."""

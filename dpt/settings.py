@@ -5,7 +5,7 @@ and choosing beside `StableDiffusionPipeline`'s own arguments. Each default and 
 base models recommend values of their own: see `dpt.base_models.recommended`.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from dpt.bounds import bounded, check_bounds, one_of
 from dpt.choosing import rounds
@@ -127,6 +127,10 @@ class Sampling:
                 f"{self.correction_start:g}, correction_stop {self.correction_stop:g}): set correct_candidates, choose "
                 "earlier, or leave the correction out"
             )
+
+    def without_correction(self) -> "Sampling":
+        """The same settings without self-correction."""
+        return replace(self, correction_factor=0.0, correction_norm=None, correct_candidates=False)
 
     def is_corrected(self, step: int, num_steps: int) -> bool:
         """Whether a step of so many is corrected."""

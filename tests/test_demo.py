@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from dpt.backbones.loading import load_stable_diffusion
-from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.choosing import candidate_seeds
 from dpt.demo import __main__ as demo
 from dpt.demo import studio as studios
 from dpt.demo.studio import Stopped, Studio, find_phrase, in_steps
+from dpt.drawing import Artist
 from dpt.images import with_boxes
 from dpt.settings import Sampling
 from tests.browser import open_browser
@@ -25,9 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def studio(shapes_dpt):
-    sd = load_stable_diffusion("shapes")
-    sampling = Sampling(guidance_scale=3.0, num_inference_steps=4)
-    return Studio(sd, load_checkpoint(shapes_dpt).attach(sd), sampling)
+    return Studio(Artist.load("shapes", shapes_dpt), Sampling(guidance_scale=3.0, num_inference_steps=4))
 
 
 def test_both_pictures_with_the_score_after_every_step(studio):

@@ -308,14 +308,14 @@ def test_what_make_is_asked_for_is_in_the_makefile():
 
 EXAMPLES = [
     (page, text)
-    for page in (ROOT / "README.md", ROOT / "docs/extending.md")
+    for page in (ROOT / "README.md", ROOT / "docs/drawing.md", ROOT / "docs/extending.md")
     for kind, text in blocks(page)
     if kind == "python"
 ]
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) >= 3
+    assert len(EXAMPLES) >= 4
 
 
 @pytest.mark.parametrize(("page", "text"), EXAMPLES, ids=[name_of(page) for page, _ in EXAMPLES])

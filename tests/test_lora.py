@@ -219,9 +219,9 @@ DAMAGES = {
     "half": (lambda s: {k: v for k, v in s.items() if "lora_B" in k}, {}, "the other half of tensor unet"),
     "ranks": (lambda s: first(s, torch.zeros(3, 32)), {}, "is of rank 3, its half of 4"),
     "width": (lambda s: {k: torch.zeros(4, 7) if "_A" in k else v for k, v in s.items()}, {}, "does not fit"),
-    "nothing": (lambda s: {"a": torch.zeros(1)}, {}, "holds no LoRA for a U-Net or text encoder, but a"),
-    "strangers": (lambda s: {f"x.{k}": v for k, v in s.items()}, {}, "holds nothing for a U-Net"),
-    "for XL": (lambda s: {k.replace("unet", "text_encoder_2"): v for k, v in s.items()}, {}, "Stable Diffusion XL"),
+    "nothing": (lambda s: {"a": torch.zeros(1)}, {}, "holds no LoRA for a denoiser or text encoder, but a"),
+    "strangers": (lambda s: {f"x.{k}": v for k, v in s.items()}, {}, "is for nothing; this model has unet"),
+    "for XL": (lambda s: {k.replace("unet", "text_encoder_2"): v for k, v in s.items()}, {}, "is for text_encoder_2"),
     "lora_diffusion": (lambda s: {"unet:0:up": torch.zeros(1)}, {}, "pass its .pt files instead"),
     "kohya's half": (lambda s: {k: v for k, v in kohya(s).items() if "_up" not in k}, {}, "the other half of tensor"),
     "kohya alphas": (

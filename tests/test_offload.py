@@ -12,23 +12,18 @@ from dpt.config import AdapterConfig
 from dpt.drawing import Artist
 from dpt.images import read_metadata
 from dpt.settings import Sampling
-from tests.flux_folder import make_flux
-from tests.sd3_folder import make_sd3
-from tests.xl_folder import make_sdxl
+from tests.families import FAMILIES
 
 PROMPTS, CPU = ["a red circle", "two green stars"], torch.device("cpu")
-FAMILIES = {
-    "shapes": (lambda folder: "shapes", "up1"),
-    "xl": (make_sdxl, "mid"),
-    "sd3": (make_sd3, "block1"),
-    "flux": (make_flux, "block1"),
+MODELS = {"shapes": (lambda folder: "shapes", "up1")} | {
+    name: (family.make, family.probed) for name, family in FAMILIES.items()
 }
 
 
 @pytest.mark.parametrize("how", ["model", "sequential"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_pictures_are_the_same(family, how, tmp_path):
-    make, block = FAMILIES[family]
+    make, block = MODELS[family]
     model, drawn = str(make(tmp_path / "model")), []
     plain = Sampling(3.0, num_inference_steps=3, height=64, width=64)
     settings = [plain, plain.changed(correction_norm=0.05, correction_target="latent"), plain.changed(candidates=2)]

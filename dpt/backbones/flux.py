@@ -22,6 +22,8 @@ class Flux(StableDiffusion3):
     `unet` is the transformer. ITM compares with CLIP's pooled text, as the transformer gets it.
     """
 
+    stock_class = FluxPipeline
+
     pipeline: FluxPipeline
     """the stock pipeline of the same parts, which encodes prompts"""
 

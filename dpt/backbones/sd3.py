@@ -6,7 +6,7 @@ Shapes: B batch, L text tokens (of CLIP and T5 one behind the other), E context 
 from dataclasses import dataclass
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.backbones.unet_features import Conditioning
@@ -23,6 +23,8 @@ class StableDiffusion3(StableDiffusion):
     `unet` is the transformer, `text_encoder` the first CLIP. ITM compares with both CLIPs' pooled texts side by side,
     as the transformer gets them.
     """
+
+    stock_class = StableDiffusion3Pipeline
 
     pipeline: StableDiffusion3Pipeline
     """the stock pipeline of the same parts, which encodes prompts"""
@@ -62,6 +64,11 @@ class StableDiffusion3(StableDiffusion):
             "vae": self.vae,
             "transformer": self.unet,
         }
+
+    def stock_pipeline(self) -> StableDiffusion3Pipeline:
+        """The pipeline of diffusers of the same parts, with flow matching's Euler."""
+        self.pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
+        return self.pipeline
 
     @property
     def longest_reader(self):

@@ -6,6 +6,7 @@ Shapes: B batch, L text tokens, E context width (of both encoders together), P w
 from dataclasses import dataclass
 
 import torch
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from dpt.backbones.stable_diffusion import StableDiffusion, tokenize
@@ -18,6 +19,8 @@ class StableDiffusionXL(StableDiffusion):
 
     ITM compares with the second text encoder's projection, which is contrastive as that of Stable Diffusion's is.
     """
+
+    stock_class = StableDiffusionXLPipeline
 
     tokenizer_2: CLIPTokenizer
     text_encoder_2: CLIPTextModelWithProjection
@@ -34,6 +37,13 @@ class StableDiffusionXL(StableDiffusion):
         """Every network by its name in a pipeline, the U-Net last."""
         *others, unet = super().parts.items()
         return dict([*others, ("text_encoder_2", self.text_encoder_2), unet])
+
+    def stock_pipeline(self) -> StableDiffusionXLPipeline:
+        """The pipeline of diffusers of the same parts, with DDIM."""
+        tokenizers = {"tokenizer": self.tokenizer, "tokenizer_2": self.tokenizer_2}
+        scheduler, zeros = DDIMScheduler.from_config(self.scheduler.config), self.zeros_for_empty_prompt
+        options = {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
+        return StableDiffusionXLPipeline(**self.parts, **tokenizers, scheduler=scheduler, **options)
 
     def encode_prompts(self, prompts: list[str], *, clip_skip: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Context (B, L, E), the last layer but one of either encoder, and the second's projection (B, P).

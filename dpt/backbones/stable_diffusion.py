@@ -8,7 +8,13 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from transformers import BatchEncoding, CLIPTextModel, CLIPTokenizer
@@ -35,6 +41,8 @@ class StableDiffusion:
     unet: UNet2DConditionModel
     scheduler: DDIMScheduler
 
+    stock_class = StableDiffusionPipeline
+    """the pipeline of diffusers of the same parts"""
     has_t5 = False
     execution_device = None
     """where it computes, if that is not where its weights lie (`dpt.backbones.offload`)"""
@@ -126,6 +134,12 @@ class StableDiffusion:
     def parts(self) -> dict[str, torch.nn.Module]:
         """Every network by its name in a pipeline, the U-Net last."""
         return {"text_encoder": self.text_encoder, "vae": self.vae, "unet": self.unet}
+
+    def stock_pipeline(self) -> DiffusionPipeline:
+        """The pipeline of diffusers of the same parts, with a scheduler of its own: DDIM, or flow matching's Euler."""
+        others = {"tokenizer": self.tokenizer, "scheduler": DDIMScheduler.from_config(self.scheduler.config)}
+        absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return StableDiffusionPipeline(**self.parts, **others, **absent)
 
     @property
     def longest_reader(self) -> tuple[CLIPTokenizer, int]:

@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,11 +48,11 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
         self.config, self.adapter, self.lora, self.source = config, adapter, lora, source
         self.released = released
 
-    def attach(self, sd: StableDiffusion, *, measuring: bool = False) -> Scorer:
+    def attach(self, sd: StableDiffusion, *, controls: Iterable[str] = ("none",)) -> Scorer:
         """Puts the LoRA on the model's U-Net and the adapter on its device, both frozen.
 
         Args:
-            measuring: take weights of a control too, which are good for nothing else.
+            controls: which weights are taken, of `dpt.config.CONTROLS`; those of a control are for measuring alone.
 
         Raises:
             ValueError: made for another model, text width or block layout, or a released LoRA that leaves out some of
@@ -70,7 +70,7 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
             raise ValueError(
                 f"{self.source}: the adapter compares with texts of width {config.text_dim}; {sd.name} has {width}"
             )
-        if self.config.control != "none" and not measuring:
+        if self.config.control not in controls:
             raise ValueError(f"{self.source} is a control ({self.config.control}), which is for measuring alone")
         if None not in (names := [known_name(self.config.base_model), known_name(sd.name)]) and names[0] != names[1]:
             raise ValueError(f"{self.source} was made for {self.config.base_model}; the model here is {sd.name}")
@@ -104,7 +104,7 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
         alone = ", the LoRA alone with `pipe.load_lora_weights`" if self.lora else ""
         return ModelCard(
             f"---\n{data.to_yaml()}\n---\n\n# DPT weights\n\n{what} for {self.config.base_model}, probed at "
-            f"{self.config.feature}. Load with `dpt.SelfCorrectionPipeline.load_dpt`{alone}.\n{metrics}\n"
+            f"{self.config.feature}. Load with `dpt.Artist.load`{alone}.\n{metrics}\n"
             "Licence: Apache-2.0.\n"
         )
 

@@ -17,7 +17,7 @@ from torch import nn
 from dpt.files import decode, read_json
 from dpt.weights import check_state, check_tensor, is_safetensors, read_pickle, read_tensors
 
-PARTS = ("unet", "text_encoder")
+PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 HALVES = [(f"{before}{down}.weight", f"{before}{up}.weight") for before, down, up in (
     (".", "lora_A", "lora_B"), (".", "lora_down", "lora_up"), ("lora.", "down", "up"), ("_layer.", "down", "up")
 )]  # fmt: skip
@@ -39,11 +39,11 @@ class PeftSettings(msgspec.Struct):
 
 
 def read_lora(path: Path, models: dict[str, nn.Module], notice) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
-    """Tensors by name, kohya's as they are, all others behind "unet." or "text_encoder."; settings of either part.
+    """Tensors by name, kohya's as they are, all others behind a part's name of `PARTS`; settings of each part.
 
     Args:
         path: a file, or a folder that holds one.
-        models: `unet` and `text_encoder`, which give names to tensors that have none.
+        models: the parts by name; `unet` and `text_encoder` give names to tensors that have none.
         notice: called with a text where something is left out.
 
     Raises:
@@ -111,16 +111,16 @@ def _check_halves(file: Path, state: dict[str, torch.Tensor]) -> None:
                 raise ValueError(f"lora {file}: tensor {key} is of rank {value.shape[0]}, its half of {half.shape[1]}")
     if any(key.startswith(("unet:", "text_encoder:")) for key in state):
         raise ValueError(f"lora {file} is lora_diffusion's safetensors, which is not read; pass its .pt files instead")
-    if any(key.startswith(("text_encoder_2.", "lora_te2_")) for key in state):
-        raise ValueError(f"lora {file} is for Stable Diffusion XL; supported are those for Stable Diffusion 1 and 2")
     if not found:
-        raise ValueError(f"lora {file} holds no LoRA for a U-Net or text encoder, but {', '.join([*state][:2])}")
+        raise ValueError(f"lora {file} holds no LoRA for a denoiser or text encoder, but {', '.join([*state][:2])}")
 
 
 def _prefixed(key: str) -> str:
     """A key with its part before it: DiffusionITM's and PEFT's files leave it out."""
     if key.startswith(("down_blocks.", "mid_block.", "up_blocks.", "conv_", "time_embedding.")):
         return f"unet.{key}"
+    if key.startswith(("transformer_blocks.", "single_transformer_blocks.")):
+        return f"transformer.{key}"
     if key.startswith(("text_model.", "encoder.layers.")):
         return f"text_encoder.{key}"
     return key
@@ -137,7 +137,7 @@ def _file_settings(file: Path) -> dict[str, PeftSettings]:
     for key, value in decode(raw, dict[str, object], where).items():
         part, _, name = key.partition(".")
         if part not in PARTS or name not in known:
-            raise ValueError(f"{where}: {key[:60]} is no setting of LoRA; they begin with unet. or text_encoder.")
+            raise ValueError(f"{where}: {key[:60]} is no setting of LoRA; they begin with one of {', '.join(PARTS)}")
         parts.setdefault(part, {})[name] = value
     return {part: decode(json.dumps(values), PeftSettings, f"{where}, {part}") for part, values in parts.items()}
 

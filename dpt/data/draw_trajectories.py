@@ -19,11 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.stable_diffusion import DTYPES, weights_fingerprint
-from dpt.base_models import DTYPE_NAMES, recommended
+from dpt.base_models import DTYPE_NAMES
 from dpt.bounds import bounded, check_bounds, one_of
-from dpt.checkpoint.checkpoint import leaves_t5_out, load_checkpoint
 from dpt.choosing import candidate_seeds
 from dpt.config import differences
 from dpt.data.trajectories import (
@@ -39,7 +37,7 @@ from dpt.data.trajectories import (
     read_shard,
     read_shards,
 )
-from dpt.drawing import Artist, without_correction
+from dpt.drawing import Artist
 from dpt.evaluation.flags import BLIP_FOLDER, METRICS
 from dpt.evaluation.generate import noise_seed
 from dpt.evaluation.prompts import load_prompt_set
@@ -117,10 +115,10 @@ def make(settings: TrajectorySettings, *, device: torch.device | str) -> tuple[i
                 f"{both[0]!r}: leave them out"
             )
     folder = Path(settings.output)
-    no_t5 = leaves_t5_out(None if settings.dpt == "none" else load_checkpoint(settings.dpt))
-    sd = load_stable_diffusion(settings.model, no_t5=no_t5, dtype=DTYPES[settings.dtype], device=device)
-    drawn = draw_missing(settings, sd, prompts, folder)
-    return drawn, 0 if settings.scorer == "none" else label_missing(settings, sd, folder)
+    weights = None if settings.dpt == "none" else settings.dpt
+    artist = Artist.load(settings.model, weights, dtype=DTYPES[settings.dtype], device=device)
+    drawn = draw_missing(settings, artist, prompts, folder)
+    return drawn, 0 if settings.scorer == "none" else label_missing(settings, artist.sd, folder)
 
 
 def _normal(text: str) -> str:
@@ -128,15 +126,13 @@ def _normal(text: str) -> str:
     return " ".join(text.casefold().split()).rstrip(".")
 
 
-def draw_missing(settings: TrajectorySettings, sd, prompts: list, folder: Path) -> int:
+def draw_missing(settings: TrajectorySettings, artist: Artist, prompts: list, folder: Path) -> int:
     """Draws the shards that the folder lacks; returns how many prompts they hold."""
-    checkpoint = None if settings.dpt == "none" else load_checkpoint(settings.dpt)
-    if checkpoint:
-        checkpoint.attach(sd)
-    sampling = recommended(settings.model, checkpoint and checkpoint.config).changed(
+    sd = artist.sd
+    sampling = artist.sampling.changed(
         guidance_scale=settings.guidance_scale, num_inference_steps=settings.num_inference_steps
     )
-    sampling = replace(without_correction(sampling), candidates=1, choose_at=())
+    sampling = replace(sampling.without_correction(), candidates=1, choose_at=())
     if max(settings.steps) >= sampling.num_inference_steps:
         last = sampling.num_inference_steps - 1
         raise ValueError(f"steps names step {max(settings.steps)}; {last + 1} steps are 0 to {last}")
@@ -158,7 +154,6 @@ def draw_missing(settings: TrajectorySettings, sd, prompts: list, folder: Path) 
     shards = read_shards(folder)
     there = {prompt.text for shard in shards for prompt in shard.prompts}
     missing = [prompt for prompt in _mixed(prompts) if prompt.text not in there]
-    artist = Artist(sd)
     for start in tqdm(range(0, len(missing), settings.prompts_per_shard), desc="trajectories", mininterval=2):
         part = missing[start : start + settings.prompts_per_shard]
         seeds = [candidate_seeds(noise_seed(prompt, settings.seed), settings.noises) for prompt in part]

@@ -10,12 +10,10 @@ import numpy as np
 import torch
 
 from dpt.adapter.adapter import Scorer
-from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.stable_diffusion import DTYPES, StableDiffusion, usable_device
 from dpt.backbones.unet_features import unet_features
-from dpt.base_models import DPT_WEIGHTS, half_precision, known_name, recommended
-from dpt.checkpoint.checkpoint import leaves_t5_out, load_checkpoint
-from dpt.drawing import Artist, without_correction
+from dpt.base_models import DPT_WEIGHTS, half_precision, known_name
+from dpt.drawing import Artist
 from dpt.files import check_text
 from dpt.hub import is_hub_id
 from dpt.images import to_pixels, with_boxes
@@ -89,9 +87,9 @@ def find_phrase(sd: StableDiffusion, scorer: Scorer, image: np.ndarray, phrase: 
 class Studio:
     """A model with its adapter, as the page uses it."""
 
-    def __init__(self, sd: StableDiffusion, scorer: Scorer, sampling: Sampling):
-        self.sd, self.scorer, self.sampling = sd, scorer, sampling
-        self.artist = Artist(sd, scorer)
+    def __init__(self, artist: Artist, sampling: Sampling):
+        self.artist, self.sampling = artist, sampling
+        self.sd, self.scorer = artist.sd, artist.scorer
 
     def draw(
         self,
@@ -118,7 +116,7 @@ class Studio:
         )
         choice, kept, start = "", int(seed), None
         for arm in ("plain", "corrected"):
-            sampling = without_correction(corrected) if arm == "plain" else corrected
+            sampling = corrected.without_correction() if arm == "plain" else corrected
             if start is not None:  # what is corrected is the picture that was kept
                 sampling = sampling.changed(candidates=1, choose_at=(), correction_start=start)
             for value in in_steps(partial(self._draw_one, prompt, kept, sampling)):
@@ -204,8 +202,5 @@ def open_studio(
         raise ValueError(f"self-correction needs an adapter: {weights} is not there; pass --dpt PATH")
     place = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = DTYPES[half_precision(model)] if place.type == "cuda" else torch.float32
-    checkpoint = load_checkpoint(weights, local_files_only=local_files_only)
-    options = {"local_files_only": local_files_only, "no_t5": leaves_t5_out(checkpoint)}
-    sd = load_stable_diffusion(model, dtype=dtype, device=place, **options)
-    sampling = recommended(model, checkpoint.config).changed(guidance_scale=scale, num_inference_steps=steps)
-    return Studio(sd, checkpoint.attach(sd), sampling)
+    artist = Artist.load(model, weights, dtype=dtype, device=place, local_files_only=local_files_only)
+    return Studio(artist, artist.sampling.changed(guidance_scale=scale, num_inference_steps=steps))

@@ -24,9 +24,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.stable_diffusion import DTYPES, weights_fingerprint
-from dpt.checkpoint.checkpoint import leaves_t5_out, load_checkpoint
 from dpt.choosing import candidate_seeds
 from dpt.drawing import Artist, Drawing, counted_passes
 from dpt.evaluation import correction_controls
@@ -44,7 +42,6 @@ from dpt.images import (
     text_chunks,
     to_pixels,
 )
-from dpt.lora import load_external_lora
 from dpt.matching_score import matching_score
 from dpt.peak_memory import peak_mb, reset_peak
 from dpt.sampling import initial_noise
@@ -112,25 +109,21 @@ class ArmArtist:
     """
 
     def __init__(self, arm: Arm, prompts: list[Prompt], device: torch.device | str):
-        self.arm, self.scorer, self.method = arm, None, None
-        checkpoint = load_checkpoint(arm.dpt) if arm.dpt else None
-        options = {"dtype": DTYPES[arm.dtype], "device": device, "no_t5": leaves_t5_out(checkpoint)}
-        self.sd = load_stable_diffusion(arm.model, **options)
+        # what was tuned on shuffled labels is an arm too; other controls are of another U-Net or input
+        options = {"controls": ["none", "shuffled_labels"], "dtype": DTYPES[arm.dtype], "device": device}
+        self.arm, self.method, self.artist = arm, None, Artist.load(arm.model, arm.dpt, lora=arm.lora, **options)
+        self.sd = self.artist.sd
         *parts, unet = self.sd.parts.values()
-        if checkpoint:
-            # what was tuned on shuffled labels is an arm too; other controls are of another U-Net or input
-            self.scorer = checkpoint.attach(self.sd, measuring=checkpoint.config.control == "shuffled_labels")
-            parts.append(checkpoint.adapter)
-        if arm.lora:
-            load_external_lora(self.sd, Path(arm.lora))
+        if self.artist.scorer:
+            parts.append(self.artist.scorer.adapter)
         self.fingerprint = weights_fingerprint(*parts, unet)
         if arm.untrained_adapter:
-            self.scorer = correction_controls.untrained(self.scorer)
+            self.artist.scorer = correction_controls.untrained(self.artist.scorer)
         if arm.correction_direction == "random":
-            self.method = correction_controls.random_direction(self.scorer)
+            self.method = correction_controls.random_direction(self.artist.scorer)
         if arm.correct_for_another:
-            self.method = correction_controls.another_prompt(self.sd, self.scorer, [prompt.text for prompt in prompts])
-        self.artist = Artist(self.sd, self.scorer)
+            others = [prompt.text for prompt in prompts]
+            self.method = correction_controls.another_prompt(self.sd, self.artist.scorer, others)
 
     def draw(self, prompts: list[str], seeds: list[int], batch_size: int) -> list[Drawing]:
         """A picture for each prompt and seed; of `best_of`, the one that matches best when it is noised anew."""
@@ -155,7 +148,7 @@ class ArmArtist:
         noise = initial_noise([0] * len(latents), tuple(latents.shape[1:])).to(latents.device)
         noisy = sd.scheduler.add_noise(latents, noise, timestep[None])
         conditioning = sd.condition(prompts, size=images[0].shape[:2]).with_guidance(self.arm.distilled_guidance)
-        return matching_score(sd.unet, self.scorer, noisy, timestep, conditioning).cpu()
+        return matching_score(sd.unet, self.artist.scorer, noisy, timestep, conditioning).cpu()
 
 
 def generate(

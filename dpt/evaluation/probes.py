@@ -19,7 +19,7 @@ import torch
 from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.stable_diffusion import StableDiffusion, weights_fingerprint
 from dpt.checkpoint.checkpoint import DPTCheckpoint, load_checkpoint
-from dpt.config import load_config
+from dpt.config import CONTROLS, load_config
 from dpt.data.sources import validation_samples
 from dpt.evaluation.generate import process_state
 from dpt.files import read_json, write_text
@@ -98,7 +98,7 @@ def load_probe(checkpoint: DPTCheckpoint, config: TrainConfig) -> tuple[DPT, Sta
     """A checkpoint on the config's model, with the U-Net of its control."""
     sd = load_base(config)
     control_unet(checkpoint.config.control, sd)
-    scorer = checkpoint.attach(sd, measuring=True)
+    scorer = checkpoint.attach(sd, controls=CONTROLS)
     model = DPT(
         sd.unet, scorer.adapter, scorer.blocks, sd.scheduler, train_unet=False, itm_layer=checkpoint.config.itm_layer
     )

@@ -16,7 +16,7 @@ from PIL import Image
 from dpt.adapter.adapter import Scorer
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.checkpoint.checkpoint import load_checkpoint
-from dpt.config import load_config
+from dpt.config import CONTROLS, load_config
 from dpt.data.collate import as_latents
 from dpt.data.sources import validation_samples
 from dpt.demo.studio import find_phrase
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> dict:
             grid.save(args.output / f"rec_{one.name}_{key}.png")
     if config.data.kind == "shapes":
         for path, one in zip(args.checkpoints, measured, strict=True):
-            scorer = load_checkpoint(path).attach(sd, measuring=True)
+            scorer = load_checkpoint(path).attach(sd, controls=CONTROLS)
             grid = draw_phrases(sd, scorer, sets["rec_shapes"])
             grid.save(args.output / f"rec_{one.name}_phrases.png")
             remove_lora(sd.unet)

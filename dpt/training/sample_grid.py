@@ -6,7 +6,7 @@ from dpt.adapter.adapter import Scorer
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.base_models import recommended
 from dpt.config import DPTConfig
-from dpt.drawing import Artist, without_correction
+from dpt.drawing import Artist
 from dpt.images import make_grid
 from dpt.model import DPT
 from dpt.training.settings import TrainConfig
@@ -28,7 +28,7 @@ def draw_grid(sd: StableDiffusion, model: DPT, config: TrainConfig, path: Path) 
     )
     seeds = [settings.seed + k for k in range(settings.num_images)]
     for prompt in settings.prompts:
-        drawn = [artist.draw([prompt] * len(seeds), seeds, s) for s in (without_correction(corrected), corrected)]
+        drawn = [artist.draw([prompt] * len(seeds), seeds, s) for s in (corrected.without_correction(), corrected)]
         images = [drawing.image for half in drawn for drawing in half]
         rows.append((f"{prompt} ({settings.num_images} plain, {settings.num_images} corrected)", images))
     path.parent.mkdir(exist_ok=True)

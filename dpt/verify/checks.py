@@ -8,31 +8,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
 from tqdm import tqdm
 
-from dpt.adapter.adapter import Scorer
-from dpt.backbones.loading import load_stable_diffusion
-from dpt.backbones.stable_diffusion import StableDiffusion, usable_device
+from dpt.backbones.stable_diffusion import usable_device
 from dpt.backbones.unet_features import unet_features
 from dpt.base_models import recommended
 from dpt.benchmark.steps import guided_step_kinds, median_seconds
-from dpt.checkpoint.checkpoint import DPTCheckpoint, leaves_t5_out, load_checkpoint
+from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.data.coco import load_captions, load_pixels
 from dpt.data.refcoco import load_expressions
-from dpt.drawing import Artist, without_correction
+from dpt.drawing import Artist
 from dpt.images import make_grid, to_pixels
 from dpt.lora import lora_state
 from dpt.matching_score import score_gradient
 from dpt.metrics import bootstrap_interval
 from dpt.peak_memory import peak_mb, reset_peak
-from dpt.sampling import ClassifierFreeGuidance, initial_noise, sample
-from dpt.schedulers import make_scheduler, set_timesteps
-from dpt.settings import Sampling
+from dpt.sampling import initial_noise
 from dpt.shapes.scenes import render
 from dpt.shapes.world import Example, ShapesWorld
 from dpt.tasks.itm import itm_score
 from dpt.tasks.rec import rec_hits
+from dpt.verify.stock import stock_latents
 
 TIMESTEP = 500
 PROMPTS = {
@@ -48,18 +44,13 @@ class Verification:
         self.args = args
         self.device = usable_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.half = torch.float16 if self.device.type == "cuda" else torch.bfloat16
-        self.checkpoint = self.load_weights()
-        self.sd, self.scorer = self.load(torch.float32)
+        self.artist = self.load(torch.float32)
+        self.sd, self.scorer = self.artist.sd, self.artist.scorer
         self.prompts = PROMPTS["shapes" if args.model == "shapes" else "other"]
 
-    def load_weights(self) -> DPTCheckpoint:
-        return load_checkpoint(self.args.dpt, local_files_only=self.args.local_files_only)
-
-    def load(self, dtype: torch.dtype) -> tuple[StableDiffusion, Scorer]:
+    def load(self, dtype: torch.dtype) -> Artist:
         options = {"variant": self.args.variant, "local_files_only": self.args.local_files_only}
-        options["no_t5"] = leaves_t5_out(self.checkpoint)
-        sd = load_stable_diffusion(self.args.model, dtype=dtype, device=self.device, **options)
-        return sd, self.checkpoint.attach(sd)
+        return Artist.load(self.args.model, self.args.dpt, dtype=dtype, device=self.device, **options)
 
     def noisy(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents of pixels (B, 3, H, W), noised alike to `TIMESTEP`, and the timestep."""
@@ -81,7 +72,8 @@ class Verification:
 
     def tensors(self):
         """Every tensor of the checkpoint is in the model (loading names what is not)."""
-        file, adapter = self.load_weights(), self.scorer.adapter
+        adapter = self.scorer.adapter
+        file = load_checkpoint(self.args.dpt, local_files_only=self.args.local_files_only)
         pairs = [(file.adapter.state_dict(), adapter.state_dict()), (file.lora, lora_state(self.sd.unet))]
         same = all(
             there.keys() == here.keys() and all(torch.equal(v, here[k].cpu().to(v)) for k, v in there.items())
@@ -91,31 +83,23 @@ class Verification:
 
     def stock(self):
         """With factor 0, latents equal the stock pipeline's."""
-        sd, steps = self.sd, 5
-        noise = initial_noise([0, 1], sd.latent_shape()).to(self.device)
-        scheduler = make_scheduler(sd.scheduler, "ddim")
-        set_timesteps(scheduler, steps, self.device, shape=noise.shape[1:])
-        texts = (sd.condition(words) for words in (self.prompts, [""] * 2))
-        ours = sample(ClassifierFreeGuidance(sd.unet, scheduler, *texts, guidance_scale=7.5), scheduler, noise)
-        ddim = DDIMScheduler.from_config(sd.scheduler.config)
-        parts = sd.vae, sd.text_encoder, sd.tokenizer, sd.unet, ddim, None, None
-        pipe = StableDiffusionPipeline(*parts, requires_safety_checker=False)
-        pipe.set_progress_bar_config(disable=True)
-        stock = pipe(self.prompts, latents=noise, num_inference_steps=steps, output_type="latent").images
+        sampling = recommended(self.args.model).changed(num_inference_steps=5)
+        ours = torch.stack([drawing.latents for drawing in self.artist.draw(self.prompts, [0, 1], sampling)])
+        stock = stock_latents(self.sd, self.prompts, initial_noise([0, 1], self.sd.latent_shape()).to(ours), sampling)
         difference = (ours - stock).abs().max().item() / stock.abs().max().item()
         return difference < 1e-4, {"largest_relative_difference": difference}
 
     def half_precision(self):
         """Half-precision pictures are like float32's, and the score's gradient points the same way."""
-        half, scorer = self.load(self.half)
-        sampling = Sampling(num_inference_steps=10)
-        drawn = [Artist(sd).draw(self.prompts, [0, 1], sampling) for sd in (self.sd, half)]
+        half = self.load(self.half)
+        sampling = recommended(self.args.model).changed(num_inference_steps=10)
+        drawn = [artist.draw(self.prompts, [0, 1], sampling) for artist in (self.artist, half)]
         pictures = [np.stack([drawing.image for drawing in row]).astype(int) for row in drawn]
         z = initial_noise([0, 1], self.sd.latent_shape()).to(self.device)
         timestep, gradients = torch.tensor(TIMESTEP, device=self.device), []
-        for sd, s in ((self.sd, self.scorer), (half, scorer)):
-            conditioning = sd.condition(self.prompts)
-            gradients.append(score_gradient(sd.unet, s, z, timestep, conditioning)[1])
+        for artist in (self.artist, half):
+            conditioning = artist.sd.condition(self.prompts)
+            gradients.append(score_gradient(artist.sd.unet, artist.scorer, z, timestep, conditioning)[1])
         cosine = torch.cosine_similarity(*(g.flatten(1) for g in gradients)).min().item()
         difference = float(np.abs(pictures[0] - pictures[1]).mean())
         figures = {"dtype": str(self.half), "mean_pixel_difference": difference, "gradient_cosine": cosine}
@@ -235,10 +219,10 @@ class Verification:
 
     def pictures(self):
         """Draws the prompts with and without correction."""
-        rows, artist = [], Artist(self.sd, self.scorer)
-        corrected = recommended(self.args.model, self.checkpoint.config).changed(num_inference_steps=self.args.steps)
+        rows = []
+        corrected = self.artist.sampling.changed(num_inference_steps=self.args.steps)
         for prompt in self.prompts:
-            drawn = [artist.draw([prompt] * 2, [0, 1], s) for s in (without_correction(corrected), corrected)]
+            drawn = [self.artist.draw([prompt] * 2, [0, 1], s) for s in (corrected.without_correction(), corrected)]
             images = [drawing.image for pair in drawn for drawing in pair]
             rows.append((f"{prompt} (two without correction, two with)", images))
         make_grid(rows).save(self.args.outdir / "pictures.png")

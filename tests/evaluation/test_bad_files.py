@@ -223,7 +223,7 @@ def test_a_file_in_an_arm_s_place_is_refused(tmp_path, capsys):
 
 
 def test_settings_are_compared_before_weights_are_loaded(arm, capsys, monkeypatch):
-    monkeypatch.setattr("dpt.evaluation.generate.load_stable_diffusion", None)
+    monkeypatch.setattr("dpt.drawing.load_stable_diffusion", None)
     words = [*command("generate", arm), "--set", "guidance_scale=2"]
     assert fails(words, capsys, "holds pictures of other settings: guidance_scale 5.0 (now 2.0)")
 
