@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from diffusers import SchedulerMixin
 
-from dpt.backbones.unet_features import Conditioning
+from dpt.backbones.conditioning import Conditioning
 from dpt.choosing import best, rounds
 from dpt.sampling import Denoiser, sample
 from dpt.schedulers import join_images, predicted_clean, select_images

@@ -158,7 +158,7 @@ class DPTConfig:
 
     base_model: str = "sd21-base"
     feature: str = "up1"
-    """the probed block, or several; see `unet_features`"""
+    """the probed block, or several; see `dpt.backbones.blocks`"""
     itm_layer: int = -1
     """the decoder layer that ITM reads; the reference reads the first (0)"""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)

@@ -172,7 +172,7 @@ class Artist:
             )
 
         options = {"batch_size": batch_size, "trace": trace, "on_step": on_step, "on_choice": on_choice and tell}
-        with counted_passes(sd.unet) as passes:
+        with counted_passes(sd.denoiser) as passes:
             begun = self._begin(texts, every, sampling)
             chosen = draw_and_choose(begun, sampling, denoiser_of, **options)
         if not chosen.left.latents.isfinite().all():
@@ -212,7 +212,7 @@ class Artist:
 
     def _denoiser(self, batch, sampling, prompts, seeds, log, read, method) -> Denoiser:
         guidance = ClassifierFreeGuidance(
-            self.sd.unet,
+            self.sd.denoiser,
             batch.scheduler,
             batch.conditioning,
             batch.negative,
@@ -228,7 +228,7 @@ class Artist:
 
 
 @contextlib.contextmanager
-def counted_passes(unet):
+def counted_passes(denoiser):
     """A dict that counts the U-Net's passes while the context lasts, whole and truncated ones, each for one image."""
     passes = {"whole_passes": 0, "truncated_passes": 0}
 
@@ -240,9 +240,12 @@ def counted_passes(unet):
         passes["truncated_passes"] -= len(output)  # it has begun too
 
     first, last = "conv_in", "conv_out"
-    if is_transformer(unet.config):
-        first, last = "x_embedder" if is_flux(unet.config) else "pos_embed", "proj_out"
-    handles = [getattr(unet, first).register_forward_hook(begins), getattr(unet, last).register_forward_hook(ends)]
+    if is_transformer(denoiser.config):
+        first, last = "x_embedder" if is_flux(denoiser.config) else "pos_embed", "proj_out"
+    handles = [
+        getattr(denoiser, first).register_forward_hook(begins),
+        getattr(denoiser, last).register_forward_hook(ends),
+    ]
     try:
         yield passes
     finally:

@@ -44,7 +44,7 @@ def lora_metadata(state: dict[str, torch.Tensor], alpha: float) -> dict:
 
 
 def load_lora(
-    unet: UNet2DConditionModel, state: dict[str, torch.Tensor], *, alpha: float, trainable: bool = False
+    denoiser: UNet2DConditionModel, state: dict[str, torch.Tensor], *, alpha: float, trainable: bool = False
 ) -> None:
     """Attaches LoRA tensors as the PEFT adapter "dpt" in place of one already there; the U-Net is frozen.
 
@@ -56,7 +56,7 @@ def load_lora(
     Raises:
         ValueError: a module or a shape that the U-Net does not have.
     """
-    modules = dict(unet.named_modules())
+    modules = dict(denoiser.named_modules())
     for key, tensor in state.items():
         path = key.rsplit(".lora_", 1)[0]
         module = modules.get(path)
@@ -66,13 +66,13 @@ def load_lora(
         wanted, found = (module.in_features, tensor.shape[1]) if is_down else (module.out_features, tensor.shape[0])
         if wanted != found:
             raise ValueError(f"LoRA tensor {key} is for width {found}; this U-Net's {path} has {wanted}")
-    remove_lora(unet)
+    remove_lora(denoiser)
     prefixed = {f"unet.{key}": value for key, value in state.items()}
     metadata = {f"unet.{key}": value for key, value in lora_metadata(state, alpha).items()}
-    unet.load_lora_adapter(prefixed, prefix="unet", adapter_name=ADAPTER_NAME, metadata=metadata)
-    unet.requires_grad_(False)
+    denoiser.load_lora_adapter(prefixed, prefix="unet", adapter_name=ADAPTER_NAME, metadata=metadata)
+    denoiser.requires_grad_(False)
     if trainable:
-        for name, parameter in unet.named_parameters():
+        for name, parameter in denoiser.named_parameters():
             if ".lora_" in name:
                 tensor = state[name.replace(f".{ADAPTER_NAME}.", ".")]
                 parameter.data = tensor.to(parameter.device, torch.float32, copy=True)
@@ -94,7 +94,7 @@ def load_external_lora(sd: StableDiffusion, path: Path, notice=print) -> None:
     for model in models.values():
         remove_lora(model)
     state, settings = read_lora(path, models, notes.append)
-    options = {FluxPipeline: {"return_alphas": True}, StableDiffusionXLPipeline: {"unet_config": sd.unet.config}}
+    options = {FluxPipeline: {"return_alphas": True}, StableDiffusionXLPipeline: {"unet_config": sd.denoiser.config}}
     try:
         with collected_warnings(notes):
             found = stock.lora_state_dict(state, **options.get(stock, {}))
@@ -152,34 +152,34 @@ def remove_lora(model: ModelMixin | CLIPTextModel) -> None:
         (model.delete_adapters if isinstance(model, ModelMixin) else model.delete_adapter)(ADAPTER_NAME)
 
 
-def add_lora(unet: UNet2DConditionModel, *, rank: int, alpha: float, blocks: tuple[str, ...] = ()) -> None:
+def add_lora(denoiser: UNet2DConditionModel, *, rank: int, alpha: float, blocks: tuple[str, ...] = ()) -> None:
     """Adds a fresh, trainable LoRA (its update starts at zero) to every attention projection, in float32.
 
     Args:
-        blocks: restricts it to these blocks of the U-Net (see `unet_features`); none means all.
+        blocks: restricts it to these blocks of the U-Net (see `dpt.backbones.blocks`); none means all.
 
     Raises:
         ValueError: blocks without attention, or that the U-Net does not have.
     """
     for block in blocks:
-        if parse_feature(block, unet.config) != (block,) or block == LATENTS:
+        if parse_feature(block, denoiser.config) != (block,) or block == LATENTS:
             raise ValueError(f"lora.blocks is {list(blocks)}; {block!r} is no single block")
     prefixes = tuple(map(block_prefix, blocks)) or ("",)  # with which every name begins
     projections = (*PROJECTIONS, *TEXT_PROJECTIONS)
-    targets = [n for n, _ in unet.named_modules() if n.endswith(projections) and n.startswith(prefixes)]
+    targets = [n for n, _ in denoiser.named_modules() if n.endswith(projections) and n.startswith(prefixes)]
     if not targets:
         raise ValueError(f"lora.blocks is {list(blocks)}; there is no attention in them")
-    remove_lora(unet)
+    remove_lora(denoiser)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian")
-    unet.add_adapter(config, adapter_name=ADAPTER_NAME)
-    for name, parameter in unet.named_parameters():
+    denoiser.add_adapter(config, adapter_name=ADAPTER_NAME)
+    for name, parameter in denoiser.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
 
 
-def lora_state(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+def lora_state(denoiser: UNet2DConditionModel) -> dict[str, torch.Tensor]:
     """The tensors of the PEFT adapter "dpt", in diffusers' names; empty where there is none."""
-    if ADAPTER_NAME not in getattr(unet, "peft_config", {}):
+    if ADAPTER_NAME not in getattr(denoiser, "peft_config", {}):
         return {}
-    return get_peft_model_state_dict(unet, adapter_name=ADAPTER_NAME)
+    return get_peft_model_state_dict(denoiser, adapter_name=ADAPTER_NAME)

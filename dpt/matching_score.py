@@ -7,7 +7,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from dpt.adapter.adapter import Scorer
-from dpt.backbones.unet_features import Conditioning, unet_features
+from dpt.backbones.conditioning import Conditioning
+from dpt.backbones.features import denoiser_features
 from dpt.sampling import ClassifierFreeGuidance
 from dpt.tasks.itm import itm_score
 
@@ -23,7 +24,7 @@ def score_of_features(
 
 
 def matching_score(
-    unet: UNet2DConditionModel,
+    denoiser: UNet2DConditionModel,
     scorer: Scorer,
     noisy_latents: torch.Tensor,
     timestep: torch.Tensor,
@@ -36,13 +37,13 @@ def matching_score(
         noisy_latents: in the variance-preserving space of the U-Net's input, (B, C, h, w).
         unet_inputs: further inputs of the U-Net.
     """
-    noisy_latents = noisy_latents.to(unet.dtype)
-    features, _ = unet_features(unet, scorer.blocks, noisy_latents, timestep, conditioning, **unet_inputs)
+    noisy_latents = noisy_latents.to(denoiser.dtype)
+    features, _ = denoiser_features(denoiser, scorer.blocks, noisy_latents, timestep, conditioning, **unet_inputs)
     return score_of_features(scorer, features, timestep, conditioning.pooled_prompt_embeds)
 
 
 def score_gradient(
-    unet: UNet2DConditionModel,
+    denoiser: UNet2DConditionModel,
     scorer: Scorer,
     noisy_latents: torch.Tensor,
     timestep: torch.Tensor,
@@ -55,8 +56,8 @@ def score_gradient(
     """
     with torch.enable_grad():
         noisy_latents = noisy_latents.detach().float().requires_grad_()
-        score = matching_score(unet, scorer, noisy_latents, timestep, conditioning, **unet_inputs)
-        gradient = gradient_of(score, noisy_latents, unet.dtype)
+        score = matching_score(denoiser, scorer, noisy_latents, timestep, conditioning, **unet_inputs)
+        gradient = gradient_of(score, noisy_latents, denoiser.dtype)
     return score.detach(), gradient
 
 

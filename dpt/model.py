@@ -11,7 +11,8 @@ from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import nn
 
 from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
-from dpt.backbones.unet_features import Conditioning, unet_features
+from dpt.backbones.conditioning import Conditioning
+from dpt.backbones.features import denoiser_features
 from dpt.config import LossSettings
 from dpt.tasks import tasks_of
 from dpt.tasks.denoising import denoising_of_step
@@ -25,28 +26,28 @@ class DPT(nn.Module):
     """A U-Net (frozen, or with LoRA) and the adapter that reads it.
 
     Args:
-        blocks: the probed blocks; see `unet_features`.
+        blocks: the probed blocks; see `dpt.backbones.blocks`.
         scheduler: says what timesteps mean to the denoising loss.
-        train_unet: whether gradients reach the U-Net (tune) or stop at its features (probe).
+        train_denoiser: whether gradients reach the U-Net (tune) or stop at its features (probe).
         loss: settings of the losses; by default the paper's.
         itm_layer: the decoder layer that ITM reads.
     """
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        denoiser: UNet2DConditionModel,
         adapter: DiscriminativeAdapter,
         blocks: tuple[str, ...],
         scheduler: SchedulerMixin,
         *,
-        train_unet: bool,
+        train_denoiser: bool,
         loss: LossSettings | None = None,
         itm_layer: int = -1,
     ):
         super().__init__()
-        self.unet, self.adapter, self.blocks, self.scheduler = unet, adapter, blocks, scheduler
+        self.denoiser, self.adapter, self.blocks, self.scheduler = denoiser, adapter, blocks, scheduler
         loss = loss or LossSettings()
-        self.train_unet, self.weights, self.snr_gamma = train_unet, loss.weights, loss.snr_gamma
+        self.train_denoiser, self.weights, self.snr_gamma = train_denoiser, loss.weights, loss.snr_gamma
         self.tasks, self.itm_layer = tasks_of(adapter.config, loss, itm_layer=itm_layer), itm_layer
 
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
@@ -73,7 +74,7 @@ class DPT(nn.Module):
             return ranked
         rewarded = self._reward(batch["reward"]) if "reward" in batch else {}
         passes = passes_of(self.active(batch))
-        denoises = self.train_unet and bool(self.weights.denoise)
+        denoises = self.train_denoiser and bool(self.weights.denoise)
         if denoises and TRUE_PAIR in passes:
             passes.remove(TRUE_PAIR)  # the full pass has it
         features, noise_pred = self.features(batch, passes, with_full=denoises)
@@ -98,7 +99,7 @@ class DPT(nn.Module):
         for task in tasks:
             losses |= task.loss(self.adapter, hs, batch)
         if noise_pred is not None:
-            losses |= denoising_of_step(self.unet, noise_pred, batch, self.scheduler, snr_gamma=self.snr_gamma)
+            losses |= denoising_of_step(self.denoiser, noise_pred, batch, self.scheduler, snr_gamma=self.snr_gamma)
         return {name: value for name, value in losses.items() if getattr(self.weights, name.removeprefix("loss_"))}
 
     def read(
@@ -116,7 +117,7 @@ class DPT(nn.Module):
 
     def features(self, batch, passes, *, with_full):
         """Feature maps of the early passes as one batch, followed by those of the full pass, if there is one."""
-        gradients = contextlib.nullcontext() if self.train_unet else torch.no_grad()
+        gradients = contextlib.nullcontext() if self.train_denoiser else torch.no_grad()
         timesteps, images = batch["timesteps"], batch["noisy_latents"]
         parts, noise_pred = [], None
         with gradients:
@@ -127,11 +128,11 @@ class DPT(nn.Module):
                     for _, text in passes
                 )
                 repeated = timesteps.repeat(len(passes))
-                parts.append(unet_features(self.unet, self.blocks, latents, repeated, conditioning)[0])
+                parts.append(denoiser_features(self.denoiser, self.blocks, latents, repeated, conditioning)[0])
             if with_full:
                 conditioning = conditioning_of(batch, "caption", 0)
-                features, noise_pred = unet_features(
-                    self.unet, self.blocks, images[:, 0], timesteps, conditioning, with_noise_pred=True
+                features, noise_pred = denoiser_features(
+                    self.denoiser, self.blocks, images[:, 0], timesteps, conditioning, with_noise_pred=True
                 )
                 parts.append(features)
         return [torch.cat(maps) for maps in zip(*parts, strict=True)], noise_pred
@@ -144,7 +145,7 @@ class DPT(nn.Module):
     def _reward(self, own):
         """The loss of the model's own half-drawn pictures."""
         scorer = Scorer(self.adapter, self.blocks, self.itm_layer)
-        return reward_loss(self.unet, scorer, self.scheduler, **own)
+        return reward_loss(self.denoiser, scorer, self.scheduler, **own)
 
     def rank_scores(self, ranked: dict) -> torch.Tensor:
         """Matching scores (G * N,) of what `forward` takes as `ranked`."""
@@ -154,8 +155,8 @@ class DPT(nn.Module):
     def ranked_features(self, ranked: dict) -> list[torch.Tensor]:
         """Feature maps of what `forward` takes as `ranked`, G * N each."""
         latents, context = ranked["noisy_latents"], Conditioning(ranked["context"], further=ranked.get("further", {}))
-        with contextlib.nullcontext() if self.train_unet else torch.no_grad():
-            return unet_features(self.unet, self.blocks, latents, ranked["timesteps"], context)[0]
+        with contextlib.nullcontext() if self.train_denoiser else torch.no_grad():
+            return denoiser_features(self.denoiser, self.blocks, latents, ranked["timesteps"], context)[0]
 
 
 def conditioning_of(batch: dict, name: str, index: int | None = None) -> Conditioning:

@@ -16,8 +16,8 @@ from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from diffusers.utils.torch_utils import randn_tensor
 
 from dpt.adapter.adapter import Scorer
+from dpt.backbones.conditioning import Conditioning
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.backbones.unet_features import Conditioning
 from dpt.base_models import FLUX, SD_3, SD_XL, check_size, pipeline_of, recommended
 from dpt.bounds import Bounds
 from dpt.candidates import Candidates, draw_and_choose

@@ -12,7 +12,8 @@ import torch
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from dpt.backbones.unet_features import Conditioning, unet_features
+from dpt.backbones.conditioning import Conditioning
+from dpt.backbones.features import denoiser_features
 
 Denoiser = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 """Maps (latents, timestep, step) to (noise prediction, latents to step from), all (B, C, h, w) but the timestep."""
@@ -67,7 +68,7 @@ class ClassifierFreeGuidance:
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        denoiser: UNet2DConditionModel,
         scheduler: SchedulerMixin,
         conditioning: Conditioning,
         negative: Conditioning,
@@ -77,7 +78,7 @@ class ClassifierFreeGuidance:
         unet_inputs: dict | None = None,
     ):
         self.unet_inputs = unet_inputs or {}
-        self.unet, self.scheduler = unet, scheduler
+        self.denoiser, self.scheduler = denoiser, scheduler
         self.conditioning, self.negative = conditioning, negative
         self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
         self.watched: tuple[str, ...] = ()
@@ -104,9 +105,9 @@ class ClassifierFreeGuidance:
 
     def predict(self, latents, timestep, conditioning: Conditioning) -> torch.Tensor:
         """The noise prediction under one conditioning, float32; fills `features`."""
-        noisy_latents = self.scheduler.scale_model_input(latents, timestep).to(self.unet.dtype)
-        self.features, noise_pred = unet_features(
-            self.unet, self.watched, noisy_latents, timestep, conditioning, with_noise_pred=True, **self.unet_inputs
+        noisy_latents = self.scheduler.scale_model_input(latents, timestep).to(self.denoiser.dtype)
+        self.features, noise_pred = denoiser_features(
+            self.denoiser, self.watched, noisy_latents, timestep, conditioning, with_noise_pred=True, **self.unet_inputs
         )
         return noise_pred.float()
 

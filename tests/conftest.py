@@ -20,7 +20,7 @@ def shapes_dpt(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     sd = load_stable_diffusion("shapes")
     adapter = AdapterConfig(
-        in_channels=[sd.unet.config.block_out_channels[-2]],
+        in_channels=[sd.denoiser.config.block_out_channels[-2]],
         hidden_dim=64,
         dim_feedforward=128,
         num_queries_itm=4,
@@ -29,7 +29,7 @@ def shapes_dpt(tmp_path_factory) -> Path:
         rec_text_dim=sd.text_encoder.config.hidden_size,
     )
     lora = {}
-    for name, module in sd.unet.named_modules():
+    for name, module in sd.denoiser.named_modules():
         if name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
             lora[f"{name}.lora_A.weight"] = torch.randn(4, module.in_features) * 0.05
             lora[f"{name}.lora_B.weight"] = torch.randn(module.out_features, 4) * 0.05

@@ -10,7 +10,8 @@ from transformers import AutoModel
 from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.adapter.transformer import attend
 from dpt.backbones.blocks import block_channels, parse_feature
-from dpt.backbones.unet_features import Conditioning, unet_features
+from dpt.backbones.conditioning import Conditioning
+from dpt.backbones.features import denoiser_features
 from dpt.checkpoint.released import adapter_key, infer_adapter_config
 from dpt.config import AdapterConfig
 from dpt.tasks.itm import itm_score
@@ -51,7 +52,7 @@ def test_golden_adapter_outputs(golden, unet, case):
     arrays = {k: torch.from_numpy(v) for k, v in np.load(golden / f"adapter_{case}.npz").items()}
     adapter, blocks, options = load_golden_adapter(golden, case, unet.config)
     assert adapter.config.num_queries_rec == options["num_queries_rec"]
-    features, _ = unet_features(unet, blocks, arrays["latent"], arrays["t"], Conditioning(arrays["context"]))
+    features, _ = denoiser_features(unet, blocks, arrays["latent"], arrays["t"], Conditioning(arrays["context"]))
     kept = {}
     adapter.input_proj.register_forward_hook(lambda m, a, out: kept.update(src=out))
     adapter.timestep_embedder.register_forward_hook(lambda m, a, out: kept.update(time=out))

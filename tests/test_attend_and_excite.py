@@ -5,8 +5,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionAttendAndExcitePipeline
 
+from dpt.backbones.conditioning import Conditioning
 from dpt.backbones.loading import load_stable_diffusion
-from dpt.backbones.unet_features import Conditioning
 from dpt.drawing import Artist
 from dpt.guidance.attend_and_excite import AttendAndExcite, stored_attention, subject_tokens
 from dpt.sampling import ClassifierFreeGuidance, initial_noise, sample
@@ -22,7 +22,7 @@ SAMPLING = Sampling(attend_and_excite=True)
 
 def guidance(sd, scale, prompts=PROMPTS):
     texts = (Conditioning(*sd.encode_prompts(words)) for words in (prompts, [""] * len(prompts)))
-    return ClassifierFreeGuidance(sd.unet, sd.scheduler, *texts, guidance_scale=scale)
+    return ClassifierFreeGuidance(sd.denoiser, sd.scheduler, *texts, guidance_scale=scale)
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +49,16 @@ def test_subjects_are_shapes_or_else_content_words(sd):
 def test_attention_maps_are_the_plain_processor_s(sd):
     noise = initial_noise([0, 1], sd.latent_shape())
     context, _ = sd.encode_prompts(PROMPTS)
-    plain = sd.unet(noise, 500, encoder_hidden_states=context).sample
-    before = sd.unet.attn_processors
-    with torch.no_grad(), stored_attention(sd.unet, 4) as maps:
-        stored = sd.unet(noise, 500, encoder_hidden_states=context).sample
-    assert sd.unet.attn_processors == before
+    plain = sd.denoiser(noise, 500, encoder_hidden_states=context).sample
+    before = sd.denoiser.attn_processors
+    with torch.no_grad(), stored_attention(sd.denoiser, 4) as maps:
+        stored = sd.denoiser(noise, 500, encoder_hidden_states=context).sample
+    assert sd.denoiser.attn_processors == before
     torch.testing.assert_close(stored, plain, atol=1e-4, rtol=1e-4)
     assert all(m.shape[0] == 2 and m.shape[2:] == (16, context.shape[1]) for m in maps)
     message = r"attention_resolution is 5; .* the sides 2, 4, 8"
-    with pytest.raises(ValueError, match=message), stored_attention(sd.unet, 5):
-        sd.unet(noise, 500, encoder_hidden_states=context)
+    with pytest.raises(ValueError, match=message), stored_attention(sd.denoiser, 5):
+        sd.denoiser(noise, 500, encoder_hidden_states=context)
 
 
 def test_latents_are_those_of_diffusers_own_class(random_sd):
@@ -66,7 +66,7 @@ def test_latents_are_those_of_diffusers_own_class(random_sd):
     sd = random_sd
     scheduler = DDIMScheduler.from_config(sd.scheduler.config)
     pipe = StableDiffusionAttendAndExcitePipeline(
-        sd.vae, sd.text_encoder, sd.tokenizer, sd.unet, scheduler, None, None, requires_safety_checker=False
+        sd.vae, sd.text_encoder, sd.tokenizer, sd.denoiser, scheduler, None, None, requires_safety_checker=False
     )
     pipe.set_progress_bar_config(disable=True)
     noise = initial_noise([3, 4], sd.latent_shape())
@@ -126,7 +126,7 @@ def test_a_step_means_the_same_with_every_scheduler(random_sd):
         scheduler = kind.from_config(sd.scheduler.config)
         set_timesteps(scheduler, STEPS, "cpu")
         texts = (Conditioning(*sd.encode_prompts(words)) for words in (PROMPTS, ["", ""]))
-        denoise = ClassifierFreeGuidance(sd.unet, scheduler, *texts, guidance_scale=5.0)
+        denoise = ClassifierFreeGuidance(sd.denoiser, scheduler, *texts, guidance_scale=5.0)
         tokens = [subject_tokens(sd, prompt) for prompt in PROMPTS]
         scale = scheduler.scale_model_input(torch.ones(1), scheduler.timesteps[1])
         latents = noise / scale

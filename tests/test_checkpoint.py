@@ -62,10 +62,11 @@ def test_golden_lora_outputs(golden):
     import numpy as np
 
     from dpt.backbones.blocks import parse_feature
-    from dpt.backbones.unet_features import Conditioning, unet_features
+    from dpt.backbones.conditioning import Conditioning
+    from dpt.backbones.features import denoiser_features
 
     arrays = {k: torch.from_numpy(v) for k, v in np.load(golden / "lora_unet.npz").items()}
-    unet = load_stable_diffusion(str(golden / "sd21")).unet
+    unet = load_stable_diffusion(str(golden / "sd21")).denoiser
     inputs = (arrays["latent"], arrays["t"], arrays["context"])
     assert torch.allclose(unet(*inputs).sample, arrays["noise_pred_base"], rtol=1e-5, atol=1e-5)
     for file in ("lora_only.bin", "lora_only.safetensors"):
@@ -74,13 +75,14 @@ def test_golden_lora_outputs(golden):
         rank = next(v.shape[0] for k, v in state.items() if ".lora_A." in k)
         load_lora(unet, state, alpha=rank)
         blocks = parse_feature("all", unet.config)
-        features, noise_pred = unet_features(unet, blocks, *inputs[:2], Conditioning(inputs[2]), with_noise_pred=True)
+        texts = Conditioning(inputs[2])
+        features, noise_pred = denoiser_features(unet, blocks, *inputs[:2], texts, with_noise_pred=True)
         scale = arrays["noise_pred"].abs().max()
         assert torch.allclose(noise_pred, arrays["noise_pred"], rtol=1e-5, atol=1e-5 * scale)
         for block, feature in zip(blocks, features, strict=True):
             expected = arrays["feat_" + block.replace("down", "bottom")]
             assert torch.allclose(feature, expected, rtol=1e-5, atol=1e-5 * expected.abs().max()), block
-            (alone,), _ = unet_features(unet, (block,), *inputs[:2], Conditioning(inputs[2]))
+            (alone,), _ = denoiser_features(unet, (block,), *inputs[:2], Conditioning(inputs[2]))
             assert torch.equal(alone, feature)
 
 
@@ -111,9 +113,9 @@ def test_stock_diffusers_loads_our_lora(golden, released, tmp_path, alpha):
     pipe.load_lora_weights(tmp_path / "dpt/lora")
     inputs = (torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 77, 32))
     with torch.no_grad():
-        ours, stock = sd.unet(*inputs).sample, pipe.unet(*inputs).sample
+        ours, stock = sd.denoiser(*inputs).sample, pipe.unet(*inputs).sample
     assert torch.allclose(ours, stock, atol=1e-5)
-    plain = load_stable_diffusion(str(golden / "sd21")).unet(*inputs).sample
+    plain = load_stable_diffusion(str(golden / "sd21")).denoiser(*inputs).sample
     assert not torch.allclose(ours, plain, atol=1e-3)
 
 
@@ -121,7 +123,7 @@ def test_attaching_replaces_and_freezes(golden, released):
     sd = load_stable_diffusion(str(golden / "sd21"))
     for _ in range(2):
         assert released.attach(sd).blocks == ("up1",)
-    parameters = [*sd.unet.parameters(), *released.adapter.parameters()]
+    parameters = [*sd.denoiser.parameters(), *released.adapter.parameters()]
     assert not any(p.requires_grad for p in parameters)
     assert not released.adapter.training
 
@@ -129,7 +131,7 @@ def test_attaching_replaces_and_freezes(golden, released):
 def test_other_models_are_refused_with_both_numbers(golden, released):
     sd = load_stable_diffusion(str(golden / "sd21"))
     released.config.feature = "up3"
-    reads, has = released.config.adapter.in_channels[0], block_channels("up3", sd.unet.config)
+    reads, has = released.config.adapter.in_channels[0], block_channels("up3", sd.denoiser.config)
     with pytest.raises(ValueError, match=rf"reads \[{reads}\] channels at up3; .* has \[{has}\]"):
         released.attach(sd)
     released.config.feature, released.config.adapter.text_dim = "up1", 999
@@ -141,7 +143,7 @@ def test_weights_of_another_named_model_are_refused_with_both_numbers(released):
     sd = load_stable_diffusion("shapes")
     with pytest.raises(ValueError, match=r"reads \[\d+\] channels at up1; shapes has \[\d+\]"):
         released.attach(sd)
-    released.config.adapter.in_channels = [sd.unet.config.block_out_channels[-2]]
+    released.config.adapter.in_channels = [sd.denoiser.config.block_out_channels[-2]]
     with pytest.raises(ValueError, match=r"texts of width \d+; shapes has \d+"):
         released.attach(sd)
     released.config.adapter.text_dim = sd.text_encoder.config.hidden_size
@@ -150,7 +152,7 @@ def test_weights_of_another_named_model_are_refused_with_both_numbers(released):
 
 
 def test_lora_for_another_unet_is_refused(released):
-    unet = load_stable_diffusion("shapes").unet
+    unet = load_stable_diffusion("shapes").denoiser
     with pytest.raises(ValueError, match=r"is for width \d+; this U-Net's .* has \d+|has no module"):
         load_lora(unet, released.lora, alpha=4)
 

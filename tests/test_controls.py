@@ -61,6 +61,6 @@ def test_a_random_unet_is_another_one_and_always_the_same():
     for control in ("none", "random_unet", "random_unet"):
         sd = load_stable_diffusion("shapes")
         control_unet(control, sd)
-        unets.append(sd.unet.state_dict())
+        unets.append(sd.denoiser.state_dict())
     assert all(torch.equal(value, unets[2][name]) for name, value in unets[1].items())
     assert not torch.equal(unets[0]["conv_in.weight"], unets[1]["conv_in.weight"])

@@ -22,13 +22,13 @@ import train_probe
 import train_tune
 import txt2img
 from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
+from dpt.backbones import transformer, unet
 from dpt.backbones.architecture import architecture
-from dpt.backbones.blocks import block_channels, block_names, parse_feature
+from dpt.backbones.blocks import block_channels, block_names, is_transformer, parse_feature
+from dpt.backbones.features import denoiser_features
 from dpt.backbones.flow import FlowScheduler, variance_scale
 from dpt.backbones.flux import Flux
 from dpt.backbones.loading import load_stable_diffusion
-from dpt.backbones.transformer_features import transformer_blocks
-from dpt.backbones.unet_features import _module, unet_features
 from dpt.base_models import CKPT_FOLDER, half_precision, recommended
 from dpt.checkpoint.checkpoint import DPTCheckpoint, load_checkpoint, save_checkpoint
 from dpt.config import AdapterConfig, DPTConfig
@@ -83,7 +83,7 @@ def small(family, **given):
 
 
 def adapter_config(sd, block):
-    sizes = {"in_channels": [block_channels(block, sd.unet.config)], "text_dim": sd.pooled_width}
+    sizes = {"in_channels": [block_channels(block, sd.denoiser.config)], "text_dim": sd.pooled_width}
     return AdapterConfig(hidden_dim=32, nheads=4, rec_text_dim=WIDTH, **sizes)
 
 
@@ -105,13 +105,15 @@ def stock(sd, sampling, **more):
 def stock_pass(sd, noisy_latents, timestep, conditioning):
     """A prediction by the denoiser's own forward, of latents in the variance-preserving space."""
     context, pooled = conditioning.encoder_hidden_states, conditioning.pooled_prompt_embeds
-    if hasattr(sd.unet, "down_blocks"):
-        return sd.unet(noisy_latents, timestep, context, added_cond_kwargs=conditioning.further, return_dict=False)[0]
+    if hasattr(sd.denoiser, "down_blocks"):
+        return sd.denoiser(noisy_latents, timestep, context, added_cond_kwargs=conditioning.further, return_dict=False)[
+            0
+        ]
     z = noisy_latents * variance_scale(timestep)
     if not isinstance(sd, Flux):
-        return sd.unet(z, context, pooled, timestep.expand(len(z)), return_dict=False)[0]
+        return sd.denoiser(z, context, pooled, timestep.expand(len(z)), return_dict=False)[0]
     height, width = (side // 2 for side in z.shape[-2:])
-    velocity = sd.unet(
+    velocity = sd.denoiser(
         FluxPipeline._pack_latents(z, *z.shape),
         context,
         pooled,
@@ -127,7 +129,7 @@ def stock_pass(sd, noisy_latents, timestep, conditioning):
 def test_a_folder_says_what_it_is(folder, family, loaded):
     assert isinstance(loaded, family.kind)
     known = architecture(str(folder))
-    assert block_names(known.config) == block_names(loaded.unet.config)
+    assert block_names(known.config) == block_names(loaded.denoiser.config)
     assert known.pooled_width == loaded.pooled_width
     *others, _ = loaded.parts.values()
     assert known.other_weights == sum(p.numel() for part in others for p in part.parameters())
@@ -156,59 +158,59 @@ def test_pictures_equal_the_stock_pipeline(family, loaded):
 def test_features_equal_a_hook_s_capture_and_stop_there(sd, family, state):
     if state == "LoRA":
         torch.manual_seed(1)
-        add_lora(sd.unet, rank=2, alpha=2.0)
-        for parameter in (parameter for parameter in sd.unet.parameters() if parameter.requires_grad):
+        add_lora(sd.denoiser, rank=2, alpha=2.0)
+        for parameter in (parameter for parameter in sd.denoiser.parameters() if parameter.requires_grad):
             torch.nn.init.normal_(parameter, std=0.2)
     if state == "gradient checkpointing":
-        sd.unet.enable_gradient_checkpointing()
-        sd.unet.train()
-    blocks = getattr(sd.unet, "up_blocks", None) or transformer_blocks(sd.unet).values()
+        sd.denoiser.enable_gradient_checkpointing()
+        sd.denoiser.train()
+    kind = transformer if is_transformer(sd.denoiser.config) else unet
+    modules, first_is_map = kind.block_modules(sd.denoiser), kind is unet
     conditioning, timestep = sd.condition(PROMPTS), torch.tensor(500.0)
     z = initial_noise([0, 1], sd.latent_shape(64, 96)).requires_grad_()
     for block in family.blocks:
         seen, run = [], []
-        module = _module(sd.unet, block) if hasattr(sd.unet, "up_blocks") else transformer_blocks(sd.unet)[block]
-        hook = module.register_forward_hook(lambda *a, seen=seen: seen.append(a[2]))
+        hook = modules[block].register_forward_hook(lambda *a, seen=seen: seen.append(a[2]))
         whole = stock_pass(sd, z, timestep, conditioning)
         hook.remove()
-        hooks = [b.register_forward_hook(lambda *_, k=k, run=run: run.append(k)) for k, b in enumerate(blocks)]
-        (found,), nothing = unet_features(sd.unet, (block,), z, timestep, conditioning)
+        hooks = [m.register_forward_hook(lambda *_, b=b, run=run: run.append(b)) for b, m in modules.items()]
+        (found,), nothing = denoiser_features(sd.denoiser, (block,), z, timestep, conditioning)
         for hook in hooks:
             hook.remove()
-        (again,), predicted = unet_features(sd.unet, (block,), z, timestep, conditioning, with_noise_pred=True)
+        (again,), predicted = denoiser_features(sd.denoiser, (block,), z, timestep, conditioning, with_noise_pred=True)
         assert nothing is None
         captured = seen[0]
         if isinstance(captured, tuple):  # of a U-Net the map is first, of a transformer its image tokens are last
-            captured = captured[0 if hasattr(sd.unet, "up_blocks") else -1]
+            captured = captured[0 if first_is_map else -1]
         tokens = found if captured.ndim == 4 else found.flatten(2).transpose(1, 2)
         assert torch.equal(tokens, captured)
         assert torch.equal(found, again)
         assert torch.equal(predicted, whole)
-        assert found.shape[1] == block_channels(block, sd.unet.config)
-        names = [f"up{k}" for k in range(3)] if hasattr(sd.unet, "up_blocks") else list(transformer_blocks(sd.unet))
-        assert run == (list(range(names.index(block) + 1)) if block in names else [])
+        assert found.shape[1] == block_channels(block, sd.denoiser.config)
+        names = list(modules)
+        assert run == names[: names.index(block) + 1]
     assert torch.autograd.grad(found.square().sum(), z)[0].abs().max() > 0
 
 
 def test_blocks_that_are_not_there_are_refused_with_those_that_are(family, loaded):
     for feature in family.no_block:
         with pytest.raises(ValueError, match=f"must be among {family.blocks[0]}, "):
-            parse_feature(feature, loaded.unet.config)
-    assert parse_feature("+".join(family.blocks[:2]), loaded.unet.config) == family.blocks[:2]
+            parse_feature(feature, loaded.denoiser.config)
+    assert parse_feature("+".join(family.blocks[:2]), loaded.denoiser.config) == family.blocks[:2]
 
 
 def test_the_score_s_gradient_is_its_slope(sd, family, monkeypatch):
     step, close = family.slope
     scorer = artist_of(sd, family).scorer
     scorer.adapter.double()
-    sd.unet.double()
+    sd.denoiser.double()
     conditioning, timestep = sd.condition(["a red circle"]).map(torch.Tensor.double), torch.tensor(500.0)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     z = initial_noise([0], sd.latent_shape(64, 96)).double()
-    _, gradient = score_gradient(sd.unet, scorer, z, timestep, conditioning)
+    _, gradient = score_gradient(sd.denoiser, scorer, z, timestep, conditioning)
     direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).double()
     with torch.no_grad():
-        ends = [matching_score(sd.unet, scorer, z + h * direction, timestep, conditioning) for h in (step, -step)]
+        ends = [matching_score(sd.denoiser, scorer, z + h * direction, timestep, conditioning) for h in (step, -step)]
     slope = (ends[0] - ends[1]).item() / (2 * step)
     assert slope == pytest.approx((gradient * direction).sum().item(), rel=close)
 
@@ -328,9 +330,9 @@ def test_an_artist_is_loaded_from_python(folder, family, loaded, tmp_path):
 @pytest.mark.parametrize("restricted", [False, True])
 def test_a_tuned_lora_draws_alike_in_the_stock_pipeline(folder, family, loaded, sd, tmp_path, restricted):
     sampling, blocks = small(family), family.in_lora if restricted else ()
-    add_lora(sd.unet, rank=2, alpha=2.0, blocks=blocks)
+    add_lora(sd.denoiser, rank=2, alpha=2.0, blocks=blocks)
     torch.manual_seed(0)
-    state = {key: torch.randn_like(value) * 0.2 for key, value in lora_state(sd.unet).items()}
+    state = {key: torch.randn_like(value) * 0.2 for key, value in lora_state(sd.denoiser).items()}
     reached = {".".join(key.split(".")[:2]) for key in state}
     assert len(reached) == len(family.in_lora) if restricted else len(reached) >= 4
     assert family.kind.__name__ == "StableDiffusionXL" or any("add_q_proj" in key for key in state)
@@ -541,8 +543,8 @@ def test_t5_reads_more_of_a_prompt_than_clip(folders):
 def test_noisy_latents_can_be_read_beside_a_prediction(loaded):
     z = initial_noise([0], loaded.latent_shape(64, 96))
     with torch.no_grad():
-        inputs = loaded.unet, ("latents",), z, torch.tensor(500.0), loaded.condition(PROMPTS[:1])
-        (found,), predicted = unet_features(*inputs, with_noise_pred=True)
+        inputs = loaded.denoiser, ("latents",), z, torch.tensor(500.0), loaded.condition(PROMPTS[:1])
+        (found,), predicted = denoiser_features(*inputs, with_noise_pred=True)
     assert torch.equal(found, z)
     assert predicted.shape == z.shape
 
@@ -550,4 +552,4 @@ def test_noisy_latents_can_be_read_beside_a_prediction(loaded):
 def test_several_blocks_in_one_word_are_no_block_of_lora(loaded, family):
     joined = "+".join(family.blocks[:2])
     with pytest.raises(ValueError, match="is no single block"):
-        add_lora(loaded.unet, rank=2, alpha=2.0, blocks=(joined,))
+        add_lora(loaded.denoiser, rank=2, alpha=2.0, blocks=(joined,))

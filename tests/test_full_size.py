@@ -6,7 +6,7 @@ from diffusers import FluxTransformer2DModel
 
 from dpt.backbones.architecture import CONFIGS, PROJECTIONS, TEXT_PROJECTIONS, architecture
 from dpt.backbones.blocks import block_channels, block_names, block_prefix, parse_feature
-from dpt.backbones.unet_features import denoiser_class
+from dpt.backbones.features import denoiser_class
 from dpt.benchmark.random_models import random_model
 from dpt.benchmark.steps import sampling_steps, training_steps
 from dpt.lora import add_lora

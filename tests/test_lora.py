@@ -23,7 +23,7 @@ def sd(golden):
 def lora(sd):
     """Random matrices of rank 4 for every attention of U-Net and text encoder, in diffusers' names."""
     generator, state = torch.Generator().manual_seed(0), {}
-    for part, model, ends in (("unet", sd.unet, UNET_ENDS), ("text_encoder", sd.text_encoder, TEXT_ENDS)):
+    for part, model, ends in (("unet", sd.denoiser, UNET_ENDS), ("text_encoder", sd.text_encoder, TEXT_ENDS)):
         for name, module in model.named_modules():
             if name.endswith(ends):
                 state[f"{part}.{name}.lora_A.weight"] = torch.randn(4, module.in_features, generator=generator) * 0.3
@@ -41,7 +41,7 @@ def load(sd):
         return notes
 
     yield loaded
-    for model in (sd.unet, sd.text_encoder):
+    for model in (sd.denoiser, sd.text_encoder):
         remove_lora(model)
 
 
@@ -104,18 +104,18 @@ def with_text_model(lora):
 @pytest.mark.parametrize("layout", [dict, with_text_model, kohya])
 def test_both_parts_are_loaded_as_stock_diffusers_does(golden, tmp_path, sd, lora, load, layout):
     save_file(layout(lora), tmp_path / "lora.safetensors")
-    plain = latents(golden, sd.unet, sd.text_encoder)
+    plain = latents(golden, sd.denoiser, sd.text_encoder)
     assert not load(tmp_path / "lora.safetensors")
-    ours = latents(golden, sd.unet, sd.text_encoder)
+    ours = latents(golden, sd.denoiser, sd.text_encoder)
     assert torch.equal(ours, stock(golden, tmp_path / "lora.safetensors"))
     save_file({k: v for k, v in layout(lora).items() if "unet" in k}, tmp_path / "unet.safetensors")
     load(tmp_path / "unet.safetensors")
-    assert (latents(golden, sd.unet, sd.text_encoder) - ours).abs().max() > 0.1  # the text encoder's part counts
-    for model in (sd.unet, sd.text_encoder):
+    assert (latents(golden, sd.denoiser, sd.text_encoder) - ours).abs().max() > 0.1  # the text encoder's part counts
+    for model in (sd.denoiser, sd.text_encoder):
         remove_lora(model)
         assert not model.training
         assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert torch.equal(latents(golden, sd.unet, sd.text_encoder), plain)
+    assert torch.equal(latents(golden, sd.denoiser, sd.text_encoder), plain)
 
 
 def test_metadata_is_kept_as_stock_diffusers_keeps_it(golden, tmp_path, sd, lora, load):
@@ -125,18 +125,18 @@ def test_metadata_is_kept_as_stock_diffusers_keeps_it(golden, tmp_path, sd, lora
         text_encoder_lora_adapter_metadata=scale,
     )  # fmt: skip
     load(tmp_path)
-    ours = latents(golden, sd.unet, sd.text_encoder)
-    assert torch.equal(ours, latents(golden, sd.unet, sd.text_encoder))  # no dropout
+    ours = latents(golden, sd.denoiser, sd.text_encoder)
+    assert torch.equal(ours, latents(golden, sd.denoiser, sd.text_encoder))  # no dropout
     save_file({k: v / 2 for k, v in lora.items()}, tmp_path / "scaled.safetensors")  # A and B: scale 1 / 4
     load(tmp_path / "scaled.safetensors")
-    assert torch.equal(ours, latents(golden, sd.unet, sd.text_encoder))
+    assert torch.equal(ours, latents(golden, sd.denoiser, sd.text_encoder))
 
 
 def test_diffusion_itm_s_file_has_no_prefix(golden, tmp_path, sd, lora, load):
     torch.save(processors(unet_part(lora)), tmp_path / "pytorch_lora_weights.bin")
     torch.save({}, tmp_path / "scheduler.bin")
     assert not load(tmp_path)
-    ours = latents(golden, sd.unet, sd.text_encoder)
+    ours = latents(golden, sd.denoiser, sd.text_encoder)
     save_file({k: v for k, v in lora.items() if k.startswith("unet.")}, tmp_path / "named.safetensors")
     assert torch.equal(ours, stock(golden, tmp_path / "named.safetensors"))
 
@@ -150,11 +150,11 @@ def test_a_peft_folder(golden, tmp_path, sd, lora, load, part):
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["to_q"], "lora_dropout": 0.1}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config), "utf-8-sig")
     load(tmp_path)
-    ours = latents(golden, sd.unet, sd.text_encoder)
+    ours = latents(golden, sd.denoiser, sd.text_encoder)
     (tmp_path / "other").mkdir()
     save_file(kohya(own, alpha=8.0), tmp_path / "other/kohya.safetensors")
     load(tmp_path / "other")
-    assert torch.equal(ours, latents(golden, sd.unet, sd.text_encoder))
+    assert torch.equal(ours, latents(golden, sd.denoiser, sd.text_encoder))
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
     with pytest.raises(ValueError, match=r"adapter_config\.json: peft_type is 'LOHA'"):
         load(tmp_path)
@@ -167,7 +167,7 @@ def test_gors_s_lists_have_no_names(golden, tmp_path, sd, lora, load):
     assert "lora_weight.text_encoder.pt is not there" in load(tmp_path / "lora_weight.pt")[0]
     torch.save(lists(text_part(lora), TEXT_ENDS), tmp_path / "lora_weight.text_encoder.pt")
     assert len(load(tmp_path)) == 1  # nothing more is said
-    ours = latents(golden, sd.unet, sd.text_encoder)
+    ours = latents(golden, sd.denoiser, sd.text_encoder)
     halves = {key: value.half().float() for key, value in lora.items()}
     save_file(halves, tmp_path / "named.safetensors")
     assert torch.equal(ours, stock(golden, tmp_path / "named.safetensors"))

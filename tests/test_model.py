@@ -34,13 +34,13 @@ def golden_step(golden, stage):
     arrays = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(golden / f"train_stage{stage}.npz").items()}
     sd = load_stable_diffusion(str(golden / "sd21"))
     if stage == 1:
-        adapter, blocks, _ = load_golden_adapter(golden, "up1", sd.unet.config)
+        adapter, blocks, _ = load_golden_adapter(golden, "up1", sd.denoiser.config)
     else:
         options = json.loads((golden / "adapter_up1.args.json").read_text())
         given = {"num_queries_itm": options["num_queries_matching"], "nheads": options["nheads"]}
         checkpoint = load_checkpoint(golden / "stage2_pytorch_model.bin", **given)
         adapter, blocks = checkpoint.adapter, checkpoint.attach(sd).blocks
-        for name, parameter in sd.unet.named_parameters():
+        for name, parameter in sd.denoiser.named_parameters():
             parameter.requires_grad_(".lora_" in name)
     adapter.requires_grad_(True)
     described = json.loads((golden / "loss_criterion_multi.targets.json").read_text())[:2]
@@ -65,7 +65,7 @@ def golden_step(golden, stage):
         "token_states": token_states,
         "noise_target": arrays["noise"],
     }
-    return arrays, batch, DPT(sd.unet, adapter, blocks, sd.scheduler, train_unet=stage == 2)
+    return arrays, batch, DPT(sd.denoiser, adapter, blocks, sd.scheduler, train_denoiser=stage == 2)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -81,7 +81,7 @@ def test_golden_training_step(golden, stage):
     total.backward()
     found = {name: p.grad for name, p in model.adapter.named_parameters()}
     found |= {
-        name.replace(f".{ADAPTER_NAME}.", "."): p.grad for name, p in model.unet.named_parameters() if p.requires_grad
+        name.replace(f".{ADAPTER_NAME}.", "."): p.grad for name, p in model.denoiser.named_parameters() if p.requires_grad
     }
     gradients = {
         lora_key(k) or adapter_key(k): v for k, v in load_file(golden / f"train_stage{stage}_grads.safetensors").items()
@@ -99,7 +99,7 @@ def test_golden_training_step(golden, stage):
 def test_golden_training_step_in_half_precision(golden, dtype, tolerance):
     """Frozen weights in half precision under autocast, as on a GPU; LoRA and its gradients are float32."""
     arrays, batch, model = golden_step(golden, 2)
-    for module in model.unet.modules():
+    for module in model.denoiser.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 setattr(module, name, torch.nn.Parameter(parameter.to(dtype), requires_grad=False))
@@ -109,15 +109,15 @@ def test_golden_training_step_in_half_precision(golden, dtype, tolerance):
     for name, theirs in GOLDEN_LOSSES.items():
         assert losses[name].item() == pytest.approx(arrays[theirs].item(), rel=tolerance, abs=tolerance), name
     (model.weights.total(losses) * 2**10).backward()
-    gradients = [p.grad for p in [*model.unet.parameters(), *model.adapter.parameters()] if p.requires_grad]
+    gradients = [p.grad for p in [*model.denoiser.parameters(), *model.adapter.parameters()] if p.requires_grad]
     assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients)
 
 
 def test_probe_leaves_no_graph_in_the_unet(golden):
     _, batch, model = golden_step(golden, 1)
-    model.unet.requires_grad_(True)
+    model.denoiser.requires_grad_(True)
     sum(model(batch).values()).backward()
-    assert all(p.grad is None for p in model.unet.parameters())
+    assert all(p.grad is None for p in model.denoiser.parameters())
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_a_further_task_has_a_head_and_a_loss_and_leaves_the_others(golden, monk
     adapter = DiscriminativeAdapter(replace(model.adapter.config, heads=["itm", "rec", "mean"]))
     found = adapter.load_state_dict(model.adapter.state_dict(), strict=False)
     assert found.missing_keys == ["mean_head.weight", "mean_head.bias"]
-    more = DPT(model.unet, adapter, model.blocks, model.scheduler, train_unet=False)
+    more = DPT(model.denoiser, adapter, model.blocks, model.scheduler, train_denoiser=False)
     more.weights.mean = 1.0
     losses = more.eval()(batch)
     assert losses.pop("loss_mean").isfinite()

@@ -30,11 +30,11 @@ def test_pictures_are_the_same(family, how, tmp_path):
     for offloaded in (False, True):
         sd = load_stable_diffusion(model)
         torch.manual_seed(0)
-        sizes = {"in_channels": [block_channels(block, sd.unet.config)], "text_dim": sd.pooled_width}
+        sizes = {"in_channels": [block_channels(block, sd.denoiser.config)], "text_dim": sd.pooled_width}
         adapter = DiscriminativeAdapter(AdapterConfig(hidden_dim=32, nheads=4, rec_text_dim=32, **sizes)).eval()
         if offloaded:
             offload(sd, how, CPU)
-            weight = next(sd.unet.parameters())
+            weight = next(sd.denoiser.parameters())
             assert weight.is_meta == (how == "sequential")
             assert sd.device == CPU
         artist = Artist(sd, Scorer(adapter, (block,)))
@@ -47,7 +47,7 @@ def test_a_network_goes_when_the_next_one_is_called():
     sd = load_stable_diffusion("shapes")
     offload(sd, "model", CPU)
     hooks = [sd.parts[name]._hf_hook for name in ("text_encoder", "unet", "vae")]
-    assert [hook.prev_module_hook.model for hook in hooks] == [sd.vae, sd.text_encoder, sd.unet]
+    assert [hook.prev_module_hook.model for hook in hooks] == [sd.vae, sd.text_encoder, sd.denoiser]
 
 
 @pytest.mark.parametrize("how", ["model", "sequential"])

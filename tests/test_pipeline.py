@@ -17,7 +17,7 @@ from peft import LoraConfig
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextModel
 
 import dpt
-from dpt.backbones.unet_features import Conditioning
+from dpt.backbones.conditioning import Conditioning
 from dpt.base_models import CKPT_FOLDER
 from dpt.guidance.attend_and_excite import subject_tokens
 from dpt.guidance.self_correction import SelfCorrection
@@ -154,14 +154,16 @@ def test_a_correction_keeps_no_activation_of_a_later_block(pipe):
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             function()
-        weights = {p.untyped_storage().data_ptr() for p in [*sd.unet.parameters(), *pipe._scorer.adapter.parameters()]}
+        weights = {
+            p.untyped_storage().data_ptr() for p in [*sd.denoiser.parameters(), *pipe._scorer.adapter.parameters()]
+        }
         return sum(size for pointer, size in storages.items() if pointer not in weights)
 
     timestep = torch.tensor(500)
     texts = Conditioning(context, pooled)
-    corrected = saved_bytes(lambda: score_gradient(sd.unet, pipe._scorer, z, timestep, texts))
+    corrected = saved_bytes(lambda: score_gradient(sd.denoiser, pipe._scorer, z, timestep, texts))
     leaf = z.clone().requires_grad_()
-    whole = saved_bytes(lambda: sd.unet(leaf, timestep, context))
+    whole = saved_bytes(lambda: sd.denoiser(leaf, timestep, context))
     assert corrected < 0.6 * whole
 
 

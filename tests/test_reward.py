@@ -54,28 +54,28 @@ def test_pictures_are_those_of_their_samples_noise(sd, scorer):
     assert {inputs_of(sd, epoch, until=0.01)["step"] for epoch in range(5)} == {0}
     assert max(inputs_of(sd, epoch, until=0.99)["step"] for epoch in range(40)) == 4  # behind the last step is no other
 
-    add_lora(sd.unet, rank=2, alpha=2.0)  # its update is 0 yet
-    loss = reward_loss(sd.unet, scorer, sd.scheduler, **own | {"step": 2})["loss_reward"]
+    add_lora(sd.denoiser, rank=2, alpha=2.0)  # its update is 0 yet
+    loss = reward_loss(sd.denoiser, scorer, sd.scheduler, **own | {"step": 2})["loss_reward"]
     scheduler = make_scheduler(sd.scheduler, "ddim")
     set_timesteps(scheduler, 6, "cpu")
     guidance = ClassifierFreeGuidance(
-        sd.unet, scheduler, own["conditioning"], own["negative"], guidance_scale=SAMPLING.guidance_scale
+        sd.denoiser, scheduler, own["conditioning"], own["negative"], guidance_scale=SAMPLING.guidance_scale
     )
     latents = sample(guidance, scheduler, noise, steps=range(3))
     scorer.adapter.eval()  # as the loss reads it
     with torch.no_grad():
-        score = matching_score(sd.unet, scorer, latents, scheduler.timesteps[3], own["conditioning"])
+        score = matching_score(sd.denoiser, scorer, latents, scheduler.timesteps[3], own["conditioning"])
     assert loss.item() == pytest.approx(1 - score.mean().item(), abs=1e-5)
 
 
 def test_gradients_reach_lora_alone_and_raise_the_score(sd, scorer):
-    add_lora(sd.unet, rank=2, alpha=2.0)
+    add_lora(sd.denoiser, rank=2, alpha=2.0)
     own = inputs_of(sd) | {"step": 2}
-    parameters = [parameter for parameter in sd.unet.parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in sd.denoiser.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=3e-3)
     losses = []
     for _ in range(6):
-        loss = reward_loss(sd.unet, scorer, sd.scheduler, **own)["loss_reward"]
+        loss = reward_loss(sd.denoiser, scorer, sd.scheduler, **own)["loss_reward"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -89,19 +89,19 @@ def test_gradients_reach_lora_alone_and_raise_the_score(sd, scorer):
 def test_features_cannot_please_the_score(sd, scorer):
     """Whatever LoRA does, the score of given latents is that of the model without it."""
     own = inputs_of(sd, until=0.01)
-    add_lora(sd.unet, rank=2, alpha=2.0)
+    add_lora(sd.denoiser, rank=2, alpha=2.0)
     with torch.no_grad():
-        for parameter in sd.unet.parameters():
+        for parameter in sd.denoiser.parameters():
             if parameter.requires_grad:
                 parameter.normal_(std=0.1)
-        changed = reward_loss(sd.unet, scorer, sd.scheduler, **own)["loss_reward"]
+        changed = reward_loss(sd.denoiser, scorer, sd.scheduler, **own)["loss_reward"]
     scheduler = make_scheduler(sd.scheduler, "ddim")
     set_timesteps(scheduler, 6, "cpu")
     guidance = ClassifierFreeGuidance(
-        sd.unet, scheduler, own["conditioning"], own["negative"], guidance_scale=SAMPLING.guidance_scale
+        sd.denoiser, scheduler, own["conditioning"], own["negative"], guidance_scale=SAMPLING.guidance_scale
     )
     latents = sample(guidance, scheduler, own["noise"], steps=range(1))  # with LoRA
-    plain = load_stable_diffusion("shapes").unet
+    plain = load_stable_diffusion("shapes").denoiser
     scorer.adapter.eval()
     with torch.no_grad():
         score = matching_score(plain, scorer, latents, scheduler.timesteps[1], own["conditioning"])

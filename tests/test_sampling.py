@@ -2,8 +2,8 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
+from dpt.backbones.conditioning import Conditioning
 from dpt.backbones.loading import load_stable_diffusion
-from dpt.backbones.unet_features import Conditioning
 from dpt.base_models import CKPT_FOLDER
 from dpt.drawing import Artist
 from dpt.sampling import ClassifierFreeGuidance, initial_noise, sample
@@ -22,7 +22,7 @@ def sd():
 def stock(sd):
     """Of the very same modules: equal weights elsewhere in memory give other last bits, which guidance amplifies."""
     pipeline = StableDiffusionPipeline.from_pretrained(
-        CKPT_FOLDER / "shapes", unet=sd.unet, text_encoder=sd.text_encoder, safety_checker=None
+        CKPT_FOLDER / "shapes", unet=sd.denoiser, text_encoder=sd.text_encoder, safety_checker=None
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -44,7 +44,7 @@ def test_latents_equal_the_stock_pipeline(sd, stock, guidance_scale, negative):
         output_type="latent",
     ).images
     texts = Conditioning(context), Conditioning(negative_context)
-    denoise = ClassifierFreeGuidance(sd.unet, sd.scheduler, *texts, guidance_scale=guidance_scale)
+    denoise = ClassifierFreeGuidance(sd.denoiser, sd.scheduler, *texts, guidance_scale=guidance_scale)
     set_timesteps(sd.scheduler, 8, "cpu")
     latents = sample(denoise, sd.scheduler, noise)
     assert (latents - expected).abs().max() < 1e-4

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from dpt.adapter.adapter import Scorer
+from dpt.backbones.conditioning import Conditioning
 from dpt.backbones.loading import load_stable_diffusion
-from dpt.backbones.unet_features import Conditioning
 from dpt.drawing import counted_passes
 from dpt.guidance.self_correction import SelfCorrection
 from dpt.lora import load_lora, lora_key
@@ -31,13 +31,13 @@ def setting(golden, case, *, parity=False, **changes):
     if case.endswith("lora"):
         state = load_file(golden / "lora_only.safetensors")
         state = {lora_key(key): value for key, value in state.items()}
-        load_lora(sd.unet, state, alpha=next(v.shape[0] for k, v in state.items() if ".lora_A." in k))
-    adapter, blocks, _ = load_golden_adapter(golden, "up1", sd.unet.config)
+        load_lora(sd.denoiser, state, alpha=next(v.shape[0] for k, v in state.items() if ".lora_A." in k))
+    adapter, blocks, _ = load_golden_adapter(golden, "up1", sd.denoiser.config)
     negative, context = arrays["context"].chunk(2)
     scheduler = make_scheduler(sd.scheduler, "ddim", parity=parity)
     set_timesteps(scheduler, 10, "cpu")
     conditioning = Conditioning(context, arrays["context_pooled"].chunk(2)[1])
-    denoise = ClassifierFreeGuidance(sd.unet, scheduler, conditioning, Conditioning(negative), guidance_scale=7.5)
+    denoise = ClassifierFreeGuidance(sd.denoiser, scheduler, conditioning, Conditioning(negative), guidance_scale=7.5)
     sampling = Sampling(**{"correction_factor": CASES[case]} | {f"correction_{k}": v for k, v in changes.items()})
     correct = SelfCorrection(denoise, Scorer(adapter.requires_grad_(False), blocks), sampling)
     return arrays, sd, denoise, correct
@@ -74,14 +74,14 @@ def test_golden_gradients_of_the_score(golden, case, monkeypatch):
     """In double precision: in single, rounding decides on some CPUs on which side of zero a ReLU's input falls
     (`cf05_lora`, step 3), which moves the gradient by 1e-3 of its largest value."""
     arrays, sd, _, correct = setting(golden, case)
-    sd.unet.double()
+    sd.denoiser.double()
     correct.scorer.adapter.double()
     conditioning = correct.conditioning
     conditioning = Conditioning(conditioning.encoder_hidden_states.double(), conditioning.pooled_prompt_embeds.double())
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     for step in range(10):
         inputs = arrays["latents"][step], arrays["timesteps"][step], conditioning
-        _, gradient = score_gradient(sd.unet, correct.scorer, *inputs)
+        _, gradient = score_gradient(sd.denoiser, correct.scorer, *inputs)
         assert gradient.dtype == torch.float64
         unconditional, expected = arrays["grad"][step].double().chunk(2)
         assert not unconditional.any()
@@ -116,7 +116,7 @@ def test_the_latent_target_goes_on_from_the_corrected_latent(golden):
     latents = sample(correct, denoise.scheduler, arrays["init"])
     z = arrays["init"]
     for step, timestep in enumerate(denoise.scheduler.timesteps):  # the figure's algorithm, written out
-        z = z + 50 * score_gradient(sd.unet, correct.scorer, z, timestep, correct.conditioning)[1]
+        z = z + 50 * score_gradient(sd.denoiser, correct.scorer, z, timestep, correct.conditioning)[1]
         z = denoise.scheduler.step(denoise(z, timestep, step)[0], timestep, z).prev_sample
     assert torch.allclose(latents, z, rtol=1e-4, atol=1e-3)
     conditional, _ = run(golden, "cf50")
@@ -138,18 +138,18 @@ def test_window_and_norm(golden):
 def test_the_score_rises_along_its_gradient(golden):
     arrays, sd, _, correct = setting(golden, "cf05")
     z, t = arrays["latents"][3], arrays["timesteps"][3]
-    before, gradient = score_gradient(sd.unet, correct.scorer, z, t, correct.conditioning)
+    before, gradient = score_gradient(sd.denoiser, correct.scorer, z, t, correct.conditioning)
     unit = gradient / gradient.flatten(1).norm(dim=1)[:, None, None, None]
-    after, _ = score_gradient(sd.unet, correct.scorer, z + 0.05 * unit, t, correct.conditioning)
+    after, _ = score_gradient(sd.denoiser, correct.scorer, z + 0.05 * unit, t, correct.conditioning)
     assert (after > before).all()
-    assert not any(p.grad is not None for p in [*sd.unet.parameters(), *correct.scorer.adapter.parameters()])
+    assert not any(p.grad is not None for p in [*sd.denoiser.parameters(), *correct.scorer.adapter.parameters()])
 
 
 def test_each_image_has_its_own_gradient(golden):
     arrays, sd, _, correct = setting(golden, "cf05")
     z, t = arrays["latents"][3], arrays["timesteps"][3]
     gradients = [
-        score_gradient(sd.unet, correct.scorer, z[rows], t, correct.conditioning[rows])[1]
+        score_gradient(sd.denoiser, correct.scorer, z[rows], t, correct.conditioning[rows])[1]
         for rows in (slice(0, 2), slice(0, 1), slice(1, 2))
     ]
     expected = torch.cat(gradients[1:])
@@ -171,7 +171,7 @@ def half_cosines(golden, dtype, input_scale=1.0):
                 *inputs,
                 Conditioning(own.encoder_hidden_states.to(unet.dtype), own.pooled_prompt_embeds),
             )[1].flatten(1)
-            for unet in (sd.unet, half.unet)
+            for unet in (sd.denoiser, half.denoiser)
         ]
         rows.append(torch.cosine_similarity(*(g / g.norm(dim=1, keepdim=True).clamp(min=1e-30) for g in gradients)))
     return torch.stack(rows)
@@ -215,7 +215,7 @@ def test_the_noise_target_moves_the_predicted_clean_latent_as_the_latent_target_
     """By the same step; the prediction itself would change too where the latent moves."""
     arrays, sd, denoise, correct = setting(golden, "cf05", target="noise", norm=0.02)
     z, timestep = arrays["init"], denoise.scheduler.timesteps[0]
-    _, gradient = score_gradient(sd.unet, correct.scorer, z, timestep, correct.conditioning)
+    _, gradient = score_gradient(sd.denoiser, correct.scorer, z, timestep, correct.conditioning)
     step = 0.02 * (z.flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1))[:, None, None, None] * gradient
     plain, (moved, latents) = denoise(z, timestep, 0)[0], correct(z, timestep, 0)
     assert torch.equal(latents, z)
@@ -223,7 +223,7 @@ def test_the_noise_target_moves_the_predicted_clean_latent_as_the_latent_target_
     found = denoise.scheduler.step(moved, timestep, z).pred_original_sample
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-3)
     assert correct.trace[0]["relative_length"] == pytest.approx([0.02, 0.02], rel=1e-4)
-    assert not any(p.grad is not None for p in [*sd.unet.parameters(), *correct.scorer.adapter.parameters()])
+    assert not any(p.grad is not None for p in [*sd.denoiser.parameters(), *correct.scorer.adapter.parameters()])
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
@@ -232,9 +232,9 @@ def test_the_score_read_off_the_pass_is_the_matching_score(golden, guidance_scal
     denoise.guidance_scale, trace = guidance_scale, []
     reader = ScoreReader(denoise, denoise, correct.scorer, trace, range(10))
     seen = [arrays["init"]]
-    with counted_passes(sd.unet) as passes:
+    with counted_passes(sd.denoiser) as passes:
         sample(reader, denoise.scheduler, arrays["init"], on_step=lambda step, latents: seen.append(latents))
     assert passes == {"whole_passes": 20 if guidance_scale == 1 else 40, "truncated_passes": 0}
     for record, latents, timestep in zip(trace, seen, denoise.scheduler.timesteps, strict=False):
-        expected = matching_score(sd.unet, correct.scorer, latents, timestep, correct.conditioning)
+        expected = matching_score(sd.denoiser, correct.scorer, latents, timestep, correct.conditioning)
         assert record["score"] == pytest.approx(expected.tolist(), abs=1e-6)

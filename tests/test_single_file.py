@@ -46,7 +46,7 @@ def test_it_is_the_model_of_the_folder(file, ckpt, capfd):
     assert found.scheduler.config == expected.scheduler.config
     assert notices == [f"{file} is taken for a model like sd15; its configs are those of {ckpt / 'sd15'}"]
     assert capfd.readouterr() == ("", "")
-    assert architecture(str(file)).config.block_out_channels == expected.unet.config.block_out_channels
+    assert architecture(str(file)).config.block_out_channels == expected.denoiser.config.block_out_channels
 
 
 def test_it_draws_from_the_command_line(file, ckpt, tmp_path):

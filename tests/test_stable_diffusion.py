@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from dpt.backbones.architecture import architecture
+from dpt.backbones.conditioning import Conditioning
 from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.stable_diffusion import StableDiffusion, advice_against_nan, usable_device, weights_fingerprint
-from dpt.backbones.unet_features import Conditioning
 from dpt.base_models import CKPT_FOLDER, MIRRORS
 from dpt.sampling import ClassifierFreeGuidance, initial_noise, sample
 from dpt.schedulers import set_timesteps
@@ -28,7 +28,7 @@ def sd():
 
 def test_the_committed_model_has_sd21_s_classes_and_topology(sd):
     assert sum(path.stat().st_size for path in SHAPES_FOLDER.rglob("*") if path.is_file()) <= 24e6
-    config = sd.unet.config
+    config = sd.denoiser.config
     assert tuple(config.down_block_types) == ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     assert tuple(config.up_block_types) == ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     assert config.use_linear_projection
@@ -41,7 +41,7 @@ def test_the_committed_model_has_sd21_s_classes_and_topology(sd):
 
 
 def test_everything_is_frozen_and_in_evaluation_mode(sd):
-    for module in (sd.unet, sd.vae, sd.text_encoder):
+    for module in (sd.denoiser, sd.vae, sd.text_encoder):
         assert not module.training
         assert not any(p.requires_grad for p in module.parameters())
 
@@ -87,7 +87,7 @@ def test_truncation_names_what_is_cut(sd):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_noise_targets(sd, prediction_type):
     scheduler = DDIMScheduler.from_config(sd.scheduler.config, prediction_type=prediction_type)
-    model = StableDiffusion("", "", sd.tokenizer, sd.text_encoder, sd.vae, sd.unet, scheduler)
+    model = StableDiffusion("", "", sd.tokenizer, sd.text_encoder, sd.vae, sd.denoiser, scheduler)
     latents, noise, timesteps = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
     target = model.noise_target(latents, noise, timesteps)
     if prediction_type == "epsilon":
@@ -99,7 +99,7 @@ def test_noise_targets(sd, prediction_type):
 
 def test_other_prediction_types_are_named(sd):
     scheduler = DDIMScheduler.from_config(sd.scheduler.config, prediction_type="sample")
-    model = StableDiffusion("", "", sd.tokenizer, sd.text_encoder, sd.vae, sd.unet, scheduler)
+    model = StableDiffusion("", "", sd.tokenizer, sd.text_encoder, sd.vae, sd.denoiser, scheduler)
     with pytest.raises(ValueError, match="prediction_type is 'sample'"):
         model.noise_target(torch.zeros(1), torch.zeros(1), torch.zeros(1))
 
@@ -290,7 +290,7 @@ def test_a_byte_order_mark_is_no_part_of_a_config(golden, tmp_path, capfd):
     sd, plain = load_stable_diffusion(str(tmp_path)), load_stable_diffusion(str(golden / "sd21"))
     assert sd.source == str(tmp_path)
     assert torch.equal(sd.encode_prompts(["a red cube"])[0], plain.encode_prompts(["a red cube"])[0])
-    assert weights_fingerprint(sd.unet, sd.vae) == weights_fingerprint(plain.unet, plain.vae)
+    assert weights_fingerprint(sd.denoiser, sd.vae) == weights_fingerprint(plain.denoiser, plain.vae)
     assert architecture(str(tmp_path)) == architecture(str(golden / "sd21"))
     assert capfd.readouterr() == ("", "")
 
@@ -393,10 +393,7 @@ def test_a_folder_of_fp16_files_alone_is_taken(golden, tmp_path, capfd, parts):
     sd = load_stable_diffusion(str(tmp_path), notice=notices.append)
     assert notices == [f"{tmp_path} has weights of the variant fp16 alone: they are taken"]
     plain = load_stable_diffusion(str(golden / "sd21"))
-    parts = ("unet", "vae", "text_encoder")
-    assert weights_fingerprint(*(getattr(sd, part) for part in parts)) == weights_fingerprint(
-        *(getattr(plain, part) for part in parts)
-    )
+    assert weights_fingerprint(*sd.parts.values()) == weights_fingerprint(*plain.parts.values())
     assert capfd.readouterr() == ("", "")
 
 
@@ -404,7 +401,7 @@ def test_a_variant_is_asked_for(golden, tmp_path):
     folder = copy_of(golden, tmp_path) / "unet"
     path = folder / "diffusion_pytorch_model.safetensors"
     save_file({k: v + 1 for k, v in load_file(path).items()}, folder / "diffusion_pytorch_model.ema.safetensors")
-    plain, ema = (load_stable_diffusion(str(tmp_path), variant=variant).unet for variant in (None, "ema"))
+    plain, ema = (load_stable_diffusion(str(tmp_path), variant=variant).denoiser for variant in (None, "ema"))
     assert torch.allclose(ema.conv_in.weight, plain.conv_in.weight + 1)
     with pytest.raises(ValueError, match="variant=none-such"):
         load_stable_diffusion(str(tmp_path), variant="none-such")
@@ -417,7 +414,7 @@ def test_a_folder_of_bin_files_is_loaded_in_silence(golden, tmp_path, capfd):
         path.unlink()
     sd = load_stable_diffusion(str(tmp_path))
     assert capfd.readouterr() == ("", "")
-    assert torch.equal(sd.unet.conv_in.weight, load_stable_diffusion(str(golden / "sd21")).unet.conv_in.weight)
+    assert torch.equal(sd.denoiser.conv_in.weight, load_stable_diffusion(str(golden / "sd21")).denoiser.conv_in.weight)
 
 
 def test_advice_against_values_that_are_not_finite(sd):
@@ -425,7 +422,7 @@ def test_advice_against_values_that_are_not_finite(sd):
     unet = UNet2DConditionModel(
         sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
     )
-    half = replace(sd, unet=unet.half())
+    half = replace(sd, denoiser=unet.half())
     assert advice_against_nan(half) == "draw in float32 (--dtype float32), or draw at a lower --scale"
     zero = DDIMScheduler.from_config(sd.scheduler.config, rescale_betas_zero_snr=True)
     assert "rescale_betas_zero_snr" in advice_against_nan(replace(sd, scheduler=zero))

@@ -70,7 +70,7 @@ def test_golden_released_file_is_drawn_with(tmp_path, golden):
     """A `pytorch_model.bin` of the released layout, with the released number of queries and heads."""
     sd = load_stable_diffusion(str(golden / "sd21"))
     config = AdapterConfig(
-        in_channels=[block_channels("up1", sd.unet.config)],
+        in_channels=[block_channels("up1", sd.denoiser.config)],
         hidden_dim=32,
         dim_feedforward=64,
         text_dim=sd.text_encoder.config.hidden_size,

@@ -71,7 +71,7 @@ def test_tuning_on_a_cpu_chooses_the_faster_attention(parts):
     _, _, rec_text, _ = parts
     sd = load_stable_diffusion("shapes")
     make_model(load_config(TrainConfig, "configs/shapes/tune.yaml"), "tune", sd, rec_text, None)
-    kinds = {name: type(processor).__name__ for name, processor in sd.unet.attn_processors.items()}
+    kinds = {name: type(processor).__name__ for name, processor in sd.denoiser.attn_processors.items()}
     fused = {name for name, kind in kinds.items() if kind == "AttnProcessor2_0"}
     assert fused == {name for name in kinds if "attn1" in name and name.startswith(("down_blocks.0", "up_blocks.3"))}
     assert set(kinds.values()) == {"AttnProcessor", "AttnProcessor2_0"}

@@ -112,6 +112,6 @@ class Scorer:
 
     adapter: DiscriminativeAdapter
     blocks: tuple[str, ...]
-    """of the U-Net; see `unet_features`"""
+    """of the U-Net; see `dpt.backbones.blocks`"""
     itm_layer: int = -1
     """the decoder layer that ITM reads"""

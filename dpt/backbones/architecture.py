@@ -210,7 +210,7 @@ def _of_folder(folder: Path, no_t5: bool) -> Architecture:
 
 def _shapes_of(config: Config) -> dict[str, list[int]]:
     """Shapes of the tensors of a denoiser of that config."""
-    from dpt.backbones.unet_features import denoiser_class  # imports diffusers
+    from dpt.backbones.features import denoiser_class  # imports diffusers
 
     with torch.device("meta"):
         network = denoiser_class(config).from_config(dict(config))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from diffusers import FluxPipeline
 
+from dpt.backbones.conditioning import Conditioning
 from dpt.backbones.sd3 import StableDiffusion3
-from dpt.backbones.unet_features import Conditioning
 
 DISTILLED_GUIDANCE = 3.5
 """of the models that were distilled from guided ones, as their stock pipeline has it"""
@@ -42,12 +42,12 @@ class Flux(StableDiffusion3):
     @property
     def latent_channels(self) -> int:
         """Channels of a latent before four cells are packed into a token."""
-        return self.unet.config.in_channels // 4
+        return self.denoiser.config.in_channels // 4
 
     @property
     def longest_reader(self):
         """T5's tokenizer."""
-        return self.pipeline.tokenizer_2, 512 if self.unet.config.guidance_embeds else 256  # as they were made
+        return self.pipeline.tokenizer_2, 512 if self.denoiser.config.guidance_embeds else 256  # as they were made
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str], *, clip_skip: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,6 +69,6 @@ class Flux(StableDiffusion3):
     ) -> Conditioning:
         """Besides context and pooled text, `pooled_projections` (B, P), and of distilled models `guidance` (B,)."""
         conditioning = super().condition(prompts)
-        if self.unet.config.guidance_embeds:
+        if self.denoiser.config.guidance_embeds:
             conditioning.further["guidance"] = torch.full((len(prompts),), DISTILLED_GUIDANCE, device=self.device)
         return conditioning

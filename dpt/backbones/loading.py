@@ -129,8 +129,10 @@ def _of_pipeline(pipeline: DiffusionPipeline, index: dict, common: dict) -> Stab
     """The model of a loaded pipeline, by its family."""
     common |= {"tokenizer": pipeline.tokenizer, "text_encoder": pipeline.text_encoder, "vae": pipeline.vae}
     if is_transformer(index):
-        return (Flux if is_flux(index) else StableDiffusion3)(**common, unet=pipeline.transformer, pipeline=pipeline)
-    common["unet"] = pipeline.unet
+        return (Flux if is_flux(index) else StableDiffusion3)(
+            **common, denoiser=pipeline.transformer, pipeline=pipeline
+        )
+    common["denoiser"] = pipeline.unet
     if not is_sdxl(index):
         return StableDiffusion(**common)
     second = {"tokenizer_2": pipeline.tokenizer_2, "text_encoder_2": pipeline.text_encoder_2}

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
+from dpt.backbones.conditioning import Conditioning
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.backbones.unet_features import Conditioning
 from dpt.base_models import check_size
 
 T5_TOKENS = 256
@@ -42,7 +42,7 @@ class StableDiffusion3(StableDiffusion):
     @property
     def cell(self) -> int:
         """Pixels a token, each way."""
-        return self.vae_scale_factor * self.unet.config.patch_size
+        return self.vae_scale_factor * self.denoiser.config.patch_size
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, h, w); sides are multiples of a patch of the transformer. Raises ValueError for others."""
@@ -53,7 +53,7 @@ class StableDiffusion3(StableDiffusion):
     @property
     def pooled_width(self) -> int:
         """Width P of the pooled text."""
-        return self.unet.config.pooled_projection_dim
+        return self.denoiser.config.pooled_projection_dim
 
     @property
     def parts(self) -> dict[str, torch.nn.Module]:
@@ -62,7 +62,7 @@ class StableDiffusion3(StableDiffusion):
         encoders = {name: parts.get(name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
         return {name: part for name, part in encoders.items() if part is not None} | {
             "vae": self.vae,
-            "transformer": self.unet,
+            "transformer": self.denoiser,
         }
 
     def stock_pipeline(self) -> StableDiffusion3Pipeline:

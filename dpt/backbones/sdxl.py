@@ -9,8 +9,8 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from dpt.backbones.conditioning import Conditioning
 from dpt.backbones.stable_diffusion import StableDiffusion, tokenize
-from dpt.backbones.unet_features import Conditioning
 
 
 @dataclass
@@ -35,8 +35,8 @@ class StableDiffusionXL(StableDiffusion):
     @property
     def parts(self) -> dict[str, torch.nn.Module]:
         """Every network by its name in a pipeline, the U-Net last."""
-        *others, unet = super().parts.items()
-        return dict([*others, ("text_encoder_2", self.text_encoder_2), unet])
+        *others, denoiser = super().parts.items()
+        return dict([*others, ("text_encoder_2", self.text_encoder_2), denoiser])
 
     def stock_pipeline(self) -> StableDiffusionXLPipeline:
         """The pipeline of diffusers of the same parts, with DDIM."""

@@ -19,7 +19,7 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from transformers import BatchEncoding, CLIPTextModel, CLIPTokenizer
 
-from dpt.backbones.unet_features import Conditioning
+from dpt.backbones.conditioning import Conditioning
 from dpt.base_models import check_size
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -38,7 +38,7 @@ class StableDiffusion:
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
     vae: AutoencoderKL
-    unet: UNet2DConditionModel
+    denoiser: UNet2DConditionModel
     scheduler: DDIMScheduler
 
     stock_class = StableDiffusionPipeline
@@ -50,11 +50,11 @@ class StableDiffusion:
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return self.unet.device if self.execution_device is None else self.execution_device
+        return self.denoiser.device if self.execution_device is None else self.execution_device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.unet.dtype
+        return self.denoiser.dtype
 
     @property
     def vae_scale_factor(self) -> int:
@@ -64,12 +64,12 @@ class StableDiffusion:
     @property
     def default_size(self) -> int:
         """Height and width in pixels that the U-Net was made for."""
-        return self.unet.config.sample_size * self.vae_scale_factor
+        return self.denoiser.config.sample_size * self.vae_scale_factor
 
     @property
     def latent_channels(self) -> int:
         """C of a latent."""
-        return self.unet.config.in_channels
+        return self.denoiser.config.in_channels
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, h, w) for an image of the given size in pixels, by default the model's own.
@@ -133,7 +133,7 @@ class StableDiffusion:
     @property
     def parts(self) -> dict[str, torch.nn.Module]:
         """Every network by its name in a pipeline, the U-Net last."""
-        return {"text_encoder": self.text_encoder, "vae": self.vae, "unet": self.unet}
+        return {"text_encoder": self.text_encoder, "vae": self.vae, "unet": self.denoiser}
 
     def stock_pipeline(self) -> DiffusionPipeline:
         """The pipeline of diffusers of the same parts, with a scheduler of its own: DDIM, or flow matching's Euler."""

@@ -7,9 +7,9 @@ from diffusers import DDIMScheduler, FluxTransformer2DModel, SD3Transformer2DMod
 
 from dpt.backbones.architecture import CONFIGS
 from dpt.backbones.blocks import block_channels
+from dpt.backbones.conditioning import Conditioning
 from dpt.backbones.flow import FlowScheduler, FluxScheduler
 from dpt.backbones.loading import load_stable_diffusion
-from dpt.backbones.unet_features import Conditioning
 from dpt.config import AdapterConfig
 
 CELLS = 32
@@ -90,8 +90,8 @@ def random_model(name: str) -> RandomModel:
         sd = load_stable_diffusion("shapes")
         width = sd.text_encoder.config.hidden_size
         texts = {"text_tokens": sd.tokenizer.model_max_length, "context_width": width, "pooled_width": width}
-        cells = sd.unet.config.sample_size
-        return RandomModel(sd.unet, sd.scheduler, "up1", cells=cells, small_adapter=True, **texts)
+        cells = sd.denoiser.config.sample_size
+        return RandomModel(sd.denoiser, sd.scheduler, "up1", cells=cells, small_adapter=True, **texts)
     torch.manual_seed(0)
     ddim = DDIMScheduler(steps_offset=1, clip_sample=False)
     if name == "random-145m":
@@ -100,9 +100,9 @@ def random_model(name: str) -> RandomModel:
         return RandomModel(_full(UNet2DConditionModel, "sd21-base"), ddim, "up1")
     if name in ("random-xl-94m", "random-sdxl"):
         width, full = (512, False) if name == "random-xl-94m" else (1280, True)
-        unet = _full(UNet2DConditionModel, "sdxl") if full else _unet(SMALL_XL)
+        denoiser = _full(UNet2DConditionModel, "sdxl") if full else _unet(SMALL_XL)
         texts = {"context_width": 2048 if full else 512, "pooled_width": width}
-        return RandomModel(unet, ddim, "up0", further={"text_embeds": width, "time_ids": 6}, **texts)
+        return RandomModel(denoiser, ddim, "up0", further={"text_embeds": width, "time_ids": 6}, **texts)
     if name in ("random-sd3-102m", "random-sd35"):
         width, full = (256, False) if name == "random-sd3-102m" else (2048, True)
         transformer = (

@@ -11,7 +11,9 @@ from dataclasses import replace
 import torch
 
 from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
-from dpt.backbones.unet_features import Conditioning, set_cpu_attention, unet_features
+from dpt.backbones.conditioning import Conditioning
+from dpt.backbones.features import denoiser_features
+from dpt.backbones.unet import set_cpu_attention
 from dpt.benchmark import CORRECTED, TRAINING_KINDS
 from dpt.benchmark.random_models import RandomModel, random_model
 from dpt.data.collate import conditioning_inputs
@@ -56,7 +58,7 @@ def sampling_steps(model: RandomModel, batch_size: int) -> dict[str, Callable]:
 
 
 def guided_step_kinds(
-    unet,
+    denoiser,
     scheduler,
     scorer: Scorer,
     latents,
@@ -73,8 +75,8 @@ def guided_step_kinds(
     scheduler = make_scheduler(scheduler, "ddim")
     set_timesteps(scheduler, 50, latents.device, shape=latents.shape[1:])
     timestep = scheduler.timesteps[10]
-    plain = ClassifierFreeGuidance(unet, scheduler, conditioning, negative, guidance_scale=guidance_scale)
-    inputs = latents.to(unet.dtype)
+    plain = ClassifierFreeGuidance(denoiser, scheduler, conditioning, negative, guidance_scale=guidance_scale)
+    inputs = latents.to(denoiser.dtype)
 
     denoisers = {"plain": plain} | {
         name: SelfCorrection(plain, scorer, replace(PAPER, correction_target=target))
@@ -89,11 +91,11 @@ def guided_step_kinds(
 
     @torch.no_grad()
     def whole():
-        return unet_features(unet, (), inputs, timestep, conditioning, with_noise_pred=True)
+        return denoiser_features(denoiser, (), inputs, timestep, conditioning, with_noise_pred=True)
 
     @torch.no_grad()
     def feature():
-        features, _ = unet_features(unet, scorer.blocks, inputs, timestep, conditioning)
+        features, _ = denoiser_features(denoiser, scorer.blocks, inputs, timestep, conditioning)
         return scorer.adapter.itm_embeddings(scorer.adapter([f.float() for f in features], timestep))
 
     steps = {name: functools.partial(step, denoise) for name, denoise in denoisers.items()}
@@ -135,7 +137,9 @@ class SequentialDPT(DPT):
             conditioning = conditioning_of(batch, "expression" if text is None else "caption", text)
             with torch.no_grad():
                 inputs = batch["noisy_latents"][:, image], batch["timesteps"], conditioning
-                features, _ = unet_features(self.unet, self.blocks, *inputs, with_noise_pred=not self.stop_early)
+                features, _ = denoiser_features(
+                    self.denoiser, self.blocks, *inputs, with_noise_pred=not self.stop_early
+                )
             parts.append(features)
         return [torch.cat(maps) for maps in zip(*parts, strict=True)], None
 
@@ -145,7 +149,7 @@ def training_steps(model: RandomModel, batch_size: int) -> dict:
 
     `batched`, `sequential` and `sequential_full` are a probe's, `tune` and `tune_checkpointed` a tune's.
     """
-    unet, scheduler, feature = model.denoiser, model.scheduler, model.feature
+    denoiser, scheduler, feature = model.denoiser, model.scheduler, model.feature
     torch.manual_seed(1)
     adapter = DiscriminativeAdapter(config := model.adapter_config)
     boxes = torch.rand(batch_size, 1, 4) * 0.4 + 0.2
@@ -163,14 +167,14 @@ def training_steps(model: RandomModel, batch_size: int) -> dict:
         "noise_target": model.latents(batch_size),
         "targets": [{"boxes": b, "positive_map": positive_map, "token_mask": token_mask} for b in boxes],
     }
-    half = unet.dtype != torch.float32
+    half = denoiser.dtype != torch.float32
 
-    def step(model, train_unet=False, checkpointing=False):
-        if train_unet:
-            if not getattr(unet, "peft_config", None):
-                add_lora(unet, rank=4, alpha=4)
-                set_cpu_attention(unet)
-            (unet.enable_gradient_checkpointing if checkpointing else unet.disable_gradient_checkpointing)()
+    def step(model, train_denoiser=False, checkpointing=False):
+        if train_denoiser:
+            if not getattr(denoiser, "peft_config", None):
+                add_lora(denoiser, rank=4, alpha=4)
+                set_cpu_attention(denoiser)
+            (denoiser.enable_gradient_checkpointing if checkpointing else denoiser.disable_gradient_checkpointing)()
         model.train()
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             losses = model(batch)
@@ -180,17 +184,17 @@ def training_steps(model: RandomModel, batch_size: int) -> dict:
         return total.item()
 
     def module(kind, **options):
-        return kind(unet, adapter, (feature,), scheduler, **options)
+        return kind(denoiser, adapter, (feature,), scheduler, **options)
 
-    batched, one_by_one, full = (module(kind, train_unet=False) for kind in (DPT, SequentialDPT, SequentialDPT))
+    batched, one_by_one, full = (module(kind, train_denoiser=False) for kind in (DPT, SequentialDPT, SequentialDPT))
     full.stop_early = False
-    tune = module(DPT, train_unet=True)
+    tune = module(DPT, train_denoiser=True)
     return {
         "batched": lambda: step(batched),
         "sequential": lambda: step(one_by_one),
         "sequential_full": lambda: step(full),
-        "tune": lambda: step(tune, train_unet=True),
-        "tune_checkpointed": lambda: step(tune, train_unet=True, checkpointing=True),
+        "tune": lambda: step(tune, train_denoiser=True),
+        "tune_checkpointed": lambda: step(tune, train_denoiser=True, checkpointing=True),
     }
 
 

@@ -58,8 +58,8 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
             ValueError: made for another model, text width or block layout, or a released LoRA that leaves out some of
                 the model's attentions.
         """
-        blocks, config = parse_feature(self.config.feature, sd.unet.config), self.config.adapter
-        found, wanted = [block_channels(block, sd.unet.config) for block in blocks], config.in_channels
+        blocks, config = parse_feature(self.config.feature, sd.denoiser.config), self.config.adapter
+        found, wanted = [block_channels(block, sd.denoiser.config) for block in blocks], config.in_channels
         if found != wanted and (config.fuse or sum(found) != sum(wanted)):
             raise ValueError(
                 f"{self.source}: the adapter reads {wanted} channels at {self.config.feature}; "
@@ -77,13 +77,13 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
         self.check_t5(sd)
         if self.lora and self.released:
             reached = {key.rsplit(".to_", 1)[0] for key in self.lora}
-            left = [n for n, _ in sd.unet.named_modules() if n.endswith((".attn1", ".attn2")) and n not in reached]
+            left = [n for n, _ in sd.denoiser.named_modules() if n.endswith((".attn1", ".attn2")) and n not in reached]
             if left:
                 raise ValueError(f"{self.source}: LoRA of {len(left)} attentions is missing, such as {left[0]}")
         if self.lora:
-            load_lora(sd.unet, self.lora, alpha=self.config.lora_alpha)
+            load_lora(sd.denoiser, self.lora, alpha=self.config.lora_alpha)
         else:
-            remove_lora(sd.unet)
+            remove_lora(sd.denoiser)
         self.adapter.to(sd.device).eval().requires_grad_(False)
         return Scorer(self.adapter, blocks, self.config.itm_layer)
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from dpt.backbones.conditioning import Conditioning
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.backbones.unet_features import Conditioning
 from dpt.rec_text import RecTextEncoder
 from dpt.tasks import all_tasks
 from dpt.tasks.task import Task

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from dpt.adapter.adapter import Scorer
+from dpt.backbones.features import denoiser_features
 from dpt.backbones.stable_diffusion import DTYPES, StableDiffusion, usable_device
-from dpt.backbones.unet_features import unet_features
 from dpt.base_models import DPT_WEIGHTS, half_precision, known_name
 from dpt.drawing import Artist
 from dpt.files import check_text
@@ -76,7 +76,7 @@ def find_phrase(sd: StableDiffusion, scorer: Scorer, image: np.ndarray, phrase: 
     timestep = torch.tensor(GROUNDING_TIMESTEP, device=latents.device)
     noisy = sd.scheduler.add_noise(latents, noise, timestep[None])
     conditioning = sd.condition([phrase])
-    features, _ = unet_features(sd.unet, scorer.blocks, noisy.to(sd.dtype), timestep, conditioning)
+    features, _ = denoiser_features(sd.denoiser, scorer.blocks, noisy.to(sd.dtype), timestep, conditioning)
     outputs = scorer.adapter.rec_outputs(scorer.adapter([feature.float() for feature in features], timestep))
     sureness = objectness(outputs["pred_logits"])[0]
     return [

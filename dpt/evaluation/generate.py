@@ -113,10 +113,10 @@ class ArmArtist:
         options = {"controls": ["none", "shuffled_labels"], "dtype": DTYPES[arm.dtype], "device": device}
         self.arm, self.method, self.artist = arm, None, Artist.load(arm.model, arm.dpt, lora=arm.lora, **options)
         self.sd = self.artist.sd
-        *parts, unet = self.sd.parts.values()
+        *parts, denoiser = self.sd.parts.values()
         if self.artist.scorer:
             parts.append(self.artist.scorer.adapter)
-        self.fingerprint = weights_fingerprint(*parts, unet)
+        self.fingerprint = weights_fingerprint(*parts, denoiser)
         if arm.untrained_adapter:
             self.artist.scorer = correction_controls.untrained(self.artist.scorer)
         if arm.correction_direction == "random":
@@ -133,7 +133,7 @@ class ArmArtist:
         if len(drawn) == 1:
             return drawn[0]
         began = time.perf_counter()
-        with counted_passes(self.sd.unet) as passes:
+        with counted_passes(self.sd.denoiser) as passes:
             scores = [self._score([drawing.image for drawing in row], prompts) for row in drawn]
         best = torch.stack(scores).argmax(0).tolist()  # (B,)
         passes["seconds"] = time.perf_counter() - began
@@ -148,7 +148,7 @@ class ArmArtist:
         noise = initial_noise([0] * len(latents), tuple(latents.shape[1:])).to(latents.device)
         noisy = sd.scheduler.add_noise(latents, noise, timestep[None])
         conditioning = sd.condition(prompts, size=images[0].shape[:2]).with_guidance(self.arm.distilled_guidance)
-        return matching_score(sd.unet, self.artist.scorer, noisy, timestep, conditioning).cpu()
+        return matching_score(sd.denoiser, self.artist.scorer, noisy, timestep, conditioning).cpu()
 
 
 def generate(

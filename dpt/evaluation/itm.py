@@ -14,8 +14,8 @@ import argparse
 
 import torch
 
+from dpt.backbones.features import denoiser_features
 from dpt.backbones.stable_diffusion import StableDiffusion, weights_fingerprint
-from dpt.backbones.unet_features import unet_features
 from dpt.config import load_config
 from dpt.data.collate import sample_generator
 from dpt.data.sources import validation_samples
@@ -51,7 +51,7 @@ def _zero_shot(args: argparse.Namespace, variants: dict[str, list[str]]) -> Meas
             with probes.autocast(config):
                 return {"": denoising_matches(sd, sets["itm"], args.timesteps, args.num_samples, size)}
 
-        name, weights = f"itm_zero-shot_{label or 'all'}", weights_fingerprint(sd.unet, sd.text_encoder)
+        name, weights = f"itm_zero-shot_{label or 'all'}", weights_fingerprint(sd.denoiser, sd.text_encoder)
         records[label] = probes.kept(args, name, config, weights, compute)[""]
     return Measured(ZERO_SHOT, "none", records)
 
@@ -92,7 +92,7 @@ def _errors(sd, latents, pairs, ids, timestep) -> torch.Tensor:
     errors = []
     for image, texts in pairs:
         noisy = scheduler.add_noise(latents[:, image], noise, timesteps)
-        _, predicted = unet_features(sd.unet, (), noisy.to(sd.dtype), timesteps, texts, with_noise_pred=True)
+        _, predicted = denoiser_features(sd.denoiser, (), noisy.to(sd.dtype), timesteps, texts, with_noise_pred=True)
         target = sd.noise_target(latents[:, image], noise, timesteps)
         errors.append((predicted.float() - target).square().mean((1, 2, 3)))
     return torch.stack(errors, dim=1)

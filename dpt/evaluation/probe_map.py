@@ -159,7 +159,7 @@ class ProbeMap(nn.Module):
     def __init__(self, config: TrainConfig, controls: tuple[str, ...]):
         super().__init__()
         self.config, self.sd = config, load_base(config)
-        self.blocks = parse_feature("all", self.sd.unet.config)
+        self.blocks = parse_feature("all", self.sd.denoiser.config)
         self.rec_text = load_rec_text_encoder(
             config.model.rec_text_encoder,
             self.sd,
@@ -181,14 +181,14 @@ class ProbeMap(nn.Module):
     def _adapter_config(self, block: str) -> AdapterConfig:
         return adapter_config(
             replace(self.config, model=replace(self.config.model, feature=block)),
-            self.sd.unet.config,
+            self.sd.denoiser.config,
             text_dim=self.sd.pooled_width,
             rec_text_dim=self.rec_text.width,
         )
 
     def _reader(self, control: str, adapter: DiscriminativeAdapter, blocks: tuple[str, ...]) -> DPT:
-        unet, scheduler = self.bases[control].unet, self.sd.scheduler
-        return DPT(unet, adapter, blocks, scheduler, train_unet=False, loss=self.config.loss)
+        denoiser, scheduler = self.bases[control].denoiser, self.sd.scheduler
+        return DPT(denoiser, adapter, blocks, scheduler, train_denoiser=False, loss=self.config.loss)
 
     def _inputs(self, batch, *, training: bool, timesteps: tuple[int, int] | None = None):
         """For each control: the inputs of its adapters, and what the maps of its passes are read from."""

@@ -100,7 +100,12 @@ def load_probe(checkpoint: DPTCheckpoint, config: TrainConfig) -> tuple[DPT, Sta
     control_unet(checkpoint.config.control, sd)
     scorer = checkpoint.attach(sd, controls=CONTROLS)
     model = DPT(
-        sd.unet, scorer.adapter, scorer.blocks, sd.scheduler, train_unet=False, itm_layer=checkpoint.config.itm_layer
+        sd.denoiser,
+        scorer.adapter,
+        scorer.blocks,
+        sd.scheduler,
+        train_denoiser=False,
+        itm_layer=checkpoint.config.itm_layer,
     )
     return model, sd
 
@@ -163,7 +168,9 @@ def _measure(args, task, name, label, config, checkpoint) -> dict[str, list[dict
                 if key.startswith(task)
             }
 
-    return kept(args, f"{task}_{name}_{label or 'all'}", config, weights_fingerprint(sd.unet, model.adapter), compute)
+    return kept(
+        args, f"{task}_{name}_{label or 'all'}", config, weights_fingerprint(sd.denoiser, model.adapter), compute
+    )
 
 
 def check_timesteps(timesteps: list[int], sd: StableDiffusion) -> list[int]:

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> dict:
             scorer = load_checkpoint(path).attach(sd, controls=CONTROLS)
             grid = draw_phrases(sd, scorer, sets["rec_shapes"])
             grid.save(args.output / f"rec_{one.name}_phrases.png")
-            remove_lora(sd.unet)
+            remove_lora(sd.denoiser)
     return result
 
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
 from dpt.backbones.blocks import is_transformer
+from dpt.backbones.features import denoiser_features
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.backbones.unet_features import unet_features
 from dpt.matching_score import gradient_of
 from dpt.sampling import ClassifierFreeGuidance
 from dpt.settings import Sampling
@@ -45,7 +45,7 @@ class AttendAndExcite:
     """
 
     def __init__(self, guidance: ClassifierFreeGuidance, token_indices: list[list[int]], sampling: Sampling):
-        if is_transformer(guidance.unet.config):
+        if is_transformer(guidance.denoiser.config):
             raise ValueError(
                 "Attend-and-Excite reads the attention of a U-Net, and this model is a transformer: leave it out"
             )
@@ -99,10 +99,10 @@ class AttendAndExcite:
         rows = list(range(len(latents))) if rows is None else rows
         guidance, resolution = self.guidance, self.sampling.attention_resolution or latents.shape[-1] // 4
         latents = latents.detach().requires_grad_(True)
-        with stored_attention(guidance.unet, resolution) as maps:
-            noisy_latents, texts = latents.to(guidance.unet.dtype), guidance.conditioning[rows]
+        with stored_attention(guidance.denoiser, resolution) as maps:
+            noisy_latents, texts = latents.to(guidance.denoiser.dtype), guidance.conditioning[rows]
             options = {"with_noise_pred": True} | guidance.unet_inputs
-            unet_features(guidance.unet, (), noisy_latents, timestep, texts, **options)
+            denoiser_features(guidance.denoiser, (), noisy_latents, timestep, texts, **options)
         attention = torch.cat(maps, dim=1).float().mean(1)  # (B, R, L), over layers and heads
         attention = (SHARPNESS * attention[:, :, 1:-1]).softmax(-1)
         losses = []
@@ -111,7 +111,7 @@ class AttendAndExcite:
             chosen = own[:, indices].T.unflatten(1, (resolution, -1))  # (N, r, r)
             losses.append((1 - smooth(chosen).amax((1, 2))).clamp(min=0).max() if indices else own.sum() * 0)
         losses = torch.stack(losses)
-        return losses.detach(), gradient_of(losses, latents, guidance.unet.dtype)
+        return losses.detach(), gradient_of(losses, latents, guidance.denoiser.dtype)
 
 
 def smooth(maps: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,9 @@ Shapes: B images, C latent channels, (h, w) latent size.
 import torch
 
 from dpt.adapter.adapter import Scorer
+from dpt.backbones.conditioning import Conditioning
+from dpt.backbones.features import denoiser_features
 from dpt.backbones.flow import FlowScheduler
-from dpt.backbones.unet_features import Conditioning, unet_features
 from dpt.matching_score import gradient_of, score_gradient, score_of_features
 from dpt.sampling import ClassifierFreeGuidance
 from dpt.settings import Sampling
@@ -59,7 +60,7 @@ class SelfCorrection:
         if sampling.correction_target == "noise":
             return self._move_prediction(latents, noisy_latents, timestep, step), latents
         score, gradient = score_gradient(
-            guidance.unet, self.scorer, noisy_latents, timestep, self.conditioning, **guidance.unet_inputs
+            guidance.denoiser, self.scorer, noisy_latents, timestep, self.conditioning, **guidance.unet_inputs
         )
         move = self.move(score, gradient, noisy_latents, timestep, step)
         corrected = latents + move * (1 / self._scale(latents, timestep))
@@ -71,7 +72,7 @@ class SelfCorrection:
         """The step along the gradient (B, C, h, w), which it records with the scores (B,)."""
         finite = gradient.flatten(1).isfinite().all(1) & score.isfinite()  # (B,)
         if not finite.all() and self.sampling.on_nan == "raise":
-            precision = "" if self.guidance.unet.dtype == torch.float32 else "draw in float32 (--dtype float32), "
+            precision = "" if self.guidance.denoiser.dtype == torch.float32 else "draw in float32 (--dtype float32), "
             raise FloatingPointError(
                 f"the matching score or its gradient is not finite at step {step} (timestep {int(timestep)}): "
                 f"{precision}end the correction earlier (--correction_stop), or pass --on_nan skip"
@@ -95,13 +96,13 @@ class SelfCorrection:
         return self.guidance.scheduler.scale_model_input(torch.ones_like(latents[:1, :1, :1, :1]), timestep)
 
     def _move_prediction(self, latents, noisy_latents, timestep, step) -> torch.Tensor:
-        guidance, unet = self.guidance, self.guidance.unet
+        guidance, denoiser = self.guidance, self.guidance.denoiser
         with torch.enable_grad():  # up to the probed block: nothing behind it keeps activations
             noisy_latents = noisy_latents.detach().float().requires_grad_()
-            features, positive = unet_features(
-                unet,
+            features, positive = denoiser_features(
+                denoiser,
                 self.scorer.blocks,
-                noisy_latents.to(unet.dtype),
+                noisy_latents.to(denoiser.dtype),
                 timestep,
                 guidance.conditioning,
                 with_noise_pred=True,
@@ -109,7 +110,7 @@ class SelfCorrection:
                 **guidance.unet_inputs,
             )
             score = score_of_features(self.scorer, features, timestep, self.conditioning.pooled_prompt_embeds)
-            gradient = gradient_of(score, noisy_latents, unet.dtype)
+            gradient = gradient_of(score, noisy_latents, denoiser.dtype)
         noise_pred = positive.detach().float()
         if guidance.guidance_scale > 1:
             noise_pred = guidance.combine(guidance.predict(latents, timestep, guidance.negative), noise_pred)

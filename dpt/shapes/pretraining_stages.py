@@ -15,7 +15,7 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.backbones.unet_features import set_cpu_attention
+from dpt.backbones.unet import set_cpu_attention
 from dpt.base_models import recommended
 from dpt.config import differences, flatten, load_config, save_config
 from dpt.files import read_json, write_text
@@ -118,8 +118,10 @@ def run_unet(config: PretrainConfig, folder: Path) -> None:
     posteriors = run_latents(config, folder)
     sd = assemble(config, folder, measure_scaling_factor(posteriors["train"]))
     if config.init_from:
-        sd.unet = UNet2DConditionModel.from_pretrained(config.init_from, subfolder="unet", torch_dtype=torch.float32)
-    set_cpu_attention(sd.unet)
+        sd.denoiser = UNet2DConditionModel.from_pretrained(
+            config.init_from, subfolder="unet", torch_dtype=torch.float32
+        )
+    set_cpu_attention(sd.denoiser)
     clip, _ = clips.load_clip(folder / "clip")
     sd.text_encoder = clip.text_model
     cached = {split: Latents(rows, sd.vae.config.scaling_factor) for split, rows in posteriors.items()}
@@ -135,7 +137,7 @@ def run_unet(config: PretrainConfig, folder: Path) -> None:
         return losses | clips.wording_loss(*pairs, step, batch_size=wording_size)
 
     def evaluate(average, step):
-        averaged = replace(sd, unet=average["unet"], text_encoder=average["clip"].text_model)
+        averaged = replace(sd, denoiser=average["unet"], text_encoder=average["clip"].text_model)
         with torch.autocast("cpu", torch.bfloat16):
             losses = validation_losses(averaged, cached["val"], worlds["val"])
         prompts = {c: load_prompts("val", c)[: settings.prompts_per_category] for c in PROMPT_CATEGORIES}
@@ -146,7 +148,7 @@ def run_unet(config: PretrainConfig, folder: Path) -> None:
         losses |= {label: labels.count(label) / len(labels) for label in LABELS}
         return losses | {f"cosine_{kind}": cosine for kind, cosine in cosines.items()}
 
-    both = nn.ModuleDict({"unet": sd.unet, "clip": clip})
+    both = nn.ModuleDict({"unet": sd.denoiser, "clip": clip})
     groups = [list(part.parameters()) for part in both.values()]
     average = train_stage("unet", folder, both, losses_at, evaluate=evaluate, clip_groups=groups, **_loop(train))
     if (folder / "unet.metrics.jsonl").exists():
@@ -178,11 +180,11 @@ def run_export(config: PretrainConfig, folder: Path) -> None:
     clip, tokenizer = clips.load_clip(folder / "clip")
     state = read_state(folder / "unet.pt")
     try:
-        nn.ModuleDict({"unet": sd.unet, "clip": clip}).load_state_dict(state["average"])
+        nn.ModuleDict({"unet": sd.denoiser, "clip": clip}).load_state_dict(state["average"])
     except RuntimeError as error:
         raise ValueError(f"{folder / 'unet.pt'} is of another model: {error}") from error
     sd.text_encoder.load_state_dict(clip.text_model.state_dict())
-    parts = {"vae": sd.vae.half(), "text_encoder": sd.text_encoder.half(), "unet": sd.unet.half()}
+    parts = {"vae": sd.vae.half(), "text_encoder": sd.text_encoder.half(), "unet": sd.denoiser.half()}
     parts |= {"tokenizer": sd.tokenizer, "scheduler": sd.scheduler, "safety_checker": None, "feature_extractor": None}
     pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
 

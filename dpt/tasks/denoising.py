@@ -6,7 +6,8 @@ Shapes: B batch, C latent channels, (h, w) latent size, L text tokens, E context
 import torch
 from diffusers import SchedulerMixin, UNet2DConditionModel
 
-from dpt.backbones.unet_features import Conditioning, unet_features
+from dpt.backbones.conditioning import Conditioning
+from dpt.backbones.features import denoiser_features
 
 
 def denoising_loss(
@@ -33,7 +34,7 @@ def signal_to_noise_ratio(scheduler: SchedulerMixin, timesteps: torch.Tensor) ->
 
 
 def denoising_of_step(
-    unet: UNet2DConditionModel,
+    denoiser: UNet2DConditionModel,
     noise_pred: torch.Tensor,
     inputs: dict,
     scheduler: SchedulerMixin,
@@ -53,7 +54,7 @@ def denoising_of_step(
         own = Conditioning(inputs["negative_context"], further=inputs.get("negative_further", {}))
         timesteps = torch.cat([timesteps, timesteps.repeat_interleave(2)])
         pairs = latents.flatten(0, 1), timesteps[len(target) :], own.map(lambda value: value.flatten(0, 1))
-        _, others = unet_features(unet, (), *pairs, with_noise_pred=True)
+        _, others = denoiser_features(denoiser, (), *pairs, with_noise_pred=True)
         noise_pred = torch.cat([noise_pred, others])
         target = torch.cat([target, inputs["negative_noise_target"].flatten(0, 1)])
     return denoising_loss(noise_pred, target, timesteps, scheduler, snr_gamma=snr_gamma)

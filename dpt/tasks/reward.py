@@ -23,8 +23,8 @@ from dpt.settings import Sampling
 
 if TYPE_CHECKING:
     from dpt.adapter.adapter import Scorer
+    from dpt.backbones.conditioning import Conditioning
     from dpt.backbones.stable_diffusion import StableDiffusion
-    from dpt.backbones.unet_features import Conditioning
 
 
 def reward_inputs(batch: Batch, sd: StableDiffusion, sampling: Sampling, *, until: float, seed: int) -> dict:
@@ -55,7 +55,7 @@ def reward_inputs(batch: Batch, sd: StableDiffusion, sampling: Sampling, *, unti
 
 
 def reward_loss(
-    unet,
+    denoiser,
     scorer: Scorer,
     base: SchedulerMixin,
     *,
@@ -68,7 +68,7 @@ def reward_loss(
     """1 - the mean matching score of half-drawn pictures, as `loss_reward`.
 
     Args:
-        unet: with LoRA, which alone gets gradients.
+        denoiser: with LoRA, which alone gets gradients.
         base: the model's scheduler.
         noise: standard normal, (B, C, h, w).
         conditioning, negative: of the captions and of what guidance leads away from, B each.
@@ -77,7 +77,7 @@ def reward_loss(
     scheduler = make_scheduler(base, sampling.scheduler)
     set_timesteps(scheduler, sampling.num_inference_steps, noise.device, shape=noise.shape[1:])
     guidance = ClassifierFreeGuidance(
-        unet,
+        denoiser,
         scheduler,
         conditioning,
         negative,
@@ -88,19 +88,19 @@ def reward_loss(
     noise_pred, latents = guidance(latents, scheduler.timesteps[step], step)
     latents = scheduler.step(noise_pred, scheduler.timesteps[step], latents).prev_sample
     timestep = scheduler.timesteps[step + 1]
-    with without_lora(unet), standing_still(scorer.adapter):
-        score = matching_score(unet, scorer, scheduler.scale_model_input(latents, timestep), timestep, conditioning)
+    with without_lora(denoiser), standing_still(scorer.adapter):
+        score = matching_score(denoiser, scorer, scheduler.scale_model_input(latents, timestep), timestep, conditioning)
     return {"loss_reward": 1 - score.mean()}
 
 
 @contextlib.contextmanager
-def without_lora(unet):
+def without_lora(denoiser):
     """The U-Net as it was before LoRA."""
-    unet.disable_adapters()
+    denoiser.disable_adapters()
     try:
         yield
     finally:
-        unet.enable_adapters()
+        denoiser.enable_adapters()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.backbones.blocks import is_transformer, parse_feature
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.backbones.unet_features import set_cpu_attention
+from dpt.backbones.unet import set_cpu_attention
 from dpt.checkpoint.checkpoint import DPTCheckpoint
 from dpt.config import DPTConfig
 from dpt.lora import add_lora, load_lora, lora_state
@@ -35,7 +35,7 @@ def make_model(
     """
     wanted = adapter_config(
         config,
-        sd.unet.config,
+        sd.denoiser.config,
         text_dim=sd.pooled_width,
         rec_text_dim=rec_text.width,
     )
@@ -55,13 +55,13 @@ def make_model(
         raise ValueError(f"{start.source} holds LoRA; a probe is of the model as it is")
     if stage == "tune":
         _add_lora(config, sd, start)
-        set_cpu_attention(sd.unet)
+        set_cpu_attention(sd.denoiser)
     return DPT(
-        sd.unet,
+        sd.denoiser,
         adapter.requires_grad_(not config.lora.only).to(sd.device),
-        parse_feature(config.model.feature, sd.unet.config),
+        parse_feature(config.model.feature, sd.denoiser.config),
         sd.scheduler,
-        train_unet=stage == "tune",
+        train_denoiser=stage == "tune",
         loss=config.loss,
         itm_layer=start.config.itm_layer if start else -1,
     )
@@ -77,28 +77,30 @@ def _add_lora(config: TrainConfig, sd: StableDiffusion, start: DPTCheckpoint | N
                 f"{start.source} holds LoRA of rank and alpha {found}; lora.rank and lora.alpha are "
                 f"{(lora.rank, alpha)}"
             )
-        add_lora(sd.unet, rank=lora.rank, alpha=alpha, blocks=tuple(lora.blocks))
-        reached, wanted = (len({name.rsplit(".lora_", 1)[0] for name in x}) for x in (start.lora, lora_state(sd.unet)))
-        if start.lora.keys() != lora_state(sd.unet).keys():
+        add_lora(sd.denoiser, rank=lora.rank, alpha=alpha, blocks=tuple(lora.blocks))
+        reached, wanted = (
+            len({name.rsplit(".lora_", 1)[0] for name in x}) for x in (start.lora, lora_state(sd.denoiser))
+        )
+        if start.lora.keys() != lora_state(sd.denoiser).keys():
             raise ValueError(f"{start.source} holds LoRA on {reached} projections; lora.blocks means {wanted}")
-        load_lora(sd.unet, start.lora, alpha=start.config.lora_alpha, trainable=True)
+        load_lora(sd.denoiser, start.lora, alpha=start.config.lora_alpha, trainable=True)
     else:
-        add_lora(sd.unet, rank=lora.rank, alpha=alpha, blocks=tuple(lora.blocks))
+        add_lora(sd.denoiser, rank=lora.rank, alpha=alpha, blocks=tuple(lora.blocks))
     if config.model.gradient_checkpointing:
-        sd.unet.enable_gradient_checkpointing()
+        sd.denoiser.enable_gradient_checkpointing()
 
 
 def trained_weights(config: TrainConfig, sd: StableDiffusion, model: DPT) -> DPTCheckpoint:
     """The trained weights, as a checkpoint for inference."""
-    state = {name: value.detach().clone().cpu() for name, value in lora_state(sd.unet).items()}
-    lora = next(iter(sd.unet.peft_config.values())) if state else None
+    state = {name: value.detach().clone().cpu() for name, value in lora_state(sd.denoiser).items()}
+    lora = next(iter(sd.denoiser.peft_config.values())) if state else None
     about = DPTConfig(
         config.model.name,
         config.model.feature,
         model.itm_layer,
         model.adapter.config,
         control=config.control,
-        t5=sd.has_t5 if is_transformer(sd.unet.config) else None,
+        t5=sd.has_t5 if is_transformer(sd.denoiser.config) else None,
         lora_rank=lora.r if lora else 0,
         lora_alpha=float(lora.lora_alpha) if lora else 0.0,
     )

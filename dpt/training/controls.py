@@ -19,8 +19,8 @@ def control_unet(control: str, sd: StableDiffusion) -> None:
         return
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet = type(sd.unet).from_config(sd.unet.config)
-    sd.unet = unet.to(sd.device, sd.dtype).eval().requires_grad_(False)
+        denoiser = type(sd.denoiser).from_config(sd.denoiser.config)
+    sd.denoiser = denoiser.to(sd.device, sd.dtype).eval().requires_grad_(False)
 
 
 def control_batch(control: str, batch: Batch, sd: StableDiffusion) -> Batch:

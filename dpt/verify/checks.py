@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dpt.backbones.features import denoiser_features
 from dpt.backbones.stable_diffusion import usable_device
-from dpt.backbones.unet_features import unet_features
 from dpt.base_models import recommended
 from dpt.benchmark.steps import guided_step_kinds, median_seconds
 from dpt.checkpoint.checkpoint import load_checkpoint
@@ -63,7 +63,7 @@ class Verification:
     def read(self, noisy_latents, timestep, texts: list[str]) -> tuple[torch.Tensor, dict]:
         """Matching scores (B,) and REC outputs of noisy latents conditioned on texts."""
         conditioning = self.sd.condition(texts)
-        features, _ = unet_features(self.sd.unet, self.scorer.blocks, noisy_latents, timestep, conditioning)
+        features, _ = denoiser_features(self.sd.denoiser, self.scorer.blocks, noisy_latents, timestep, conditioning)
         hs = self.scorer.adapter(features, timestep)
         score = itm_score(
             self.scorer.adapter.itm_embeddings(hs, self.scorer.itm_layer), conditioning.pooled_prompt_embeds
@@ -74,7 +74,7 @@ class Verification:
         """Every tensor of the checkpoint is in the model (loading names what is not)."""
         adapter = self.scorer.adapter
         file = load_checkpoint(self.args.dpt, local_files_only=self.args.local_files_only)
-        pairs = [(file.adapter.state_dict(), adapter.state_dict()), (file.lora, lora_state(self.sd.unet))]
+        pairs = [(file.adapter.state_dict(), adapter.state_dict()), (file.lora, lora_state(self.sd.denoiser))]
         same = all(
             there.keys() == here.keys() and all(torch.equal(v, here[k].cpu().to(v)) for k, v in there.items())
             for there, here in pairs
@@ -99,7 +99,7 @@ class Verification:
         timestep, gradients = torch.tensor(TIMESTEP, device=self.device), []
         for artist in (self.artist, half):
             conditioning = artist.sd.condition(self.prompts)
-            gradients.append(score_gradient(artist.sd.unet, artist.scorer, z, timestep, conditioning)[1])
+            gradients.append(score_gradient(artist.sd.denoiser, artist.scorer, z, timestep, conditioning)[1])
         cosine = torch.cosine_similarity(*(g.flatten(1) for g in gradients)).min().item()
         difference = float(np.abs(pictures[0] - pictures[1]).mean())
         figures = {"dtype": str(self.half), "mean_pixel_difference": difference, "gradient_cosine": cosine}
@@ -114,11 +114,11 @@ class Verification:
         # pure noise is what the U-Net expects at the last timestep
         timestep = torch.tensor(self.sd.scheduler.config.num_train_timesteps - 1, device=self.device)
         texts = self.sd.condition((self.prompts * 4)[:8])
-        before, gradient = score_gradient(self.sd.unet, self.scorer, z, timestep, texts)
+        before, gradient = score_gradient(self.sd.denoiser, self.scorer, z, timestep, texts)
         step = 0.001 * z.flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1)
         move = step[:, None, None, None] * gradient
         rises = [
-            (score_gradient(self.sd.unet, self.scorer, z + sign * move, timestep, texts)[0] - before).tolist()
+            (score_gradient(self.sd.denoiser, self.scorer, z + sign * move, timestep, texts)[0] - before).tolist()
             for sign in (1, -1)
         ]
         return min(rises[0]) > 0 > statistics.mean(rises[1]), {"rise_along": rises[0], "rise_against": rises[1]}
@@ -199,7 +199,7 @@ class Verification:
         sd = self.sd
         z = initial_noise([0, 1], sd.latent_shape()).to(self.device)
         texts = (sd.condition(words) for words in (self.prompts, [""] * 2))
-        runs = guided_step_kinds(sd.unet, sd.scheduler, self.scorer, z, *texts)
+        runs = guided_step_kinds(sd.denoiser, sd.scheduler, self.scorer, z, *texts)
         peaks, on_cuda = {}, self.device.type == "cuda"
 
         def run(name):

@@ -5,7 +5,8 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpt.backbones.blocks import block_channels, parse_feature
-from dpt.backbones.unet_features import Conditioning, unet_features
+from dpt.backbones.conditioning import Conditioning
+from dpt.backbones.features import denoiser_features
 
 
 def close(actual, expected, rtol=1e-5):
@@ -23,12 +24,12 @@ def test_golden_features_of_all_blocks(golden, unet, file):
     arrays = {k: torch.from_numpy(v) for k, v in np.load(golden / f"{file}.npz").items()}
     inputs = (arrays["latent"], arrays["t"], Conditioning(arrays["context"]))
     blocks = parse_feature("all", unet.config)
-    together, noise_pred = unet_features(unet, blocks, *inputs, with_noise_pred=True)
+    together, noise_pred = denoiser_features(unet, blocks, *inputs, with_noise_pred=True)
     assert close(noise_pred, arrays["noise_pred"])
     for block, feature in zip(blocks, together, strict=True):
         assert close(feature, arrays["feat_" + block.replace("down", "bottom")]), block
         assert feature.shape[1] == block_channels(block, unet.config)
-        (alone,), nothing = unet_features(unet, (block,), *inputs)
+        (alone,), nothing = denoiser_features(unet, (block,), *inputs)
         assert torch.equal(alone, feature), block
         assert nothing is None
     assert len(unet.up_blocks) == 4  # the twin's cuts leave the U-Net whole
@@ -40,7 +41,7 @@ def test_concatenation_stops_after_the_last_block(golden, unet):
     ran = []
     handle = unet.up_blocks[1].register_forward_hook(lambda *_: ran.append(1))
     inputs = (arrays["latent"], arrays["t"], Conditioning(arrays["context"]))
-    down, up = unet_features(unet, parse_feature("down1+up0", unet.config), *inputs)[0]
+    down, up = denoiser_features(unet, parse_feature("down1+up0", unet.config), *inputs)[0]
     handle.remove()
     assert not ran
     assert close(down, arrays["feat_bottom1"])
@@ -61,8 +62,8 @@ def test_half_precision_equals_a_hook(unet, dtype, golden):
     half = UNet2DConditionModel.from_pretrained(golden / "sd21/unet", torch_dtype=dtype).eval()
     context = Conditioning(torch.randn(2, 77, 32, dtype=dtype))
     inputs = (torch.randn(2, 4, 16, 16, dtype=dtype), torch.tensor([5, 500]), context)
-    (early,), _ = unet_features(half, ("up1",), *inputs)
-    (whole,), _ = unet_features(half, ("up1",), *inputs, with_noise_pred=True)
+    (early,), _ = denoiser_features(half, ("up1",), *inputs)
+    (whole,), _ = denoiser_features(half, ("up1",), *inputs, with_noise_pred=True)
     assert torch.equal(early, whole)
 
 
@@ -74,7 +75,7 @@ def test_gradients_through_checkpointing_are_the_same(golden):
             unet.enable_gradient_checkpointing()
         latents, context = torch.linspace(-1, 1, 2048).view(2, 4, 16, 16), Conditioning(torch.ones(2, 77, 32))
         inputs = (latents, torch.tensor([5, 500]), context)
-        (feature,), _ = unet_features(unet, ("up1",), *inputs)
+        (feature,), _ = denoiser_features(unet, ("up1",), *inputs)
         feature.square().mean().backward()
         gradients.append({n: p.grad for n, p in unet.named_parameters()})
     for name, gradient in gradients[0].items():
@@ -93,6 +94,6 @@ def test_up1_costs_55_percent_of_a_full_pass_of_sd21():
         counts = []
         for with_noise_pred in (False, True):
             with FlopCounterMode(display=False) as counter:
-                unet_features(unet, ("up1",), *inputs, with_noise_pred=with_noise_pred)
+                denoiser_features(unet, ("up1",), *inputs, with_noise_pred=with_noise_pred)
             counts.append(counter.get_total_flops())
     assert counts[0] / counts[1] == pytest.approx(0.5465, abs=1e-4)
