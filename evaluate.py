@@ -4,14 +4,8 @@
 python evaluate.py generate --arms configs/shapes/arms.yaml:base --prompts shapes:val --outdir outputs/evaluation
 python evaluate.py align outputs/evaluation/base --metrics oracle
 python evaluate.py table outputs/evaluation/base --output outputs/evaluation/tables
-python evaluate.py experiment configs/shapes/experiment.yaml
-python evaluate.py itm outputs/shapes-probe --config configs/shapes/probe.yaml --output outputs/evaluation/itm
-python evaluate.py rec outputs/shapes-probe --config configs/shapes/probe.yaml --output outputs/evaluation/rec
-python evaluate.py probe-map configs/shapes/probe_map.yaml --output outputs/probe-map
-python evaluate.py pack outputs/evaluation/base --output outputs/evaluation/figures.json
-python evaluate.py pareto outputs/evaluation/base --output pareto.png
-python evaluate.py choose --prompts shapes:val --dpt ckpt/shapes-dpt --outdir outputs/choose
-python evaluate.py report outputs/evaluation/base --tables outputs/evaluation/tables/table.json --output report.html
+
+`evaluate.py SUBCOMMAND --help` has the flags and an example of each.
 """
 
 import importlib
@@ -30,9 +24,10 @@ PRINTED = ("generate", "align", "quality", "choose", "pack", "report", "pareto",
 def make_parser() -> ArgumentParser:
     """The flags of all subcommands."""
     parser = ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(required=True, dest="command")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="SUBCOMMAND")
     for name, (module, add_flags) in FLAGS.items():
-        command = commands.add_parser(name, description=docstring_of(f"dpt.evaluation.{module}"))
+        text = docstring_of(f"dpt.evaluation.{module}")
+        command = commands.add_parser(name, description=text, help=text.splitlines()[0].split("`: ")[-1].rstrip("."))
         add_flags(command.add_argument)
     return parser
 

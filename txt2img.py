@@ -54,12 +54,7 @@ def make_parser() -> ArgumentParser:
     add("--offload", choices=OFFLOADS, help="keep on the CPU what does not compute: whole networks, or every layer")
     add("--local-files-only", action="store_true", help="never ask the hub")
     add("--dpt", metavar="PATH", help="adapter and LoRA: our folder, the released file or folder, a hub id, or none")
-    add(
-        "--lora",
-        type=Path,
-        metavar="PATH",
-        help="instead: another method's LoRA (layouts: `dpt/checkpoint/lora_files.py`)",
-    )
+    add("--lora", type=Path, metavar="PATH", help="instead: another method's LoRA, of most layouts there are")
     add("--n_samples", type=count, default=3, help="pictures a prompt (default: 3)")
     add("--n_iter", type=count, default=1, help="how many times n_samples are drawn, with new seeds (default: 1)")
     batch = number(int, at_least=1, at_most=1024)
@@ -102,33 +97,25 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 def choose_device(args: argparse.Namespace):
     """The device that --device or --gpuid names, else the first accelerator, else the CPU."""
     with heavy_imports():
-        import torch
+        from dpt.device import gpu, usable_device
 
-    if args.gpuid is not None and args.device is not None:
+    if args.gpuid is None:
+        return usable_device(args.device)
+    if args.device is not None:
         raise ValueError("--gpuid and --device exclude each other: pass one of them")
-    if args.gpuid is not None:
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        if not 0 <= args.gpuid < torch.cuda.device_count():
-            raise ValueError(f"--gpuid is {args.gpuid}; this machine has {torch.cuda.device_count()} CUDA device(s)")
-        return torch.device("cuda", args.gpuid)
-    if args.device is None:
-        other = "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device("cuda" if torch.cuda.is_available() else other)
-    from dpt.backbones.stable_diffusion import usable_device
-
-    return usable_device(args.device)
+    return gpu(args.gpuid)
 
 
 def choose_weights(args: argparse.Namespace) -> Path | None:
     """The weights that --dpt names, by default those of the base model where they are."""
-    weights, name = Path(args.dpt) if args.dpt not in (None, "none") else None, known_name(args.model)
+    weights = Path(args.dpt) if args.dpt not in (None, "none") else None
     if args.lora and weights:
         raise ValueError("--dpt and --lora exclude each other: pass one of them")
     if args.lora and not args.lora.exists():
         raise ValueError(f"--lora {args.lora} is not there; pass a file or a folder of a LoRA")
-    if args.dpt is None and not args.lora and name in DPT_WEIGHTS and DPT_WEIGHTS[name].exists():
-        weights = DPT_WEIGHTS[name]
+    known = DPT_WEIGHTS.get(known_name(args.model))
+    if args.dpt is None and not args.lora and known and known.exists():
+        weights = known
     if weights is not None and not weights.exists() and not is_hub_id(weights):
         raise ValueError(f"--dpt {weights} is not there; pass our folder, the released checkpoint, a hub id, or none")
     return weights
@@ -136,6 +123,8 @@ def choose_weights(args: argparse.Namespace) -> Path | None:
 
 def choose_sampling(args: argparse.Namespace, weights: Path | None) -> Sampling:
     """What the flags say, and for the rest what the weights or the base model recommend."""
+    for name in ("model", "revision", "variant", "negative_prompt"):
+        check_text(f"--{name}", getattr(args, name) or "")
     if args.correction_norm is not None and args.correction_factor is not None:
         raise ValueError("--correction_factor and --correction_norm exclude each other: pass one of them")
     sampling = recommended(args.model, config_beside(weights) if weights else None).changed(**given_sampling(args))
@@ -145,8 +134,6 @@ def choose_sampling(args: argparse.Namespace, weights: Path | None) -> Sampling:
     last = args.seed + args.n_samples * args.n_iter + CANDIDATES_APART * (sampling.candidates - 1)
     if sampling.candidates > 1 and last >= SEED_LIMIT:
         raise ValueError(f"--seed is {args.seed}; with {sampling.candidates} candidates seeds would go beyond 2**62")
-    for name in ("model", "revision", "variant", "negative_prompt"):
-        check_text(f"--{name}", getattr(args, name) or "")
     return sampling
 
 
@@ -200,7 +187,7 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device(args)
     dtype = args.dtype or (half_precision(args.model) if device.type == "cuda" else "float32")
     print(f"{args.model} on {device} in {dtype}, {describe(weights, sampling, args.lora)}", flush=True)
-    if args.parity and recommended(args.model, config_beside(weights) if weights else None).candidates > 1:
+    if args.parity and weights and recommended(args.model, config_beside(weights)).candidates > 1:
         print("note: --parity draws as the reference: it chooses nothing and corrects by the paper's factor")
     if args.offload and device.type == "cpu":
         print("note: --offload has no effect: there is no accelerator here")

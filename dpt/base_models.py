@@ -1,5 +1,6 @@
 """The base models that can be named, where their files come from, and how they draw. Imports nothing heavy."""
 
+import difflib
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -110,6 +111,7 @@ def source_of(model: str, notice=lambda text: None) -> str:
     """
     if model in MODELS and (MODELS[model].source is None or (CKPT_FOLDER / model).is_dir()):
         return str(CKPT_FOLDER / model)
+    check_name(model)
     model = MODELS[model].source if model in MODELS else model
     if model in MIRRORS and not Path(model).exists():
         notice(f"{model} is no longer on the hub; using its mirror {MIRRORS[model]}")
@@ -117,8 +119,21 @@ def source_of(model: str, notice=lambda text: None) -> str:
     return model
 
 
+def check_name(model: str) -> None:
+    """Raises ValueError for a model that is no name, nothing on this machine, and cannot be on the hub either."""
+    if model in MODELS or Path(model).exists() or re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        return
+    close = difflib.get_close_matches(model, MODELS, n=1)
+    raise ValueError(
+        f"model is {model!r}; "
+        + (f"did you mean {close[0]}? " if close else "it is neither a file nor a folder here. ")
+        + f"It must be {', '.join(MODELS)}, a local folder, a single file, or a hub id such as ORGANISATION/NAME"
+    )
+
+
 def check_family(model: str, sampling: Sampling, *, no_t5: bool = False) -> None:
     """Raises ValueError for settings that a model's family has not, before anything is loaded."""
+    check_name(model)
     pipeline = pipeline_of(model)
     if no_t5:
         check_no_t5(model)

@@ -81,7 +81,9 @@ def test_golden_training_step(golden, stage):
     total.backward()
     found = {name: p.grad for name, p in model.adapter.named_parameters()}
     found |= {
-        name.replace(f".{ADAPTER_NAME}.", "."): p.grad for name, p in model.denoiser.named_parameters() if p.requires_grad
+        name.replace(f".{ADAPTER_NAME}.", "."): p.grad
+        for name, p in model.denoiser.named_parameters()
+        if p.requires_grad
     }
     gradients = {
         lora_key(k) or adapter_key(k): v for k, v in load_file(golden / f"train_stage{stage}_grads.safetensors").items()

@@ -13,8 +13,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from dpt.backbones.architecture import architecture
 from dpt.backbones.conditioning import Conditioning
 from dpt.backbones.loading import load_stable_diffusion
-from dpt.backbones.stable_diffusion import StableDiffusion, advice_against_nan, usable_device, weights_fingerprint
+from dpt.backbones.stable_diffusion import StableDiffusion, advice_against_nan, weights_fingerprint
 from dpt.base_models import CKPT_FOLDER, MIRRORS
+from dpt.device import usable_device
 from dpt.sampling import ClassifierFreeGuidance, initial_noise, sample
 from dpt.schedulers import set_timesteps
 

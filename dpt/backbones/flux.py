@@ -50,19 +50,13 @@ class Flux(StableDiffusion3):
         return self.pipeline.tokenizer_2, 512 if self.denoiser.config.guidance_embeds else 256  # as they were made
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: list[str], *, clip_skip: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Context (B, L, E) by T5 and pooled texts (B, P) by CLIP, as the stock pipeline makes them.
-
-        Raises:
-            ValueError: a `clip_skip`, as the context is not CLIP's.
-        """
+    def _encode(self, prompts: list[str], clip_skip: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """T5's states and CLIP's pooled text, as the stock pipeline encodes them."""
         if clip_skip is not None:
             raise ValueError(f"clip_skip is {clip_skip}; FLUX reads its context by T5: leave it out")
-        distinct = list(dict.fromkeys(prompts))
         _, length = self.longest_reader
-        context, pooled, _ = self.pipeline.encode_prompt(distinct, device=self.device, max_sequence_length=length)
-        rows = [distinct.index(prompt) for prompt in prompts]
-        return context[rows], pooled[rows]
+        context, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.device, max_sequence_length=length)
+        return context, pooled
 
     def condition(
         self, prompts: list[str], *, size: tuple[int, int] | None = None, negative: bool = False

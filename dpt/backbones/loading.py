@@ -1,7 +1,6 @@
 """Loading base models from folders and the hub, and what is known of them before they are loaded."""
 
 import contextlib
-import difflib
 import logging
 from pathlib import Path
 
@@ -261,9 +260,6 @@ def _missing(model: str, source: str, error: Exception) -> str:
             f"model {model!r}: its weights need the configs of {name}, which cannot be had ({reason}); put those of "
             f"{MODELS[name].source} without the weights into {CKPT_FOLDER / name}, or go online once"
         )
-    close = difflib.get_close_matches(model, MODELS, n=1)
-    if close and model not in MODELS:
-        return f"model {model!r} is neither a name, a local folder nor on the hub ({reason}); did you mean {close[0]}?"
     folder = CKPT_FOLDER / model if model in MODELS else "a local folder"
     if source.startswith(("stabilityai/stable-diffusion-3", "black-forest-labs/FLUX.1-dev")):
         reason += f"; it needs its licence accepted at https://huggingface.co/{source} and `hf auth login`"

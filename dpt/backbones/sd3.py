@@ -76,18 +76,11 @@ class StableDiffusion3(StableDiffusion):
         return (self.pipeline.tokenizer_3, T5_TOKENS) if self.has_t5 else super().longest_reader
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: list[str], *, clip_skip: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Context (B, L, E) and pooled texts (B, P), as the stock pipeline makes them. Equal prompts are encoded once.
-
-        Args:
-            clip_skip: layers of the CLIPs that the context leaves out.
-        """
-        distinct = list(dict.fromkeys(prompts))
-        context, _, pooled, _ = self.pipeline.encode_prompt(
-            distinct, None, None, device=self.device, do_classifier_free_guidance=False, clip_skip=clip_skip
-        )
-        rows = [distinct.index(prompt) for prompt in prompts]
-        return context[rows], pooled[rows]
+    def _encode(self, prompts: list[str], clip_skip: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the stock pipeline encodes them."""
+        options = {"device": self.device, "do_classifier_free_guidance": False, "clip_skip": clip_skip}
+        context, _, pooled, _ = self.pipeline.encode_prompt(prompts, None, None, **options)
+        return context, pooled
 
     def condition(
         self, prompts: list[str], *, size: tuple[int, int] | None = None, negative: bool = False

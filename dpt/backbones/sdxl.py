@@ -45,31 +45,21 @@ class StableDiffusionXL(StableDiffusion):
         options = {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
         return StableDiffusionXLPipeline(**self.parts, **tokenizers, scheduler=scheduler, **options)
 
-    def encode_prompts(self, prompts: list[str], *, clip_skip: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Context (B, L, E), the last layer but one of either encoder, and the second's projection (B, P).
-
-        Equal prompts are encoded once.
-
-        Args:
-            clip_skip: further layers that the context leaves out.
-
-        Raises:
-            ValueError: a `clip_skip` that the text encoders have not.
-        """
+    @torch.no_grad()
+    def _encode(self, prompts: list[str], clip_skip: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last layer but one of either encoder, and the second's projection."""
         encoders = ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2))
         fewest = min(encoder.config.num_hidden_layers for _, encoder in encoders)
         if clip_skip is not None and not 0 <= clip_skip < fewest:
             raise ValueError(
                 f"clip_skip is {clip_skip}; the text encoders have {fewest} layers, and the last is left out"
             )
-        distinct, states = list(dict.fromkeys(prompts)), []
-        with torch.no_grad():
-            for tokenizer, encoder in encoders:
-                tokens = tokenize(tokenizer, distinct).to(self.device)
-                output = encoder(tokens.input_ids, output_hidden_states=True)
-                states.append(output.hidden_states[-(2 + (clip_skip or 0))])
-        rows = [distinct.index(prompt) for prompt in prompts]
-        return torch.cat(states, dim=-1)[rows], output.text_embeds[rows]
+        states = []
+        for tokenizer, encoder in encoders:
+            tokens = tokenize(tokenizer, prompts).to(self.device)
+            output = encoder(tokens.input_ids, output_hidden_states=True)
+            states.append(output.hidden_states[-(2 + (clip_skip or 0))])
+        return torch.cat(states, dim=-1), output.text_embeds
 
     def condition(
         self, prompts: list[str], *, size: tuple[int, int] | None = None, negative: bool = False

@@ -87,21 +87,27 @@ class StableDiffusion:
         return expanded(self.tokenizer, prompt)
 
     def encode_prompts(self, prompts: list[str], *, clip_skip: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Context (B, L, E) and pooled state (B, P) of prompts; longer ones are cut at the encoder's L tokens.
+        """Context (B, L, E) and pooled text (B, P) of prompts; longer ones are cut at the encoders' L tokens.
 
-        Equal prompts are encoded once. Without gradients, unless the text encoder is in training mode.
+        Equal prompts are encoded once. Without gradients, unless the text encoder of Stable Diffusion 1 and 2 is in
+        training mode.
 
         Args:
-            clip_skip: layers of the text encoder that the context leaves out, from the last; the pooled state has all.
+            clip_skip: layers of CLIP that the context leaves out, from the last that it has; the pooled text has all.
 
         Raises:
-            ValueError: a `clip_skip` that the text encoder has not.
+            ValueError: a `clip_skip` that the text encoders have not; of FLUX any, as its context is not CLIP's.
         """
+        distinct = list(dict.fromkeys(prompts))
+        context, pooled = self._encode(distinct, clip_skip)
+        rows = [distinct.index(prompt) for prompt in prompts]
+        return context[rows], pooled[rows]
+
+    def _encode(self, prompts: list[str], clip_skip: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         num_layers = self.text_encoder.config.num_hidden_layers
         if clip_skip is not None and not 0 <= clip_skip <= num_layers:
             raise ValueError(f"clip_skip is {clip_skip}; the text encoder has {num_layers} layers")
-        distinct = list(dict.fromkeys(prompts))
-        tokens = tokenize(self.tokenizer, distinct).to(self.device)
+        tokens = tokenize(self.tokenizer, prompts).to(self.device)
         uses_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_encoder.training):
             output = self.text_encoder(
@@ -112,8 +118,7 @@ class StableDiffusion:
             context = output.last_hidden_state
             if clip_skip is not None:
                 context = self.text_encoder.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
-        rows = [distinct.index(prompt) for prompt in prompts]
-        return context[rows], output.pooler_output[rows]
+        return context, output.pooler_output
 
     def condition(
         self, prompts: list[str], *, size: tuple[int, int] | None = None, negative: bool = False
@@ -213,16 +218,6 @@ def weights_fingerprint(*modules: torch.nn.Module) -> str:
             values = tensor.flatten()[:16].float().cpu().numpy().tobytes()
             digest.update(f"{name} {tuple(tensor.shape)}".encode() + values)
     return digest.hexdigest()[:16]
-
-
-def usable_device(name: str) -> torch.device:
-    """The device that --device names. Raises ValueError where this machine has none of that name that keeps values."""
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name!r} is not usable here: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def advice_against_nan(sd: StableDiffusion) -> str:

@@ -57,9 +57,10 @@ def run_cache_latents(args: argparse.Namespace) -> int:
     from dpt.backbones.loading import load_stable_diffusion
     from dpt.backbones.stable_diffusion import DTYPES
     from dpt.data.latents import cache_folder
+    from dpt.device import usable_device
 
     sd = load_stable_diffusion(
-        args.model, local_files_only=args.local_files_only, dtype=DTYPES[args.dtype], device=_device(args)
+        args.model, local_files_only=args.local_files_only, dtype=DTYPES[args.dtype], device=usable_device(args.device)
     )
     size = args.size or sd.default_size
     count = cache_folder(
@@ -75,12 +76,13 @@ def run_mine_negatives(args: argparse.Namespace) -> int:
     from dpt.data.hard_negatives import write_items, write_tsv
     from dpt.data.mine_hard_negatives import mine
     from dpt.data.open_clip_embedder import load_embedders
+    from dpt.device import usable_device
 
     output = Path(args.output)
     captions = load_captions(Path(args.captions), Path(args.images))
     if not captions:
         raise ValueError(f"--captions {args.captions} holds no caption of an image in {args.images}")
-    embed_texts, embed_images = load_embedders(args.clip, args.pretrained, device=_device(args))
+    embed_texts, embed_images = load_embedders(args.clip, args.pretrained, device=usable_device(args.device))
     items = mine(
         captions,
         embed_texts,
@@ -91,7 +93,7 @@ def run_mine_negatives(args: argparse.Namespace) -> int:
         num_images=args.num_images,
         batch_size=args.batch_size,
         block=args.block,
-        device=_device(args),
+        device=usable_device(args.device),
     )
     (write_tsv if output.suffix == ".tsv" else write_items)(output, items)
     print(f"{output}: hard negatives of {len(items)} captions")
@@ -102,11 +104,12 @@ def run_trajectories(args: argparse.Namespace) -> int:
     """Draws and judges half-drawn pictures to learn from; go on after a kill with the same command."""
     from dpt.config import load_config
     from dpt.data.draw_trajectories import TrajectorySettings, make
+    from dpt.device import usable_device
     from dpt.peak_memory import keep_freed_memory
 
     settings = load_config(TrajectorySettings, args.config, args.overrides)
     keep_freed_memory()
-    drawn, judged = make(settings, device=_device(args))
+    drawn, judged = make(settings, device=usable_device(args.device))
     print(f"{settings.output}: {drawn} new prompts, {judged} new values by {settings.scorer}")
     return 0
 
@@ -117,12 +120,6 @@ def shard(text: str) -> tuple[int, int]:
     if not match or int(match[1]) >= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r}; it must be K/N with 0 <= K < N, such as 0/4")
     return int(match[1]), int(match[2])
-
-
-def _device(args: argparse.Namespace) -> str:
-    import torch
-
-    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def make_parser() -> ArgumentParser:

@@ -1,4 +1,4 @@
-"""An arm's figures, from its folder or from a file of `evaluate.py pack`, which keeps them when the pictures are gone.
+"""`evaluate.py pack`: the figures of arms in one file, which keeps them when the pictures are gone.
 
     python evaluate.py pack outputs/experiment/shapes-test/{base,dpt/0} --output docs/shapes-test.json
     python evaluate.py table docs/shapes-test.json --against base --output outputs/tables

@@ -2,7 +2,7 @@
 
     python -m dpt.shapes.quality oracle|clip|base|curve
 
-Each prints a Markdown section and puts it into a page of docs/log, in place of the section of that name.
+Each prints a Markdown section; with --record it takes the place of the section of that name in a page.
 """
 
 import shlex
@@ -23,7 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("section", choices=("oracle", "clip", "base", "curve"))
-    add("--output", type=Path, default=LOG, help="a Markdown file (default: the page of docs/log that has it)")
+    page = {"nargs": "?", "const": LOG, "type": Path, "metavar": "FILE"}
+    add("--record", **page, help="put the section into a Markdown file too (default: the page of docs/log that has it)")
     add("--renders", type=count, default=5000, help="oracle: fresh renders")
     add("--round_trips", type=count, default=5000, help="oracle: of these, sent through the VAE")
     add("--guidance", **scales, help="base: scales to try")
@@ -31,14 +32,15 @@ def main(argv: list[str] | None = None) -> int:
     add("--seeds", type=seeds, default=1, help="base: image seeds a prompt")
     add("--run", type=Path, default=run, help="curve: the folder of the pretraining")
     args = parser.parse_args(argv)
-    args.output = page_of(args.output, args.section)
+    args.record = args.record and page_of(args.record, args.section)
     try:
         with heavy_imports():
             from dpt.shapes.quality_tables import SECTIONS
 
         text = SECTIONS[args.section](args)
         print(text)
-        record_section(args.output, args.section, f"python -m dpt.shapes.quality {shlex.join(argv)}", text)
+        if args.record:
+            record_section(args.record, args.section, f"python -m dpt.shapes.quality {shlex.join(argv)}", text)
     except (ValueError, OSError) as error:
         return fail(error)
     return 0

@@ -204,7 +204,8 @@ def curve_section(args: argparse.Namespace) -> str:
     for record in records:
         if lacking := {"val_loss_unweighted", *LABELS} - record.keys():
             raise ValueError(f"{path}: step {record['step']} lacks {min(lacking)}")
-    plot_curves(path, figure_beside(args.output, "pretraining.png"))
+    if args.record:
+        plot_curves(path, figure_beside(args.record, "pretraining.png"))
     rows = [
         (r["step"], f"{r['val_loss']:.4f}", f"{r['val_loss_unweighted']:.4f}", *(f"{100 * r[x]:.0f}" for x in LABELS))
         for r in records

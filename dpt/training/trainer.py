@@ -17,6 +17,7 @@ from accelerate.utils import gather_object, set_seed
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from dpt.backbones.blocks import parse_feature
 from dpt.backbones.loading import load_stable_diffusion
 from dpt.base_models import recommended
 from dpt.checkpoint.checkpoint import checkpoints, load_checkpoint, save_checkpoint
@@ -122,6 +123,7 @@ class Trainer:
             device=self.accelerator.device,
             notice=self._say,
         )
+        parse_feature(config.model.feature, self.sd.denoiser.config)  # before data are prepared
         check_stage(config, self.stage, self.sd.scheduler.config.num_train_timesteps, goes_on=goes_on)
         control_unet(config.control, self.sd)
         self.rec_text = load_rec_text_encoder(

@@ -11,12 +11,12 @@ import torch
 from tqdm import tqdm
 
 from dpt.backbones.features import denoiser_features
-from dpt.backbones.stable_diffusion import usable_device
 from dpt.base_models import recommended
 from dpt.benchmark.steps import guided_step_kinds, median_seconds
 from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.data.coco import load_captions, load_pixels
 from dpt.data.refcoco import load_expressions
+from dpt.device import usable_device
 from dpt.drawing import Artist
 from dpt.images import make_grid, to_pixels
 from dpt.lora import lora_state
@@ -42,7 +42,7 @@ class Verification:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.device = usable_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = usable_device(args.device)
         self.half = torch.float16 if self.device.type == "cuda" else torch.bfloat16
         self.artist = self.load(torch.float32)
         self.sd, self.scorer = self.artist.sd, self.artist.scorer

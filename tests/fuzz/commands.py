@@ -248,7 +248,7 @@ COMMANDS = {
         "dpt.shapes.label", "sheets {here}/out --folder {here}/labelled/set", "labelled"
     ),
     "dpt.shapes.quality": _command(
-        "dpt.shapes.quality", "curve --run {here}/pretrained --output {here}/results.md", "pretrained"
+        "dpt.shapes.quality", "curve --run {here}/pretrained --record {here}/results.md", "pretrained"
     ),
     "dpt.shapes.pretrain": _command(
         "dpt.shapes.pretrain",

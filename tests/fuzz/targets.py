@@ -228,7 +228,7 @@ OUTPUTS = {
     "dpt.data cache-latents": ("--output", "folder"),
     "dpt.data check, leak_free": ("--leak_free", "file"),
     "dpt.shapes.label collect": ("--folder", "folder"),
-    "dpt.shapes.quality": ("--output", "file"),
+    "dpt.shapes.quality": ("--record", "file"),
 }
 
 

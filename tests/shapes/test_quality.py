@@ -56,7 +56,7 @@ def test_labels_by_eye(drawn, tmp_path, capsys):
 
 
 def test_sections_say_their_command(tmp_path, capsys):
-    arguments = ["oracle", "--renders", "20", "--round_trips", "10", "--output", str(tmp_path / "r.md")]
+    arguments = ["oracle", "--renders", "20", "--round_trips", "10", "--record", str(tmp_path / "r.md")]
     assert main(arguments) == 0
     text = (tmp_path / "r.md").read_text()
     assert f"`python -m dpt.shapes.quality {' '.join(arguments)}`" in text
@@ -66,11 +66,11 @@ def test_sections_say_their_command(tmp_path, capsys):
     records = [{"step": k, "loss_denoise": 0.1} for k in (10, 20)]
     records[1] |= {"val_loss": 0.2, "val_loss_unweighted": 0.1} | dict.fromkeys(LABELS, 1 / 3)
     (run / "unet.metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert main(["curve", "--run", str(run), "--output", str(tmp_path / "r.md")]) == 0
+    assert main(["curve", "--run", str(run), "--record", str(tmp_path / "r.md")]) == 0
     assert "| 20 | 0.2000 | 0.1000 | 33 | 33 | 33 |" in (tmp_path / "r.md").read_text()
     assert Image.open(tmp_path / "pretraining.png").width > 500
     capsys.readouterr()
-    assert main(["curve", "--run", str(tmp_path / "none"), "--output", str(tmp_path / "r.md")]) == 2
+    assert main(["curve", "--run", str(tmp_path / "none"), "--record", str(tmp_path / "r.md")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -124,7 +124,7 @@ def test_more_labels_than_pictures_are_named(tmp_path, capsys):
 )
 def test_bad_curves_are_one_line(tmp_path, capsys, content, message):
     (tmp_path / "unet.metrics.jsonl").write_text(content)
-    assert main(["curve", "--run", str(tmp_path), "--output", str(tmp_path / "r.md")]) == 2
+    assert main(["curve", "--run", str(tmp_path), "--record", str(tmp_path / "r.md")]) == 2
     error = capsys.readouterr().err
     assert "unet.metrics.jsonl" in error
     assert message in error
@@ -135,7 +135,7 @@ def test_a_figure_takes_no_other_s_place(tmp_path, capsys):
     record = {"step": 1, "loss": 0.1, "val_loss": 0.2, "val_loss_unweighted": 0.1} | dict.fromkeys(LABELS, 0.3)
     (tmp_path / "unet.metrics.jsonl").write_text(json.dumps(record) + "\n")
     (tmp_path / "pretraining.png").write_bytes(b"mine")
-    assert main(["curve", "--run", str(tmp_path), "--output", str(tmp_path / "r.md")]) == 2
+    assert main(["curve", "--run", str(tmp_path), "--record", str(tmp_path / "r.md")]) == 2
     assert "pretraining.png is there" in capsys.readouterr().err
     assert (tmp_path / "pretraining.png").read_bytes() == b"mine"
 
