@@ -261,7 +261,9 @@ def tuned(folder, name, coco_tree, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_correct_choose_and_evaluate_from_the_command_line(folder, family, tuned, tmp_path, monkeypatch, capsys):
+def test_correct_choose_and_evaluate_from_the_command_line(
+    folder, family, coco_tree, tuned, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Flux, "default_size", 128)
     weights = str(tuned / "outputs/tune")
@@ -282,6 +284,10 @@ def test_correct_choose_and_evaluate_from_the_command_line(folder, family, tuned
     own = ["--arms", "arm.yaml", "--prompts", "prompts.txt", "--outdir", "arms", "--seeds", "0"]
     assert evaluate.main(["generate", *own]) == 0, capsys.readouterr().err
     assert len(read_metadata(tmp_path / "arms/own")) == 2
+    measured = ["--set", *training(folder, family, coco_tree), "--num_samples", "2", "--timesteps", "500"]
+    config = str(ROOT / f"configs/{family.recipes}/probe.yaml")
+    words = [str(tuned / "outputs/probe"), "--config", config, "--output", "itm", *measured]
+    assert evaluate.main(["itm", *words]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.slow
