@@ -54,7 +54,7 @@ def make_parser() -> ArgumentParser:
     add("--offload", choices=OFFLOADS, help="keep on the CPU what does not compute: whole networks, or every layer")
     add("--local-files-only", action="store_true", help="never ask the hub")
     add("--dpt", metavar="PATH", help="adapter and LoRA: our folder, the released file or folder, a hub id, or none")
-    add("--lora", type=Path, metavar="PATH", help="instead: another method's LoRA, of most layouts there are")
+    add("--lora", type=Path, metavar="PATH", help="another method's LoRA, beside or in place of --dpt")
     add("--n_samples", type=count, default=3, help="pictures a prompt (default: 3)")
     add("--n_iter", type=count, default=1, help="how many times n_samples are drawn, with new seeds (default: 1)")
     batch = number(int, at_least=1, at_most=1024)
@@ -109,8 +109,6 @@ def choose_device(args: argparse.Namespace):
 def choose_weights(args: argparse.Namespace) -> Path | None:
     """The weights that --dpt names, by default those of the base model where they are."""
     weights = Path(args.dpt) if args.dpt not in (None, "none") else None
-    if args.lora and weights:
-        raise ValueError("--dpt and --lora exclude each other: pass one of them")
     if args.lora and not args.lora.exists():
         raise ValueError(f"--lora {args.lora} is not there; pass a file or a folder of a LoRA")
     known = DPT_WEIGHTS.get(known_name(args.model))
@@ -151,7 +149,8 @@ def describe(weights: Path | None, sampling: Sampling, lora: Path | None) -> str
         does.append(f"self-correction {length} ({sampling.correction_target})")
     if sampling.attend_and_excite:
         does.append("Attend-and-Excite")
-    return f"DPT weights {weights}, {' and '.join(does) or 'no self-correction'}"
+    beside = f" with LoRA {lora}" if lora else ""
+    return f"DPT weights {weights}{beside}, {' and '.join(does) or 'no self-correction'}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -89,7 +89,8 @@ class Artist:
         Args:
             model: a name, local folder, single file or hub id.
             weights: a checkpoint, as `--dpt` takes it.
-            lora: another method's LoRA; its layouts are those of `dpt.checkpoint.lora_files`.
+            lora: another method's LoRA, beside an adapter that has none; its layouts are those of
+                `dpt.checkpoint.lora_files`.
             controls: which weights are taken; see `DPTCheckpoint.attach`.
             options: further ones of `load_stable_diffusion`, such as device, dtype, variant and revision.
 
@@ -97,6 +98,8 @@ class Artist:
             ValueError: something that cannot be used; it is named.
         """
         checkpoint = load_checkpoint(weights, local_files_only=local_files_only) if weights else None
+        if lora and checkpoint and checkpoint.lora:
+            raise ValueError(f"lora is {lora}; {weights} has a LoRA too: leave one out, or pass an adapter without one")
         sd = load_stable_diffusion(
             model,
             no_t5=no_t5 or leaves_t5_out(checkpoint),

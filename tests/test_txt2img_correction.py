@@ -1,5 +1,6 @@
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.backbones.blocks import block_channels
 from dpt.backbones.loading import load_stable_diffusion
 from dpt.base_models import CKPT_FOLDER
+from dpt.checkpoint.checkpoint import DPTCheckpoint, load_checkpoint, save_checkpoint
 from dpt.checkpoint.released import adapter_key
-from dpt.config import AdapterConfig
+from dpt.config import AdapterConfig, DPTConfig
 from dpt.images import read_metadata
 
 BASE = ["--model", "shapes", "--ddim_steps", "4", "--n_samples", "1", "--skip_grid", "--prompt", "a red circle"]
@@ -214,8 +216,23 @@ def test_another_method_s_lora(tmp_path, shapes_dpt, capsys):
     assert (pixels["lora"] != pixels["base"]).any()
     assert f"LoRA {shapes_dpt / 'lora'}, without DPT weights" in capsys.readouterr().out
     assert [read_metadata(tmp_path / name)[0]["lora"] for name in ("base", "lora")] == [None, str(shapes_dpt / "lora")]
-    assert txt2img.main([*common, "--lora", "x", "--dpt", str(shapes_dpt), "--outdir", str(tmp_path / "both")]) == 2
-    assert "exclude each other" in capsys.readouterr().err
+    both = ["--lora", str(shapes_dpt / "lora"), "--outdir", str(tmp_path / "both")]
+    assert txt2img.main([*common, *both, "--dpt", str(shapes_dpt)]) == 2
+    assert f"{shapes_dpt} has a LoRA too" in capsys.readouterr().err
+
+
+def test_an_adapter_chooses_among_another_lora_s_pictures(tmp_path, shapes_dpt):
+    tuned = load_checkpoint(shapes_dpt)
+    alone = replace(tuned.config, lora_rank=DPTConfig.lora_rank, lora_alpha=DPTConfig.lora_alpha)
+    save_checkpoint(DPTCheckpoint(alone, tuned.adapter, {}), tmp_path / "adapter")
+    common = ["--model", "shapes", "--prompt", "a red circle", "--n_samples", "1", "--ddim_steps", "4", "--skip_grid"]
+    common += ["--lora", str(shapes_dpt / "lora")]
+    chosen = ["--dpt", str(tmp_path / "adapter"), "--candidates", "3", "--correction_factor", "0"]
+    assert txt2img.main([*common, *chosen, "--outdir", str(tmp_path / "chosen")]) == 0
+    (record,) = read_metadata(tmp_path / "chosen")
+    again = ["--seed", str(record["kept_seed"]), "--outdir", str(tmp_path / "alone")]
+    assert txt2img.main([*common, *again]) == 0
+    assert np.abs(picture(tmp_path / "chosen").astype(int) - picture(tmp_path / "alone")).max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ class Arm(Sampling):
     dpt: str | None = None
     """adapter and LoRA: anything that `load_checkpoint` reads"""
     lora: str | None = None
-    """in place of `dpt`: a LoRA in diffusers' format, such as another method's"""
+    """another method's LoRA, in place of `dpt` or beside an adapter without one"""
     train_seeds: list[int] = bounded([0], at_least=0)
     """seeds of the trainings that made the weights; each takes the place of {seed} in `dpt` or `lora`"""
     correction_direction: str = one_of("gradient", "gradient", "random")
@@ -57,8 +57,6 @@ class Arm(Sampling):
         super().__post_init__()
         if not self.train_seeds or len(set(self.train_seeds)) < len(self.train_seeds):
             raise ValueError(f"train_seeds is {self.train_seeds}; it must hold different seeds, at least one")
-        if self.dpt and self.lora:
-            raise ValueError("dpt and lora exclude each other: an arm has one set of weights")
         if self.name and not re.fullmatch(r"\w[\w.+-]*(/\d+)?", self.name):
             raise ValueError(f"name is {self.name!r}; it names a folder: letters, digits and . _ + - alone")
         if not self.dpt and (self.best_of > 1 or self.needs_adapter):

@@ -485,7 +485,6 @@ def test_step_and_maps_of_attend_and_excite_change_the_picture(tmp_path):
         ({"a": {"best_of": 10**9}}, "best_of is 1000000000"),
         ({"a": {"dpt": "nowhere"}}, "nowhere is not there"),
         ({"a": {"lora": "nowhere"}}, "lora nowhere is not there"),
-        ({"a": {"dpt": "x", "lora": "y"}}, "exclude each other"),
     ],
 )
 def test_bad_arms_are_one_line(tmp_path, capsys, arms, message):
