@@ -70,31 +70,22 @@ def load_stable_diffusion(
     Raises:
         ValueError: nothing usable there; the message says what to do.
     """
-    source = configs = source_of(model, notice)
-    if revision is not None and Path(source).exists():
-        kind = "folder" if Path(source).is_dir() else "file"
-        raise ValueError(f"revision is {revision!r}; {source} is a local {kind}, which has none")
+    source = source_of(model, notice)
+    for name, value in {"revision": revision, "variant": variant}.items():
+        if value is not None and (Path(source).is_file() or (name == "revision" and Path(source).exists())):
+            kind = "folder" if Path(source).is_dir() else "file"
+            raise ValueError(f"{name} is {value!r}; {source} is a local {kind}, which has none")
     if no_t5:
         check_no_t5(model)
-    if is_file := Path(source).is_file():
-        if variant is not None:
-            raise ValueError(f"variant is {variant!r}; {source} is a single file, which has none")
-        alike = named_alike(Path(source))
-        configs = configs_of(alike)
-        notice(f"{model} is taken for a model like {alike}; its configs are those of {configs}")
     if Path(source).is_dir():
         variant = _checked_variant(model, Path(source), variant, notice)
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()  # what fails is said by the error below
+    where = {"revision": revision, "local_files_only": local_files_only}
     try:
-        with _quiet_fallback(), without_marks(source) as files:
-            where = {"revision": revision, "local_files_only": local_files_only}
-            index = read_index(Path(configs)) if Path(configs).is_dir() else _hub_index(configs, **where)
-            if is_file:
-                options = {"dtype": dtype, "local_files_only": local_files_only}
-                pipeline = load_single_file(Path(source), configs, is_xl=is_xl(alike), **options)
+        with _quiet(), without_marks(source) as files:
+            if Path(source).is_file():
+                pipeline, index = _of_single_file(model, Path(source), where, dtype=dtype, notice=notice)
             else:
+                index = read_index(Path(source)) if Path(source).is_dir() else _hub_index(source, **where)
                 pipeline = _stock_pipeline(Path(source), files, index, no_t5, variant=variant, dtype=dtype, **where)
         scheduler = _scheduler(pipeline.scheduler.config, index)
     except Exception as error:
@@ -114,6 +105,16 @@ def load_stable_diffusion(
         pipeline.vae.float()  # its activations are beyond float16; madebyollin/sdxl-vae-fp16-fix has none such
     common = {"name": model, "source": source, "scheduler": scheduler}
     return _of_pipeline(pipeline, index, common)
+
+
+def _of_single_file(model: str, file: Path, where: dict, *, dtype: torch.dtype, notice) -> tuple:
+    """The pipeline of a single file, and the `model_index.json` of the named model that it is taken for."""
+    alike = named_alike(file)
+    configs = configs_of(alike)
+    notice(f"{model} is taken for a model like {alike}; its configs are those of {configs}")
+    index = read_index(Path(configs)) if Path(configs).is_dir() else _hub_index(configs, **where)
+    options = {"dtype": dtype, "local_files_only": where["local_files_only"]}
+    return load_single_file(file, configs, is_xl=is_xl(alike), **options), index
 
 
 def _scheduler(config, index: dict):
@@ -200,14 +201,17 @@ def _checked_variant(model: str, folder: Path, variant: str | None, notice) -> s
 
 
 @contextlib.contextmanager
-def _quiet_fallback():
-    """Keeps diffusers from calling it an error that a folder holds .bin files and no safetensors, and transformers from
-    printing tables of what fails.
+def _quiet():
+    """Keeps diffusers and transformers from progress bars and tables of what fails, which the error says, and diffusers
+    from calling it an error that a folder holds .bin files and no safetensors.
     """
 
     def keep(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("An error occurred while trying to fetch")
 
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
     logger = logging.getLogger("diffusers.models.modeling_utils")
     logger.addFilter(keep)
     verbosity = transformers.utils.logging.get_verbosity()

@@ -20,13 +20,11 @@ import json
 import shlex
 import sys
 
-from dpt.benchmark import CORRECTED, TRAINING_KINDS
+from dpt.benchmark import BATCH_SIZES, CORRECTED, TRAINING_KINDS
 from dpt.benchmark.startup import measure_startup
 from dpt.command_line import ArgumentParser, fail, heavy_imports, number
 from dpt.results import LOG, markdown_table, page_of, record_section
 
-BATCH_SIZES = {"shapes": 8, "random-145m": 2, "random-sd21": 1, "random-sdxl": 1, "random-sd35": 1}
-BATCH_SIZES |= {"random-xl-94m": 2, "random-sd3-102m": 2, "random-flux-106m": 2}
 KINDS = {"sampling": ("plain", *CORRECTED, "whole", "feature"), "training": TRAINING_KINDS}
 
 
@@ -36,7 +34,11 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("what", choices=(*KINDS, "startup"))
     add("--model", choices=tuple(BATCH_SIZES), help="default: shapes for sampling, random-145m for training")
-    add("--batch_size", type=number(int, at_least=1, at_most=1024), help=f"default: {BATCH_SIZES}")
+    add(
+        "--batch_size",
+        type=number(int, at_least=1, at_most=1024),
+        help="default: 8 for shapes, 1 for full-size models, else 2",
+    )
     repeats = number(int, at_least=1, at_most=10_000)
     add("--repeats", type=repeats, help="runs of each kind, of sampling at least 5 (default: 7, of startup 5)")
     add("--threads", type=number(int, at_least=1, at_most=1024), default=1, help="default: 1")
@@ -68,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
             from dpt.benchmark.steps import print_peak, sentence_of, time_sampling, time_training, training_peaks
 
         torch.set_num_threads(args.threads)
-        batch_size = args.batch_size or BATCH_SIZES[args.model]
+        batch_size = args.batch_size or BATCH_SIZES[args.model][0]
         if args.peak_of:
             print_peak(args.what, args.model, batch_size, args.peak_of)
             return 0

@@ -14,7 +14,7 @@ from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
 from dpt.backbones.conditioning import Conditioning
 from dpt.backbones.features import denoiser_features
 from dpt.backbones.unet import set_cpu_attention
-from dpt.benchmark import CORRECTED, TRAINING_KINDS
+from dpt.benchmark import BATCH_SIZES, CORRECTED, TRAINING_KINDS
 from dpt.benchmark.random_models import RandomModel, random_model
 from dpt.data.collate import conditioning_inputs
 from dpt.guidance.self_correction import SelfCorrection
@@ -24,16 +24,6 @@ from dpt.peak_memory import peak_mb, reset_peak
 from dpt.sampling import ClassifierFreeGuidance
 from dpt.schedulers import make_scheduler, set_timesteps
 from dpt.settings import PAPER
-
-TUNE_BATCH_SIZES = {"shapes": 16, "random-145m": 8, "random-sd21": 1}
-TUNE_BATCH_SIZES |= {
-    "random-xl-94m": 8,
-    "random-sd3-102m": 8,
-    "random-flux-106m": 4,
-    "random-sdxl": 1,
-    "random-sd35": 1,
-}
-"""of the peaks: the paper's 8 where it fits"""
 
 
 def median_seconds(kinds: dict[str, Callable], repeats: int) -> dict[str, float]:
@@ -221,8 +211,8 @@ PEAK_KINDS = ("batched", "tune", "tune_checkpointed")
 
 
 def training_peaks(name: str, kinds: tuple[str, ...] = PEAK_KINDS) -> dict:
-    """Peak memory of steps at `TUNE_BATCH_SIZES`, each kind in a process of its own."""
-    batch_size = TUNE_BATCH_SIZES[name]
+    """Peak memory of steps at the second of `BATCH_SIZES`, each kind in a process of its own."""
+    _, batch_size = BATCH_SIZES[name]
     peaks = {f"{kind}_peak_mb": _peak_mb("training", name, batch_size, kind) for kind in kinds}
     share = peaks["tune_checkpointed_peak_mb"] / peaks["tune_peak_mb"]
     return {"peaks_batch_size": batch_size, "checkpointed_share": share} | peaks

@@ -95,6 +95,23 @@ def as_latents(
     return sd.encode_images(images.flatten(0, 1)).unflatten(0, images.shape[:2])
 
 
+def draw_timesteps(generators: list[torch.Generator], limits: tuple[int, int]) -> torch.Tensor:
+    """A timestep from [first, last] by each generator, (B,)."""
+    first, last = limits
+    return torch.cat([torch.randint(first, last + 1, (1,), generator=generator) for generator in generators])
+
+
+def draw_noise(generators: list[torch.Generator], shape: tuple[int, int, int], offset: float) -> torch.Tensor:
+    """Noise of a latent's shape (C, h, w) by each generator, (B, C, h, w); `offset` weights what a channel shares."""
+    noise = [torch.randn(shape, generator=generator) for generator in generators]
+    if offset:
+        noise = [
+            own + offset * torch.randn((shape[0], 1, 1), generator=generator)
+            for own, generator in zip(noise, generators, strict=True)
+        ]
+    return torch.stack(noise)
+
+
 def conditioning_inputs(name: str, conditioning: Conditioning) -> dict:
     """A conditioning as `DPT.forward` takes it: `<name>_context`, and `<name>_further` of models that take more."""
     further = {f"{name}_further": conditioning.further} if conditioning.further else {}
@@ -130,15 +147,9 @@ def encode_batch(
     named = list(zip(batch.ids, batch.epochs, strict=True))
     draws = [sample_generator(seed, *pair, "latents") for pair in named] if posterior else None
     latents = as_latents(batch.images, sd, draws).to(device).float()  # (B, K, C, h, w)
-    first, last = timesteps or (0, sd.scheduler.config.num_train_timesteps - 1)
-    drawn, noise = [], []
-    for sample_id, epoch in named:
-        generator = sample_generator(seed, sample_id, epoch, "noise")
-        drawn.append(torch.randint(first, last + 1, (1,), generator=generator))
-        noise.append(torch.randn(latents.shape[2:], generator=generator))
-        if noise_offset:
-            noise[-1] += noise_offset * torch.randn((latents.shape[2], 1, 1), generator=generator)
-    drawn, noise = torch.cat(drawn).to(device), torch.stack(noise).to(device)  # (B,), (B, C, h, w)
+    generators = [sample_generator(seed, *pair, "noise") for pair in named]
+    drawn = draw_timesteps(generators, timesteps or (0, sd.scheduler.config.num_train_timesteps - 1)).to(device)  # (B,)
+    noise = draw_noise(generators, latents.shape[2:], noise_offset).to(device)  # (B, C, h, w)
     noisy = [sd.scheduler.add_noise(latents[:, k], noise, drawn) for k in range(latents.shape[1])]
     texts = [text for captions in batch.captions for text in captions] + batch.expressions
     if denoise_negatives:
