@@ -14,7 +14,7 @@ from diffusers import SchedulerMixin
 
 from dpt.backbones.conditioning import Conditioning
 from dpt.choosing import best, rounds
-from dpt.sampling import Denoiser, sample
+from dpt.sampling import Guidance, sample
 from dpt.schedulers import join_images, predicted_clean, select_images
 from dpt.settings import Sampling
 
@@ -71,14 +71,14 @@ class Chosen:
     """the step behind which one candidate a picture was left"""
 
 
-DenoiserOf = Callable[[Candidates, Sampling, list[dict], range], Denoiser]
-"""Maps (candidates, settings of the round, trace, steps at which the score is to be read) to a denoiser."""
+GuidanceOf = Callable[[Candidates, Sampling, list[dict], range], Guidance]
+"""Maps (candidates, settings of the round, trace, steps at which the score is to be read) to a guidance."""
 
 
 def draw_and_choose(
     candidates: Candidates,
     sampling: Sampling,
-    denoiser_of: DenoiserOf,
+    guidance_of: GuidanceOf,
     *,
     batch_size: int | None = None,
     trace: bool = False,
@@ -109,7 +109,7 @@ def draw_and_choose(
         done, clean = [], []
         for rows in np.array_split(np.arange(len(candidates.numbers)), _parts(candidates, batch_size)):
             some, log = candidates.select(rows), []
-            denoise = denoiser_of(some, settings, log, read)
+            denoise = guidance_of(some, settings, log, read)
             if chooses and on_choice:
                 denoise = _noting_clean(denoise, some.scheduler, part.stop - 1, clean)
             tell = on_step and (lambda step, _, log=log: on_step(step, log[-1] if log else None))
@@ -136,8 +136,8 @@ def draw_and_choose(
     return Chosen(candidates, records, steps, decided, chosen_at)
 
 
-def _noting_clean(denoise: Denoiser, scheduler, at: int, clean: list[torch.Tensor]) -> Denoiser:
-    """The denoiser, which also appends the clean latents that its prediction at one step means."""
+def _noting_clean(denoise: Guidance, scheduler, at: int, clean: list[torch.Tensor]) -> Guidance:
+    """The guidance, which also appends the clean latents that its prediction at one step means."""
 
     def noting(latents, timestep, step):
         noise_pred, latents = denoise(latents, timestep, step)

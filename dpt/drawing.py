@@ -26,7 +26,7 @@ from dpt.guidance.attend_and_excite import subject_tokens
 from dpt.images import to_images
 from dpt.lora import load_external_lora
 from dpt.matching_score import ScoreReader
-from dpt.sampling import ClassifierFreeGuidance, Denoiser, initial_noise
+from dpt.sampling import ClassifierFreeGuidance, Guidance, initial_noise
 from dpt.schedulers import make_scheduler, set_timesteps
 from dpt.settings import Sampling
 
@@ -52,8 +52,8 @@ class Drawing:
     """a picture's share of its batch: seconds, whole_passes and truncated_passes of the U-Net for one image each"""
 
 
-Method = Callable[[ClassifierFreeGuidance, Sampling, list[str], list[int], list[dict]], Denoiser]
-"""Maps (guidance, sampling, prompts, seeds, trace) to a denoiser: a guidance method from outside, such as a control."""
+Method = Callable[[ClassifierFreeGuidance, Sampling, list[str], list[int], list[dict]], Guidance]
+"""Maps (guidance, sampling, prompts, seeds, trace) to a guidance: a method from outside, such as a control."""
 
 
 class Artist:
@@ -160,9 +160,9 @@ class Artist:
         every = [seed for own in seeds for seed in candidate_seeds(own, sampling.candidates)]  # (N,)
         texts = [prompt for prompt in prompts for _ in range(sampling.candidates)]
 
-        def denoiser_of(some, settings, log, read):
+        def guidance_of(some, settings, log, read):
             own = [texts[n] for n in some.numbers], [every[n] for n in some.numbers]
-            return self._denoiser(some, settings, *own, log, read, method)
+            return self._guidance(some, settings, *own, log, read, method)
 
         def tell(step, numbers, scores, kept, clean):
             found = zip(numbers, scores.tolist(), to_images(sd.decode_latents(clean)), strict=True)
@@ -177,7 +177,7 @@ class Artist:
         options = {"batch_size": batch_size, "trace": trace, "on_step": on_step, "on_choice": on_choice and tell}
         with counted_passes(sd.denoiser) as passes:
             begun = self._begin(texts, every, sampling)
-            chosen = draw_and_choose(begun, sampling, denoiser_of, **options)
+            chosen = draw_and_choose(begun, sampling, guidance_of, **options)
         if not chosen.left.latents.isfinite().all():
             raise FloatingPointError(f"the latents are not finite: {advice_against_nan(sd)}")
         images = to_images(sd.decode_latents(chosen.left.latents))
@@ -213,7 +213,7 @@ class Artist:
         negative = negative.with_guidance(sampling.distilled_guidance)
         return Candidates(noise * scheduler.init_noise_sigma, scheduler, conditioning, negative)
 
-    def _denoiser(self, batch, sampling, prompts, seeds, log, read, method) -> Denoiser:
+    def _guidance(self, batch, sampling, prompts, seeds, log, read, method) -> Guidance:
         guidance = ClassifierFreeGuidance(
             self.sd.denoiser,
             batch.scheduler,

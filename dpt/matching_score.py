@@ -69,7 +69,7 @@ def gradient_of(score: torch.Tensor, noisy_latents: torch.Tensor, dtype: torch.d
 
 
 class ScoreReader:
-    """A `Denoiser` that records the matching score of the features which the pass that it wraps computes anyway.
+    """A `Guidance` that records the matching score of the features which the pass that it wraps computes anyway.
 
     Args:
         guidance: the pass; denoise: what calls it, a guidance method or the pass itself.
@@ -84,7 +84,7 @@ class ScoreReader:
         guidance.watched = scorer.blocks
 
     def __call__(self, latents, timestep, step):
-        """The result of the wrapped denoiser."""
+        """The result of the wrapped guidance."""
         result = self.denoise(latents, timestep, step)
         recorded = self.trace and self.trace[-1]["step"] == step
         if step in self.steps and not recorded:

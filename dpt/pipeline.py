@@ -24,7 +24,7 @@ from dpt.candidates import Candidates, draw_and_choose
 from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.guidance import guided
 from dpt.matching_score import ScoreReader
-from dpt.sampling import ClassifierFreeGuidance, Denoiser, sample
+from dpt.sampling import ClassifierFreeGuidance, Guidance, sample
 from dpt.settings import PAPER, Sampling
 
 
@@ -166,7 +166,7 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
         if sampling.candidates > 1:
             latents = self._choose(sampling, tensors, noise * self.scheduler.init_noise_sigma)
             return self._finish(sd, latents, output_type, return_dict, tensors["prompt_embeds"].dtype)
-        denoise = self._denoiser(sampling, tensors, count, self._image_embeds(*pictures, count))
+        denoise = self._guidance(sampling, tensors, count, self._image_embeds(*pictures, count))
         with self.progress_bar(total=self.num_timesteps) as bar:
 
             def on_step(step, latents):
@@ -211,13 +211,13 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
         options = {"guidance_scale": self.guidance_scale, "guidance_rescale": self.guidance_rescale}
         options["unet_inputs"] = {"cross_attention_kwargs": self.cross_attention_kwargs}
 
-        def denoiser_of(some, settings, trace, read):
+        def guidance_of(some, settings, trace, read):
             conditioning = some.conditioning, some.negative
             guidance = ClassifierFreeGuidance(self.unet, some.scheduler, *conditioning, **options)
             denoise = guided(guidance, settings, scorer=self._scorer, trace=trace)
             return ScoreReader(denoise, guidance, self._scorer, trace, read) if read else denoise
 
-        chosen = draw_and_choose(Candidates(latents, self.scheduler, *texts), sampling, denoiser_of)
+        chosen = draw_and_choose(Candidates(latents, self.scheduler, *texts), sampling, guidance_of)
         self.kept = [int(number) % sampling.candidates for number in chosen.left.numbers]
         return chosen.left.latents
 
@@ -335,9 +335,9 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
             ip_adapter_image, ip_adapter_image_embeds, self._execution_device, count, self.do_classifier_free_guidance
         )
 
-    def _denoiser(
+    def _guidance(
         self, sampling: Sampling, tensors: dict, count: int, image_embeds: list[torch.Tensor] | None
-    ) -> Denoiser:
+    ) -> Guidance:
         """Guidance and self-correction by this pipeline's attributes and the tensors, as they are at each step."""
         timestep_cond = None
         if self.unet.config.time_cond_proj_dim is not None:

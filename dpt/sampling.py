@@ -1,7 +1,7 @@
-"""The denoising loop, and classifier-free guidance as the denoiser that it calls.
+"""The denoising loop, and classifier-free guidance, the simplest guidance that it calls.
 
-A guidance method wraps a denoiser; the loop never learns of it. A denoiser returns the noise prediction together with
-the latents that the scheduler steps on from, which a method may have moved.
+A guidance asks the denoiser, a U-Net or a transformer, and may wrap another guidance; the loop never learns of it. It
+returns the noise prediction together with the latents that the scheduler steps on from, which it may have moved.
 
 Shapes: B images, C latent channels, (h, w) latent size.
 """
@@ -15,7 +15,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from dpt.backbones.conditioning import Conditioning
 from dpt.backbones.features import denoiser_features
 
-Denoiser = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+Guidance = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 """Maps (latents, timestep, step) to (noise prediction, latents to step from), all (B, C, h, w) but the timestep."""
 
 
@@ -26,7 +26,7 @@ def initial_noise(seeds: list[int], shape: tuple[int, int, int]) -> torch.Tensor
 
 @torch.no_grad()
 def sample(
-    denoise: Denoiser,
+    denoise: Guidance,
     scheduler: SchedulerMixin,
     latents: torch.Tensor,
     *,
@@ -57,7 +57,7 @@ def sample(
 
 
 class ClassifierFreeGuidance:
-    """Ho & Salimans 2022: eps = eps(z, negative) + guidance_scale * (eps(z, prompt) - eps(z, negative)); a `Denoiser`.
+    """Ho & Salimans 2022: eps = eps(z, negative) + guidance_scale * (eps(z, prompt) - eps(z, negative)); a `Guidance`.
 
     Args:
         conditioning: of the prompts; negative: of the negative or empty ones, for as many images.

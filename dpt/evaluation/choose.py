@@ -148,7 +148,7 @@ def _rounded(score: float | None) -> float | None:
 
 
 def observing(guidance, scorers: dict, log: list[dict], judged=None, asked: set[int] = frozenset()):
-    """A `Denoiser` that notes the score of each chooser for each image of the batch, pass by pass.
+    """A `Guidance` that notes the score of each chooser for each image of the batch, pass by pass.
 
     Args:
         judged: maps predicted clean latents to a judge's records.

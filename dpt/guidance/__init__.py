@@ -6,14 +6,14 @@ To add one: write its file; add its settings to `dpt.settings.Sampling`, with wh
 
 from dpt.guidance.attend_and_excite import AttendAndExcite
 from dpt.guidance.self_correction import SelfCorrection
-from dpt.sampling import ClassifierFreeGuidance, Denoiser
+from dpt.sampling import ClassifierFreeGuidance, Guidance
 from dpt.settings import Sampling
 
 
 def guided(
     guidance: ClassifierFreeGuidance, sampling: Sampling, *, scorer=None, subjects=None, trace: list[dict] | None = None
-) -> Denoiser:
-    """The denoiser of the method that the settings ask for, or plain classifier-free guidance.
+) -> Guidance:
+    """The guidance of the method that the settings ask for, or plain classifier-free guidance.
 
     Args:
         scorer: reads the matching score, for self-correction.

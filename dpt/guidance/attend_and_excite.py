@@ -32,7 +32,7 @@ SIGMA = 0.5
 
 
 class AttendAndExcite:
-    """Attend-and-Excite as a `Denoiser` around classifier-free guidance.
+    """Attend-and-Excite as a `Guidance` around classifier-free guidance.
 
     Args:
         token_indices: of each prompt's subjects, positions in `encoder_hidden_states`.

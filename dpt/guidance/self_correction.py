@@ -24,7 +24,7 @@ from dpt.settings import Sampling
 
 
 class SelfCorrection:
-    """Self-correction as a `Denoiser` around classifier-free guidance.
+    """Self-correction as a `Guidance` around classifier-free guidance.
 
     Args:
         guidance: of the images' prompts.
