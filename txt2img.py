@@ -19,6 +19,7 @@ from dpt.base_models import (
     OFFLOADS,
     SD_3,
     check_family,
+    check_made_for,
     config_beside,
     describe_size,
     half_precision,
@@ -129,6 +130,10 @@ def choose_sampling(args: argparse.Namespace, weights: Path | None) -> Sampling:
     if weights is None and (sampling.needs_adapter or args.trace):
         raise ValueError("self-correction, --candidates and --trace need an adapter: pass --dpt PATH")
     check_family(args.model, sampling, no_t5=args.no_t5)
+    if weights:
+        check_made_for(config_beside(weights), args.model, weights)
+    if known_name(args.model):  # others are looked through when they are loaded
+        describe_size(args.model, sampling.height, sampling.width)
     last = args.seed + args.n_samples * args.n_iter + CANDIDATES_APART * (sampling.candidates - 1)
     if sampling.candidates > 1 and last >= SEED_LIMIT:
         raise ValueError(f"--seed is {args.seed}; with {sampling.candidates} candidates seeds would go beyond 2**62")
@@ -214,8 +219,7 @@ def run(args: argparse.Namespace) -> int:
     jobs, count = all_jobs(prompts, args.seed, per_prompt, common), total
     if args.skip_existing:
         count = sum(gallery.key(job) not in there for job in jobs)
-        jobs = all_jobs(prompts, args.seed, per_prompt, common)
-        jobs = (job for job in jobs if gallery.key(job) not in there)
+        jobs = (job for job in all_jobs(prompts, args.seed, per_prompt, common) if gallery.key(job) not in there)
         print(f"{total - count} picture(s) are there already")
     rows = draw_all(artist, gallery, jobs, count, sampling, batch_size=args.batch_size, trace=args.trace)
     if rows and not args.skip_grid:
@@ -233,8 +237,9 @@ def announce(sd, prompts: list[str], args: argparse.Namespace, sampling: Samplin
 
     for prompt in dict.fromkeys([*prompts, sampling.negative_prompt]):
         if cut := sd.truncated_part(prompt):
-            _, limit = sd.longest_reader
-            print(f"note: {sd.name} reads {limit} tokens a prompt; not read of {prompt[:40]!r}...: {cut[:60]!r}...")
+            print(
+                f"note: {sd.name} reads {sd.longest_reader[1]} tokens a prompt; not read of {prompt[:40]!r}...: {cut[:60]!r}..."
+            )
     if note := grammar_note(sd.name, prompts):
         print(f"note: {note}")
     if sampling.negative_prompt and sampling.guidance_scale <= 1:

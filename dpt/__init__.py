@@ -3,10 +3,14 @@
 import importlib
 
 __version__ = "0.1.0"
+_HOMES = {"Artist": "dpt.drawing", "Sampling": "dpt.settings", "SelfCorrectionPipeline": "dpt.pipeline"}
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]
 
 
 def __getattr__(name: str):
-    where = {"Artist": "dpt.drawing", "Sampling": "dpt.settings", "SelfCorrectionPipeline": "dpt.pipeline"}
-    if name in where:  # some are slow to import
-        return getattr(importlib.import_module(where[name]), name)
+    if name in _HOMES:  # some are slow to import
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'dpt' has no attribute {name!r}")

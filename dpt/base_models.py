@@ -123,12 +123,22 @@ def check_name(model: str) -> None:
     """Raises ValueError for a model that is no name, nothing on this machine, and cannot be on the hub either."""
     if model in MODELS or Path(model).exists() or re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         return
-    close = difflib.get_close_matches(model, MODELS, n=1)
+    close = [name for name in MODELS if model.startswith(name)] or difflib.get_close_matches(model, MODELS, n=1)
     raise ValueError(
         f"model is {model!r}; "
         + (f"did you mean {close[0]}? " if close else "it is neither a file nor a folder here. ")
         + f"It must be {', '.join(MODELS)}, a local folder, a single file, or a hub id such as ORGANISATION/NAME"
     )
+
+
+def check_made_for(weights: DPTConfig, model: str, source: str | Path) -> None:
+    """Raises ValueError for weights of another named model, or of another family, as far as both can be told."""
+    made_for, here = known_name(weights.base_model), known_name(model)
+    told = all(name or Path(place).exists() for name, place in ((made_for, weights.base_model), (here, model)))
+    if (made_for and here and made_for != here) or (told and pipeline_of(weights.base_model) != pipeline_of(model)):
+        raise ValueError(
+            f"{source} was made for {weights.base_model}; the model here is {model}: pass weights of its own"
+        )
 
 
 def check_family(model: str, sampling: Sampling, *, no_t5: bool = False) -> None:
@@ -143,6 +153,10 @@ def check_family(model: str, sampling: Sampling, *, no_t5: bool = False) -> None
         )
     if pipeline in (SD_3, FLUX):
         check_flow(parity=sampling.parity, scheduler=sampling.scheduler)
+        if sampling.attend_and_excite:
+            raise ValueError(
+                f"Attend-and-Excite reads the attention of a U-Net, and {model} is a transformer: leave it out"
+            )
 
 
 def check_no_t5(model: str) -> None:
@@ -160,9 +174,10 @@ def check_flow(*, parity: bool, scheduler: str) -> None:
 
 def pipeline_of(model: str) -> str:
     """The class of diffusers that draws with a name, hub id or folder; that of SD 1 and 2 where nothing says so."""
-    if name := known_name(model):
+    name = known_name(model)
+    index = Path(source_of(name) if name else model) / "model_index.json"
+    if name and not index.is_file():
         return MODELS[name].pipeline
-    index = Path(model) / "model_index.json"
     if index.is_file():
         return str(read_json(index, dict).get("_class_name"))
     if Path(model).is_file():

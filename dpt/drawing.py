@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,12 @@ from dpt.backbones.blocks import is_flux, is_transformer
 from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.offload import offload
 from dpt.backbones.stable_diffusion import StableDiffusion, advice_against_nan
-from dpt.base_models import DEFAULT_MODEL, recommended
+from dpt.base_models import DEFAULT_MODEL, OFFLOADS, recommended
+from dpt.bounds import Bounds
 from dpt.candidates import Candidates, Chosen, draw_and_choose
 from dpt.checkpoint.checkpoint import DPTCheckpoint, leaves_t5_out, load_checkpoint
 from dpt.choosing import candidate_seeds
+from dpt.device import usable_device
 from dpt.guidance import guided
 from dpt.guidance.attend_and_excite import subject_tokens
 from dpt.images import to_images
@@ -28,7 +31,7 @@ from dpt.lora import load_external_lora
 from dpt.matching_score import ScoreReader
 from dpt.sampling import ClassifierFreeGuidance, Guidance, initial_noise
 from dpt.schedulers import make_scheduler, set_timesteps
-from dpt.settings import Sampling
+from dpt.settings import SEED_LIMIT, Sampling
 
 
 @dataclass
@@ -79,6 +82,7 @@ class Artist:
         weights: str | Path | None = None,
         *,
         lora: str | Path | None = None,
+        device: torch.device | str = "cpu",
         no_t5: bool = False,
         local_files_only: bool = False,
         controls: Iterable[str] = ("none",),
@@ -88,22 +92,25 @@ class Artist:
 
         Args:
             model: a name, local folder, single file or hub id.
-            weights: a checkpoint, as `--dpt` takes it.
+            weights: a checkpoint, as `--dpt` takes it; None for none, the model's default too.
             lora: another method's LoRA, beside an adapter that has none; its layouts are those of
                 `dpt.checkpoint.lora_files`.
             controls: which weights are taken; see `DPTCheckpoint.attach`.
-            options: further ones of `load_stable_diffusion`, such as device, dtype, variant and revision.
+            options: further ones of `load_stable_diffusion`, such as dtype, variant and revision.
 
         Raises:
             ValueError: something that cannot be used; it is named.
         """
-        checkpoint = load_checkpoint(weights, local_files_only=local_files_only) if weights else None
+        checkpoint = None
+        if weights not in (None, "none"):
+            checkpoint = load_checkpoint(weights, local_files_only=local_files_only)
         if lora and checkpoint and checkpoint.lora:
             raise ValueError(f"lora is {lora}; {weights} has a LoRA too: leave one out, or pass an adapter without one")
         sd = load_stable_diffusion(
             model,
             no_t5=no_t5 or leaves_t5_out(checkpoint),
             local_files_only=local_files_only,
+            device=usable_device(str(device)),
             **options,
         )
         artist = cls(sd, checkpoint.attach(sd, controls=controls) if checkpoint else None)
@@ -112,13 +119,15 @@ class Artist:
             load_external_lora(sd, Path(lora))
         return artist
 
-    def offload(self, how: str, device: torch.device) -> None:
+    def offload(self, how: str, device: torch.device | str) -> None:
         """Computes on a device and keeps on the CPU, where the model lies, what does not compute.
 
         Args:
             how: "model" or "sequential"; see `dpt.backbones.offload`.
         """
-        offload(self.sd, how, device)
+        if how not in OFFLOADS:
+            raise ValueError(f"how is {how!r}; it must be {' or '.join(OFFLOADS)}")
+        offload(self.sd, how, torch.device(device))
         if self.scorer:
             self.scorer.adapter.to(device)
 
@@ -152,10 +161,15 @@ class Artist:
                 adapter where there is none.
             FloatingPointError: a score or latents that are not finite.
         """
-        if (sampling.needs_adapter or trace) and self.scorer is None:
-            raise ValueError("self-correction, choosing and traces read the matching score: they need an adapter")
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"prompts is {prompts!r}; it must be a list of texts, at least one")
         if len(seeds) != len(prompts):
             raise ValueError(f"seeds holds {len(seeds)}; {len(prompts)} prompts need as many")
+        if wrong := [seed for seed in seeds if not isinstance(seed, Integral) or not 0 <= seed < SEED_LIMIT]:
+            raise ValueError(f"seeds holds {wrong[0]!r}; each must be a whole number from 0 to below 2**62")
+        Bounds(at_least=1).check("batch_size", 1 if batch_size is None else batch_size)
+        if (sampling.needs_adapter or trace) and self.scorer is None:
+            raise ValueError("self-correction, choosing and traces read the matching score: they need an adapter")
         sd, began = self.sd, time.perf_counter()
         every = [seed for own in seeds for seed in candidate_seeds(own, sampling.candidates)]  # (N,)
         texts = [prompt for prompt in prompts for _ in range(sampling.candidates)]

@@ -12,9 +12,9 @@ FLAGS = {
     "distilled_guidance": (("--distilled_guidance",), "guidance of FLUX.1-dev, as an input (default: 3.5)"),
     "num_inference_steps": (
         ("--ddim_steps", "--num_timesteps"),
-        "sampling steps (default: 50, of shapes 20)",
+        "sampling steps (default: 50, of shapes 20; the model's own of others)",
     ),
-    "scheduler": (("--scheduler",), "default: ddim"),
+    "scheduler": (("--scheduler",), "default: ddim; flow matching has its own"),
     "height": (("--H",), "height in pixels (default: the model's)"),
     "width": (("--W",), "width in pixels (default: the model's)"),
     "negative_prompt": (("--negative_prompt",), "what to keep away from"),

@@ -51,6 +51,7 @@ def open_artist(
         "dpt": weights_fingerprint(checkpoint.adapter) if checkpoint else None,
         "dtype": dtype,
         **asdict(sampling),
+        **sd.effective(sampling),
         "height": h * sd.vae_scale_factor,
         "width": w * sd.vae_scale_factor,
     }

@@ -20,6 +20,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from dpt.backbones.architecture import PROJECTIONS, TEXT_PROJECTIONS
 from dpt.backbones.blocks import LATENTS, block_prefix, parse_feature
+from dpt.backbones.flux import Flux
 from dpt.backbones.model_folder import LOADING_ERRORS
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.checkpoint.lora_files import PARTS, read_lora
@@ -99,6 +100,8 @@ def load_external_lora(sd: StableDiffusion, path: Path, notice=print) -> None:
         with collected_warnings(notes):
             found = stock.lora_state_dict(state, **options.get(stock, {}))
             state, alphas = found if isinstance(found, tuple) else (found, None)
+            if not isinstance(sd, Flux) and any(".single_transformer_blocks." in key for key in state):
+                raise ValueError("it is for FLUX")
             for part, model in models.items():
                 own = {key: value for key, value in state.items() if key.startswith(f"{part}.")}
                 if not own:
@@ -162,7 +165,7 @@ def add_lora(denoiser: UNet2DConditionModel, *, rank: int, alpha: float, blocks:
         ValueError: blocks without attention, or that the U-Net does not have.
     """
     for block in blocks:
-        if parse_feature(block, denoiser.config) != (block,) or block == LATENTS:
+        if parse_feature(block, denoiser.config, "lora.blocks") != (block,) or block == LATENTS:
             raise ValueError(f"lora.blocks is {list(blocks)}; {block!r} is no single block")
     prefixes = tuple(map(block_prefix, blocks)) or ("",)  # with which every name begins
     projections = (*PROJECTIONS, *TEXT_PROJECTIONS)

@@ -140,6 +140,6 @@ def _unreadable(path: Path, error: BaseException) -> str:
         reason = "it is empty"
     else:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        if not isinstance(error, OSError | SafetensorError):
+        if not isinstance(error, OSError | SafetensorError) and first.startswith((b"\x80", b"PK")):
             reason = f"it holds something other than tensors, and is not run: {reason}"
     return f"{path} is no readable weights file ({reason})"

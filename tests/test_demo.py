@@ -129,7 +129,8 @@ def free_port():
         (["--dpt", "none-such"], "--dpt none-such is not there"),
         (["--dpt", "somebody/none-such"], "somebody/none-such is neither a path here nor to be had from the hub"),
         (["--model", "\udcff"], "--model is '\\udcff', which is no UTF-8 text"),
-        (["--model", "none-such"], "no adapter is known"),  # told when the page is up already
+        (["--model", "none-such"], "it is neither a file nor a folder here"),
+        (["--model", "sd14"], "no adapter is known"),
         (["--dpt", "ckpt/shapes"], "ckpt/shapes"),
     ],
 )

@@ -338,7 +338,7 @@ def test_twenty_kills_change_nothing(tmp_path, cache):
         (["data.negatives=best"], "data.negatives is 'best'"),
         (["noise.first_timestep=10", "noise.last_timestep=5"], "they need 0 <= first <= last"),
         (["lora.blocks=[down3]"], "there is no attention in them"),
-        (["lora.blocks=[up1,up9]"], "feature is 'up9'"),
+        (["lora.blocks=[up1,up9]"], "lora.blocks is 'up9'"),
         (["adapter.nheads=0"], "nheads is 0"),
         (["adapter.hidden_dim=0"], "hidden_dim is 0"),
         (["samples.num_inference_steps=0"], "samples.num_inference_steps is 0"),

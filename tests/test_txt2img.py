@@ -303,7 +303,7 @@ def test_a_dry_run_names_a_folder_that_cannot_be_drawn_with(tmp_path, capsys):
 
 def test_the_variant_is_passed_on(tmp_path, capsys):
     assert draw(tmp_path, "--prompt", "x", "--variant", "none-such") == 2
-    assert "variant=none-such" in capsys.readouterr().err
+    assert "variant is 'none-such'; the folder has no weights of it" in capsys.readouterr().err
 
 
 def test_a_dry_run_checks_the_size(tmp_path, capsys):

@@ -29,12 +29,13 @@ def block_names(config) -> list[str]:
     return [f"down{i}" for i in range(downs)] + ["mid"] + [f"up{i}" for i in range(ups)]
 
 
-def parse_feature(feature: str, config) -> tuple[str, ...]:
+def parse_feature(feature: str, config, field: str = "feature") -> tuple[str, ...]:
     """The blocks that a feature name stands for, in the order in which they are concatenated.
 
     Args:
         feature: such as "up1", "down1+up0" or "all".
         config: the denoiser's config, which says how many blocks there are.
+        field: the setting that it is, for messages.
 
     Raises:
         ValueError: a block that the denoiser lacks, or one named twice.
@@ -48,11 +49,11 @@ def parse_feature(feature: str, config) -> tuple[str, ...]:
     for block in blocks:
         if block not in known:
             raise ValueError(
-                f"feature is {feature!r}; its blocks must be among {', '.join(known)}, joined by '+'; or it is "
+                f"{field} is {feature!r}; its blocks must be among {', '.join(known)}, joined by '+'; or it is "
                 + ("latents" if is_transformer(config) else "all, or latents")
             )
     if len(set(blocks)) < len(blocks):
-        raise ValueError(f"feature is {feature!r}; it names a block twice")
+        raise ValueError(f"{field} is {feature!r}; it names a block twice")
     return blocks
 
 

@@ -10,6 +10,7 @@ from diffusers import FluxPipeline
 
 from dpt.backbones.conditioning import Conditioning
 from dpt.backbones.sd3 import StableDiffusion3
+from dpt.settings import Sampling
 
 DISTILLED_GUIDANCE = 3.5
 """of the models that were distilled from guided ones, as their stock pipeline has it"""
@@ -66,3 +67,10 @@ class Flux(StableDiffusion3):
         if self.denoiser.config.guidance_embeds:
             conditioning.further["guidance"] = torch.full((len(prompts),), DISTILLED_GUIDANCE, device=self.device)
         return conditioning
+
+    def effective(self, sampling: Sampling) -> dict:
+        """The scheduler is the model's own; distilled models draw with `DISTILLED_GUIDANCE` where none is given."""
+        given = sampling.distilled_guidance
+        if given is None and self.denoiser.config.guidance_embeds:
+            given = DISTILLED_GUIDANCE
+        return super().effective(sampling) | {"distilled_guidance": given}

@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+import textwrap
+import warnings
 from pathlib import Path
 
 import diffusers
@@ -27,6 +29,7 @@ from dpt.backbones.flow import FlowScheduler, FluxScheduler
 from dpt.backbones.flux import Flux
 from dpt.backbones.model_folder import (
     LOADING_ERRORS,
+    STEMS,
     check_folder,
     check_kind,
     check_weights,
@@ -43,7 +46,18 @@ from dpt.backbones.sd3 import StableDiffusion3
 from dpt.backbones.sdxl import StableDiffusionXL
 from dpt.backbones.single_file import configs_of, is_xl, load_single_file, named_alike
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.base_models import CKPT_FOLDER, DEFAULT_MODEL, MIRRORS, MODELS, check_no_t5, source_of
+from dpt.base_models import (
+    CKPT_FOLDER,
+    DEFAULT_MODEL,
+    FLUX,
+    MIRRORS,
+    MODELS,
+    SD_3,
+    SD_XL,
+    check_no_t5,
+    pipeline_of,
+    source_of,
+)
 from dpt.files import read_json
 from dpt.weights import read_shapes
 
@@ -192,6 +206,8 @@ def _checked_variant(model: str, folder: Path, variant: str | None, notice) -> s
     """The variant of a local folder's weights, after a look at all that is there. Raises ValueError."""
     try:
         check_folder(folder)
+        if variant is not None and not any(variant in weight_files(folder / part) for part in STEMS):
+            raise ValueError(f"variant is {variant!r}; the folder has no weights of it: leave it out")
         if variant is None and (variant := choose_variant(folder)):
             notice(f"{model} has weights of the variant {variant} alone: they are taken")
         check_weights(folder, variant)
@@ -217,7 +233,9 @@ def _quiet():
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="huggingface_hub")
+            yield
     finally:
         logger.removeFilter(keep)
         transformers.utils.logging.set_verbosity(verbosity)
@@ -243,19 +261,17 @@ def _broken_part(folder: Path) -> str:
 
 
 def _missing(model: str, source: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200]
+    reason = textwrap.shorten(str(error), 240, placeholder=" ...")
     if model == "shapes":
         return (
             f"the embedded model is missing: {source} should be part of the repository; restore it with git ({reason})"
         )
     mirrors = ", ".join(sorted({mirror for old, mirror in MIRRORS.items() if "stable-diffusion-2" in old}))
-    advice = f"(SD 2.1 is mirrored as {mirrors}), or draw without any weights: --model shapes"
+    of_sd2 = "" if pipeline_of(model) in (SD_XL, SD_3, FLUX) else f" (SD 2.1 is mirrored as {mirrors})"
+    others = f"{of_sd2}, or draw without any weights: --model shapes"
     if Path(source).is_dir():
-        reason = _broken_part(Path(source)) + reason
-        return (
-            f"model {model!r}: {source} is not a complete Stable Diffusion folder ({reason}); fetch what is missing "
-            + advice
-        )
+        reason = f"{_broken_part(Path(source))}{reason}); fetch what is missing{others}"
+        return f"model {model!r}: {source} is not a complete Stable Diffusion folder ({reason}"
     if Path(source).is_file():
         name = named_alike(Path(source))
         if Path(configs_of(name)).is_dir():
@@ -264,10 +280,10 @@ def _missing(model: str, source: str, error: Exception) -> str:
             f"model {model!r}: its weights need the configs of {name}, which cannot be had ({reason}); put those of "
             f"{MODELS[name].source} without the weights into {CKPT_FOLDER / name}, or go online once"
         )
-    folder = CKPT_FOLDER / model if model in MODELS else "a local folder"
     if source.startswith(("stabilityai/stable-diffusion-3", "black-forest-labs/FLUX.1-dev")):
         reason += f"; it needs its licence accepted at https://huggingface.co/{source} and `hf auth login`"
+    folder = CKPT_FOLDER / model if model in MODELS else "a local folder"
     return (
-        f"model {model!r} cannot be loaded from {source} ({reason}). Download it (SD 2.1 is mirrored as {mirrors}), "
-        f"put its files into {folder}, pass --model FOLDER, or draw without any weights: --model shapes"
+        f"model {model!r} cannot be loaded from {source} ({reason}). Download it, put its files into {folder}, pass "
+        f"--model FOLDER{others}"
     )

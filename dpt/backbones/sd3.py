@@ -11,6 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from dpt.backbones.conditioning import Conditioning
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.base_models import check_size
+from dpt.settings import Sampling
 
 T5_TOKENS = 256
 """that T5 reads in the stock pipeline"""
@@ -88,6 +89,10 @@ class StableDiffusion3(StableDiffusion):
         """Besides context and pooled text, `pooled_projections` (B, P)."""
         context, pooled = self.encode_prompts(prompts)
         return Conditioning(context, pooled, {"pooled_projections": pooled})
+
+    def effective(self, sampling: Sampling) -> dict:
+        """The scheduler is the model's own."""
+        return {"scheduler": "flow"}
 
     def noise_target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """The velocity that the transformer is trained to predict."""

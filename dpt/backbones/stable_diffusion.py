@@ -21,6 +21,7 @@ from transformers import BatchEncoding, CLIPTextModel, CLIPTokenizer
 
 from dpt.backbones.conditioning import Conditioning
 from dpt.base_models import check_size
+from dpt.settings import Sampling
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 VAE_SLICING_ABOVE = 4  # images encoded or decoded at once
@@ -183,6 +184,10 @@ class StableDiffusion:
         latents = latents.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
         latents = latents + (self.vae.config.shift_factor or 0)
         return (self.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def effective(self, sampling: Sampling) -> dict:
+        """Settings that this family draws with whatever is asked for, by their names in `Sampling`."""
+        return {}
 
     def noise_target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """What the U-Net is trained to predict: the noise, or the velocity, as its scheduler's config says."""

@@ -21,7 +21,7 @@ from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
 from dpt.backbones.architecture import PROJECTIONS
 from dpt.backbones.blocks import block_channels, parse_feature
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.base_models import MODELS, checkpoints, known_name
+from dpt.base_models import MODELS, check_made_for, checkpoints
 from dpt.checkpoint.released import RELEASED_FILES, infer_adapter_config, read_released
 from dpt.config import AdapterConfig, DPTConfig, load_config, save_config
 from dpt.hub import check_there, fetch_weights, is_hub_id
@@ -58,7 +58,12 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
             ValueError: made for another model, text width or block layout, or a released LoRA that leaves out some of
                 the model's attentions.
         """
-        blocks, config = parse_feature(self.config.feature, sd.denoiser.config), self.config.adapter
+        config = self.config.adapter
+        try:
+            blocks = parse_feature(self.config.feature, sd.denoiser.config)
+        except ValueError as error:
+            check_made_for(self.config, sd.name, self.source)
+            raise ValueError(f"{self.source}: {error}") from error
         found, wanted = [block_channels(block, sd.denoiser.config) for block in blocks], config.in_channels
         if found != wanted and (config.fuse or sum(found) != sum(wanted)):
             raise ValueError(
@@ -72,8 +77,7 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
             )
         if self.config.control not in controls:
             raise ValueError(f"{self.source} is a control ({self.config.control}), which is for measuring alone")
-        if None not in (names := [known_name(self.config.base_model), known_name(sd.name)]) and names[0] != names[1]:
-            raise ValueError(f"{self.source} was made for {self.config.base_model}; the model here is {sd.name}")
+        check_made_for(self.config, sd.name, self.source)
         self.check_t5(sd)
         if self.lora and self.released:
             reached = {key.rsplit(".to_", 1)[0] for key in self.lora}

@@ -19,7 +19,7 @@ from dpt.data.settings import DataSettings
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Prints a table; the exit code is 1 where there are errors. Leakage is told, but is no error."""
+    """Prints a table; the exit code is 1 where there are errors, or nothing of what training needs. Leakage is told, but is no error."""
     root = Path(args.root)
     if not root.is_dir():
         raise ValueError(f"{root} is no folder; docs/data.md shows what it should hold")
@@ -32,7 +32,8 @@ def run_check(args: argparse.Namespace) -> int:
         for kind, places in findings.errors.items():
             more = f" and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
             print(f"    {kind}: {len(places)}: {'; '.join(places[:SHOWN])}{more}")
-    missing = [path for path in needed_files(DataSettings(kind="coco", root=str(root))) if not path.exists()]
+    needed = needed_files(DataSettings(kind="coco", root=str(root)))
+    missing = [path for path in needed if not path.exists()]
     if missing:
         print("not there under the names that training expects (docs/data.md; data.* settings name others):")
         print("\n".join(f"    {path}" for path in missing))
@@ -47,7 +48,7 @@ def run_check(args: argparse.Namespace) -> int:
         evaluation = [p for p in find(root, "finetune_*.json") if "train" not in p.name]
         kept, out = write_leak_free(training[0], evaluation, Path(args.leak_free))
         print(f"{args.leak_free}: {kept} expressions of {training[0].name} kept, {out} left out")
-    return int(any(findings.errors for findings in lists))
+    return int(any(findings.errors for findings in lists) or len(missing) == len(needed))
 
 
 def run_cache_latents(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ import threading
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 
-from dpt.base_models import DPT_WEIGHTS, known_name
+from dpt.base_models import DPT_WEIGHTS, check_name, known_name
 from dpt.command_line import ArgumentParser, fail, number
 from dpt.files import check_text
 from dpt.hub import is_hub_id
@@ -102,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     opening, page = Future(), None
     try:
         check_text("--model", args.model)
+        check_name(args.model)
         if args.dpt is None and known_name(args.model) not in DPT_WEIGHTS:
             raise ValueError(
                 f"--model is {args.model!r}, of which no adapter is known; pass --dpt PATH, or --model shapes"

@@ -96,8 +96,10 @@ class AttendAndExcite:
         Args:
             rows: which prompts the latents are of; by default all.
         """
-        rows = list(range(len(latents))) if rows is None else rows
-        guidance, resolution = self.guidance, self.sampling.attention_resolution or latents.shape[-1] // 4
+        rows, (height, width) = list(range(len(latents))) if rows is None else rows, latents.shape[-2:]
+        if height != width:
+            raise ValueError(f"H and W are as {height} to {width}; Attend-and-Excite is for square pictures")
+        guidance, resolution = self.guidance, self.sampling.attention_resolution or width // 4
         latents = latents.detach().requires_grad_(True)
         with stored_attention(guidance.denoiser, resolution) as maps:
             noisy_latents, texts = latents.to(guidance.denoiser.dtype), guidance.conditioning[rows]

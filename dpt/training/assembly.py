@@ -10,7 +10,7 @@ from dpt.lora import add_lora, load_lora, lora_state
 from dpt.model import DPT
 from dpt.rec_text import RecTextEncoder
 from dpt.tasks import tasks_of
-from dpt.training.settings import TrainConfig, adapter_config
+from dpt.training.settings import TrainConfig, adapter_config, check_start
 
 
 def encode_options(config: TrainConfig, sd: StableDiffusion) -> dict:
@@ -39,17 +39,10 @@ def make_model(
         text_dim=sd.pooled_width,
         rec_text_dim=rec_text.width,
     )
-    if start and start.config.control != config.control:
-        raise ValueError(f"{start.source} is of control {start.config.control}; control is {config.control}")
-    if start and start.config.feature != config.model.feature:
-        raise ValueError(f"{start.source} reads {start.config.feature}; model.feature is {config.model.feature}")
     adapter = DiscriminativeAdapter(wanted)
     if start:
+        check_start(config, wanted, start.config, start.source)
         start.check_t5(sd)
-        found = vars(start.adapter.config) | {"dropout": wanted.dropout}
-        differing = [f"{n} {found[n]} (here {v})" for n, v in vars(wanted).items() if found[n] != v]
-        if differing:
-            raise ValueError(f"{start.source} holds another adapter: {', '.join(differing)}")
         adapter.load_state_dict(start.adapter.state_dict())
     if stage == "probe" and start and start.lora:
         raise ValueError(f"{start.source} holds LoRA; a probe is of the model as it is")

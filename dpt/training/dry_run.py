@@ -6,10 +6,11 @@ from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.backbones.architecture import Architecture, architecture
 from dpt.backbones.blocks import block_channels, block_side, parse_feature
 from dpt.base_models import checkpoints, config_beside
+from dpt.config import AdapterConfig
 from dpt.tasks import tasks_of
 from dpt.tasks.task import passes_of
 from dpt.training.precision import WEIGHT_DTYPES
-from dpt.training.settings import TrainConfig, adapter_config, check_stage
+from dpt.training.settings import TrainConfig, adapter_config, check_stage, check_start
 
 ROBERTA_WIDTH, ROBERTA_PARAMETERS = 768, 125_000_000
 NUM_TRAIN_TIMESTEPS = 1000  # of all models known here
@@ -25,10 +26,11 @@ def describe_run(config: TrainConfig, stage: str) -> str:
     """
     goes_on = config.resume and bool(checkpoints(Path(config.output_folder) / config.run_name))
     check_stage(config, stage, NUM_TRAIN_TIMESTEPS, goes_on=goes_on)
-    start, model = _start(config), architecture(config.model.name, no_t5=config.model.no_t5)
+    model = architecture(config.model.name, no_t5=config.model.no_t5)
     blocks, optim = parse_feature(config.model.feature, model.config), config.optim
     rec_text_dim = model.pooled_width if config.model.rec_text_encoder == "clip" else ROBERTA_WIDTH
     wanted = adapter_config(config, model.config, text_dim=model.pooled_width, rec_text_dim=rec_text_dim)
+    start = _start(config, wanted)
     # not on the meta device, whose random numbers need a second of imports
     adapter = sum(parameter.numel() for parameter in DiscriminativeAdapter(wanted).parameters())
     lora = _lora(config, model) if stage == "tune" else 0
@@ -58,25 +60,27 @@ def describe_run(config: TrainConfig, stage: str) -> str:
     )
 
 
-def _start(config: TrainConfig) -> str:
-    """Where the adapter comes from, in words. Raises ValueError where it cannot be read."""
+def _start(config: TrainConfig, wanted: AdapterConfig) -> str:
+    """Where the adapter comes from, in words. Raises ValueError where it cannot be read, or is another."""
     if config.init_from in (None, "new"):
         return "untrained"
     weights = Path(config.init_from)
     folder = next(iter(checkpoints(weights)), weights)
     if (folder / "adapter.safetensors").is_file():
-        config_beside(folder)
+        check_start(config, wanted, config_beside(folder), str(folder))
         return str(folder)
     from dpt.checkpoint.checkpoint import load_checkpoint  # of a released file; imports diffusers
 
-    return load_checkpoint(config.init_from).source
+    start = load_checkpoint(config.init_from)
+    check_start(config, wanted, start.config, start.source)
+    return start.source
 
 
 def _lora(config: TrainConfig, model: Architecture) -> int:
     """Parameters of the LoRA. Raises ValueError for blocks without attention, or that the model does not have."""
     blocks = config.lora.blocks or [*model.lora_widths]
     for block in blocks:
-        parse_feature(block, model.config)
+        parse_feature(block, model.config, "lora.blocks")
     widths = [model.lora_widths.get(block, 0) for block in blocks]
     if not any(widths):
         raise ValueError(f"lora.blocks is {blocks}; there is no attention in them")

@@ -1,10 +1,21 @@
 """Settings of a training run, and the checks of those that must agree. Imports nothing heavy."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from dpt.backbones.blocks import block_channels, parse_feature
+from dpt.base_models import check_no_t5
 from dpt.bounds import bounded, check_bounds, one_of
-from dpt.config import CONTROLS, MOST_RANK, AdapterConfig, AdapterSettings, LossSettings, differences, flatten
+from dpt.config import (
+    CONTROLS,
+    MOST_RANK,
+    AdapterConfig,
+    AdapterSettings,
+    DPTConfig,
+    LossSettings,
+    differences,
+    flatten,
+)
 from dpt.data.settings import DataSettings, check_data
 
 
@@ -207,6 +218,23 @@ def adapter_config(config: TrainConfig, unet_config, *, text_dim: int, rec_text_
     )
 
 
+def check_start(config: TrainConfig, wanted: AdapterConfig, found: DPTConfig, source: str) -> None:
+    """Raises ValueError where weights to start from are of another control, feature or adapter; what differs is named.
+
+    Args:
+        wanted: the adapter that the config asks for; found: what the weights in `source` say of themselves.
+    """
+    if found.control != config.control:
+        raise ValueError(f"{source} is of control {found.control}; control is {config.control}")
+    if found.feature != config.model.feature:
+        raise ValueError(f"{source} reads {found.feature}; model.feature is {config.model.feature}")
+    there = vars(found.adapter) | {"dropout": wanted.dropout}
+    if differing := [
+        f"{name} {there[name]} (here {value})" for name, value in vars(wanted).items() if there[name] != value
+    ]:
+        raise ValueError(f"{source} holds another adapter: {', '.join(differing)}")
+
+
 JOINT_BATCH = ("optim.batch_size", "optim.gradient_accumulation_steps")
 """settings that may change when a run goes on, where its samples a step do not"""
 FREE_ON_RESUME = (
@@ -223,6 +251,12 @@ def check_stage(config: TrainConfig, stage: str, num_train_timesteps: int, *, go
     Args:
         goes_on: whether the run goes on from a checkpoint of its own, and so needs no `init_from`.
     """
+    if not config.run_name or ".." in Path(config.run_name).parts or Path(config.run_name).is_absolute():
+        raise ValueError(
+            f"run_name is {config.run_name!r}; it must name a folder in output_folder ({config.output_folder})"
+        )
+    if config.model.no_t5:
+        check_no_t5(config.model.name)
     if stage == "tune" and config.init_from is None and not goes_on:
         raise ValueError(
             "init_from is missing: tune starts from a probe, init_from=outputs/PROBE; init_from=new "

@@ -17,7 +17,6 @@ from accelerate.utils import gather_object, set_seed
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from dpt.backbones.blocks import parse_feature
 from dpt.backbones.loading import load_stable_diffusion
 from dpt.base_models import recommended
 from dpt.checkpoint.checkpoint import checkpoints, load_checkpoint, save_checkpoint
@@ -45,7 +44,7 @@ from dpt.training.run_folder import (
 )
 from dpt.training.sample_grid import draw_grid
 from dpt.training.settings import OptimSettings, TrainConfig, check_resumption, check_stage
-from dpt.training.validation import validate
+from dpt.training.validation import figure_names, validate
 
 STAGES = ("probe", "tune")
 MEASURED = 64  # samples whose features are standardised by
@@ -74,8 +73,11 @@ class Trainer:
         start = newest[0] if newest else load_checkpoint(config.init_from) if given else None
         set_seed(config.seed)
         self._load_base(goes_on=newest is not None)
-        self._load_data()
         self.model = make_model(config, stage, self.sd, self.rec_text, start)
+        self._load_data()
+        names = figure_names(self.model.tasks, self.val_sets, self.val_ranked)
+        if (best := config.validation.best) is not None and best not in names:
+            raise ValueError(f"validation.best is {best!r}; the figures are {', '.join(names)}")
         if config.adapter.normalize_features and start is None:
             self._measure_features()
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
@@ -123,7 +125,6 @@ class Trainer:
             device=self.accelerator.device,
             notice=self._say,
         )
-        parse_feature(config.model.feature, self.sd.denoiser.config)  # before data are prepared
         check_stage(config, self.stage, self.sd.scheduler.config.num_train_timesteps, goes_on=goes_on)
         control_unet(config.control, self.sd)
         self.rec_text = load_rec_text_encoder(
@@ -261,8 +262,6 @@ class Trainer:
         name = self.config.validation.best
         if name is None:
             return
-        if name not in figures:
-            raise ValueError(f"validation.best is {name!r}; figures are {', '.join(sorted(figures))}")
         value, (best, _) = figures[name], self.best
         if best is not None and value <= best:
             self.best = best, self.best[1] + 1

@@ -4,7 +4,7 @@ Pictures and texts that are compared share noise and timestep. The reference sco
 different noise.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -148,6 +148,15 @@ def validate(
             part = measure_ranking(model, sd, ranked, num_samples=settings.num_samples, shard=shard)
         figures |= summarize_ranking(gather_object(part))
     return figures
+
+
+def figure_names(tasks: Iterable[Task], val_sets: dict[str, Samples], ranked: RankedPrompts | None) -> list[str]:
+    """Names of the figures that `validate` gives, but for the ends of their intervals."""
+    names = []
+    for task in tasks if val_sets else ():
+        own = [name for name in val_sets if name.split("_")[0] == task.name] or [task.name]
+        names += [f"{name}_{figure}{mean}" for name in own for figure in task.figures for mean in ("", "_mean")]
+    return names if ranked is None else [*names, "rank_auc", *(f"rank_auc_step_{k}" for k in ranked.about.steps)]
 
 
 @torch.no_grad()
