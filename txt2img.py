@@ -43,12 +43,8 @@ def make_parser() -> ArgumentParser:
     add, count = parser.add_argument, number(int, at_least=1, at_most=1_000_000)
     add("--prompt", action="append", default=[], help="what to draw; may be given several times")
     add("--from-file", type=Path, metavar="FILE", help="a text file, one prompt a line; blank lines are skipped")
-    add(
-        "--model",
-        "--pretrained_model_name_or_path",
-        default=DEFAULT_MODEL,
-        help=f"{', '.join(MODELS)}, a local folder, a single file or a hub id (default: {DEFAULT_MODEL})",
-    )
+    places = f"{', '.join(MODELS)}, a local folder, a single file or a hub id (default: {DEFAULT_MODEL})"
+    add("--model", "--pretrained_model_name_or_path", default=DEFAULT_MODEL, help=places)
     add("--revision", help="branch, tag or commit on the hub")
     add("--variant", help="of the files of weights, such as fp16 (default: of a local folder, whichever is there)")
     add("--no_t5", action="store_true", help="leave out the T5 of Stable Diffusion 3, two thirds of its memory")
@@ -58,8 +54,7 @@ def make_parser() -> ArgumentParser:
     add("--lora", type=Path, metavar="PATH", help="another method's LoRA, beside or in place of --dpt")
     add("--n_samples", type=count, default=3, help="pictures a prompt (default: 3)")
     add("--n_iter", type=count, default=1, help="how many times n_samples are drawn, with new seeds (default: 1)")
-    batch = number(int, at_least=1, at_most=1024)
-    add("--batch_size", type=batch, default=4, help="drawn at once; does not change the pictures (default: 4)")
+    add("--batch_size", type=number(int, at_least=1, at_most=1024), default=4, help="drawn at once (default: 4)")
     seed = number(int, at_least=0, below=SEED_LIMIT)
     add("--seed", type=seed, default=42, help="sample k of a prompt uses seed + k (default: 42)")
     add_sampling_flags(parser)
@@ -70,8 +65,8 @@ def make_parser() -> ArgumentParser:
     add("--trace", action="store_true", help="write score against step, with and without correction")
     add("--dtype", choices=DTYPE_NAMES, help="default: float16 on CUDA (SD 3, FLUX: bfloat16), else float32")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the first GPU, else the CPU)")
-    gpu = number(int, at_least=0, at_most=1023)
-    add("-g", "--gpuid", "--gpu", type=gpu, metavar="N", help="draw on GPU N; without CUDA the CPU is used")
+    gpu = {"type": number(int, at_least=0, at_most=1023), "metavar": "N"}
+    add("-g", "--gpuid", "--gpu", **gpu, help="draw on GPU N; without CUDA the CPU is used")
     add("--dry-run", action="store_true", help="say what would be drawn, load nothing")
     return parser
 
@@ -237,9 +232,8 @@ def announce(sd, prompts: list[str], args: argparse.Namespace, sampling: Samplin
 
     for prompt in dict.fromkeys([*prompts, sampling.negative_prompt]):
         if cut := sd.truncated_part(prompt):
-            print(
-                f"note: {sd.name} reads {sd.longest_reader[1]} tokens a prompt; not read of {prompt[:40]!r}...: {cut[:60]!r}..."
-            )
+            end = f"not read of {prompt[:40]!r}...: {cut[:60]!r}..."
+            print(f"note: {sd.name} reads {sd.longest_reader[1]} tokens a prompt; {end}")
     if note := grammar_note(sd.name, prompts):
         print(f"note: {note}")
     if sampling.negative_prompt and sampling.guidance_scale <= 1:

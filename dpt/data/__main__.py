@@ -19,7 +19,7 @@ from dpt.data.settings import DataSettings
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Prints a table; the exit code is 1 where there are errors, or nothing of what training needs. Leakage is told, but is no error."""
+    """Prints a table; the exit code is 1 where there are errors, or nothing of what training needs."""
     root = Path(args.root)
     if not root.is_dir():
         raise ValueError(f"{root} is no folder; docs/data.md shows what it should hold")

@@ -37,10 +37,10 @@ def run_stage(stage: str, argv: list[str] | None, description: str) -> int:
         if config.init_from not in (None, "new") and not goes_on:
             check_there(config.init_from)
         if args.dry_run:
+            print(yaml.safe_dump(asdict(config), sort_keys=False), flush=True)
             with heavy_imports():
                 from dpt.training.dry_run import describe_run
-            about = describe_run(config, stage)
-            print(f"{yaml.safe_dump(asdict(config), sort_keys=False)}\n{about}")
+            print(describe_run(config, stage))
             paths = needed_files(config.data)
             lines = [f"{'found  ' if path.exists() else 'MISSING'}  {path}" for path in paths]
             print("\n".join(lines or ["data: the shapes world, made on the fly"]))
