@@ -298,7 +298,7 @@ def test_settings_that_exclude_each_other(tmp_path, drawn, capsys):
         (["loss.weights.rank=0"], "nothing would be trained"),
         (["control=text_blind"], "controls are of the paper's losses"),
         (["validation.best=null", "validation.patience=2"], "validation.best"),
-        (["validation.best=nothing"], "validation.best is 'nothing'; figures are rank_auc"),
+        (["validation.best=nothing"], "validation.best is 'nothing'; the figures are rank_auc"),
     ):
         assert train(tmp_path / message.split()[0], drawn, *words) == 2
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
