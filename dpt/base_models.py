@@ -123,7 +123,8 @@ def check_name(model: str) -> None:
     """Raises ValueError for a model that is no name, nothing on this machine, and cannot be on the hub either."""
     if model in MODELS or Path(model).exists() or re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         return
-    close = [name for name in MODELS if model.startswith(name)] or difflib.get_close_matches(model, MODELS, n=1)
+    close = difflib.get_close_matches(model, MODELS, n=1, cutoff=0.85)
+    close = close or [one for one in MODELS if model.startswith(one)] or difflib.get_close_matches(model, MODELS, n=1)
     raise ValueError(
         f"model is {model!r}; "
         + (f"did you mean {close[0]}? " if close else "it is neither a file nor a folder here. ")
@@ -132,7 +133,13 @@ def check_name(model: str) -> None:
 
 
 def check_made_for(weights: DPTConfig, model: str, source: str | Path) -> None:
-    """Raises ValueError for weights of another named model, or of another family, as far as both can be told."""
+    """Raises ValueError for weights of another named model, or of another family, as far as both can be told.
+
+    Args:
+        weights: a config at its defaults, as of released files, says nothing.
+    """
+    if weights == DPTConfig():
+        return
     made_for, here = known_name(weights.base_model), known_name(model)
     told = all(name or Path(place).exists() for name, place in ((made_for, weights.base_model), (here, model)))
     if (made_for and here and made_for != here) or (told and pipeline_of(weights.base_model) != pipeline_of(model)):

@@ -61,6 +61,7 @@ def test_attention_maps_are_the_plain_processor_s(sd):
         sd.denoiser(noise, 500, encoder_hidden_states=context)
 
 
+@pytest.mark.slow
 def test_latents_are_those_of_diffusers_own_class(random_sd):
     """The deprecated pipeline, image by image: same gradient steps and refinements."""
     sd = random_sd

@@ -68,7 +68,7 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("stage", ["probe", "tune"])
+@pytest.mark.parametrize("stage", ["probe", pytest.param("tune", marks=pytest.mark.slow)])
 def test_a_run_and_its_resumption_are_equal(tmp_path, cache, stage):
     assert run(stage, tmp_path / "whole", cache) == 0
     assert run(stage, tmp_path / "cut", cache, "checkpoints.keep=1", "optim.steps=4", "optim.schedule=constant") == 0
@@ -168,6 +168,7 @@ def test_options_do_something(tmp_path, cache):
     assert (checkpoint.config.lora_rank, checkpoint.config.lora_alpha) == (2, 8.0)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_loss(tmp_path, cache):
     assert run("tune", tmp_path / "a", cache, "optim.steps=2") == 0
     assert run("tune", tmp_path / "b", cache, "optim.steps=2", "model.gradient_checkpointing=true") == 0
@@ -425,6 +426,7 @@ def test_another_joint_batch_is_not_resumed(tmp_path, cache, capsys):
     assert "trains on 8 samples a step, here it would on 4" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_same_joint_batch_in_other_parts_is_resumed(tmp_path, cache, capsys):
     """Four samples in one batch go on as two of two: the same run but for rounding, where there is no dropout."""
     other = ["optim.batch_size=2", "optim.gradient_accumulation_steps=2", "optim.schedule=constant"]

@@ -61,6 +61,7 @@ def test_reading_processes_change_nothing(coco_tree, tmp_path):
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_cached_latents_stand_for_images(coco_tree, tmp_path):
     output = coco_tree.parent / "train2014_shapes"
     images = ["--images", str(coco_tree / "train2014"), "--output", str(output)]
@@ -194,6 +195,7 @@ def test_an_image_that_cannot_be_read_is_named(coco_tree, tmp_path, capsys, work
     assert "cannot be read as an image" in error
 
 
+@pytest.mark.slow
 def test_odd_images_and_long_expressions_are_trained_on(coco_tree, tmp_path, capsys):
     """Palette, alpha, EXIF rotation, one pixel; an expression longer than the text encoder takes."""
     tree = tmp_path / "data"

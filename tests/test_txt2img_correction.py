@@ -1,4 +1,5 @@
 import json
+import shutil
 import warnings
 from dataclasses import replace
 
@@ -59,7 +60,10 @@ def test_weights_that_belong_to_the_model_are_the_default(tmp_path, capsys, monk
     monkeypatch.setitem(txt2img.DPT_WEIGHTS, "shapes", shapes_dpt)
     assert draw(tmp_path, "--dry-run") == 0
     assert "self-correction norm 0.012" in capsys.readouterr().out.splitlines()[1]
-    monkeypatch.setitem(txt2img.DPT_WEIGHTS, "sd21-base", shapes_dpt)
+    shutil.copytree(shapes_dpt, tmp_path / "sd21")
+    config = tmp_path / "sd21/config.yaml"
+    config.write_text(config.read_text().replace("base_model: shapes", "base_model: sd21-base"))
+    monkeypatch.setitem(txt2img.DPT_WEIGHTS, "sd21-base", tmp_path / "sd21")
     corrections = {str(CKPT_FOLDER / "shapes"): "norm 0.012", "stabilityai/stable-diffusion-2-1-base": "factor 0.5"}
     for name, said in corrections.items():
         assert draw(tmp_path, "--dry-run", "--model", name) == 0

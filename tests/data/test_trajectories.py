@@ -181,6 +181,7 @@ def test_a_verifier_is_trained_and_goes_on(tmp_path, drawn):
     assert all(torch.equal(value, best[name]) for name, value in kept.items())
 
 
+@pytest.mark.slow
 def test_stable_diffusion_from_prompts_to_a_chosen_picture(tmp_path, golden, prompts):
     """configs/sd21's commands, on a small random model of the same classes and a small random BLIP."""
     save_tiny_blip(tmp_path / "tiny-blip")

@@ -418,6 +418,7 @@ def test_frechet_distance_and_spread():
     assert (truth[0] != truth[1]).any()
 
 
+@pytest.mark.slow
 def test_controls_and_best_of_change_the_pictures(tmp_path, shapes_dpt):
     own = {"dpt": str(shapes_dpt), "correction_norm": 0.1}
     arms = {
@@ -444,6 +445,7 @@ def test_controls_and_best_of_change_the_pictures(tmp_path, shapes_dpt):
     assert read_metadata(tmp_path / "out/best")[0]["whole_passes"] == 8
 
 
+@pytest.mark.slow
 def test_step_and_maps_of_attend_and_excite_change_the_picture(tmp_path):
     arms = {
         "plain": {},

@@ -103,6 +103,7 @@ def test_selectivity_is_paired_by_sample():
     assert high - low < found["text"]["mean"][2] - found["text"]["mean"][1]
 
 
+@pytest.mark.slow
 def test_denoising_tells_captions_of_a_trained_model(tmp_path):
     sd = load_stable_diffusion("shapes")
     samples = ShapesSamples(sd, tmp_path, num_samples=40, split="val")
