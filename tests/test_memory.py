@@ -3,6 +3,8 @@ import sys
 
 import pytest
 
+from dpt.benchmark.__main__ import main
+from dpt.benchmark.steps import training_peaks
 from dpt.peak_memory import peak_mb
 
 SCRIPT = """
@@ -31,3 +33,18 @@ def test_freed_memory_is_kept_and_counts_in_no_later_peak(request):
     assert kept_faults < faults / 4  # pages of the first few tensors serve the others
     assert kept_peak == pytest.approx(peak, abs=32)  # its 64 MB are given back before a peak is measured
     assert peak_mb() > 0
+
+
+@pytest.mark.slow
+def test_gradient_checkpointing_saves_memory():
+    peaks = training_peaks("random-145m", ("tune", "tune_checkpointed"))
+    assert peaks["checkpointed_share"] <= 0.6
+
+
+@pytest.mark.slow
+def test_a_probe_and_a_tune_step_of_stable_diffusion_s_size(capsys):
+    """SD 2.1's architecture with random weights: bfloat16, batch 1, 32x32 latents (figures: docs/log/speed.md)."""
+    for kind in ("batched", "tune"):
+        assert main(["training", "--model", "random-sd21", "--peak_of", kind]) == 0
+        peak = float(capsys.readouterr().out)
+        assert 2_000 < peak < 12_000

@@ -77,7 +77,7 @@ def _denoising_errors(sd, latents, indices, captions, *, seed):
     num_timesteps = sd.scheduler.config.num_train_timesteps
     timesteps = (strata / len(z) * num_timesteps).long().clamp(max=num_timesteps - 1)  # rounding may reach the end
     context, _ = sd.encode_prompts(captions)
-    noise_pred = sd.unet(sd.scheduler.add_noise(z, noise, timesteps), timesteps, context).sample
+    noise_pred = sd.denoiser(sd.scheduler.add_noise(z, noise, timesteps), timesteps, context).sample
     errors = F.mse_loss(noise_pred.float(), sd.noise_target(z, noise, timesteps), reduction="none").mean((1, 2, 3))
     return errors, denoising_weights(sd.scheduler, timesteps)
 
