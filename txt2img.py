@@ -20,6 +20,7 @@ from dpt.base_models import (
     SD_3,
     check_family,
     check_made_for,
+    check_one_lora,
     config_beside,
     describe_size,
     half_precision,
@@ -110,6 +111,7 @@ def choose_weights(args: argparse.Namespace) -> Path | None:
     known = DPT_WEIGHTS.get(known_name(args.model))
     if args.dpt is None and not args.lora and known and known.exists():
         weights = known
+    check_one_lora(weights, args.lora)
     if weights is not None and not weights.exists() and not is_hub_id(weights):
         raise ValueError(f"--dpt {weights} is not there; pass our folder, the released checkpoint, a hub id, or none")
     return weights

@@ -132,11 +132,17 @@ def check_name(model: str) -> None:
     )
 
 
+def check_one_lora(weights: str | Path | None, lora: str | Path | None) -> None:
+    """Raises ValueError where an adapter has a LoRA of its own, and another is to draw."""
+    if weights and lora and config_beside(Path(weights)).lora_rank:
+        raise ValueError(f"lora is {lora}; {weights} has a LoRA too: leave one out, or pass an adapter without one")
+
+
 def check_made_for(weights: DPTConfig, model: str, source: str | Path) -> None:
     """Raises ValueError for weights of another named model, or of another family, as far as both can be told.
 
     Args:
-        weights: a config at its defaults, as of released files, says nothing.
+        weights: a config at its defaults, as `config_beside` gives it for released files, says nothing.
     """
     if weights == DPTConfig():
         return
@@ -186,7 +192,8 @@ def pipeline_of(model: str) -> str:
     if name and not index.is_file():
         return MODELS[name].pipeline
     if index.is_file():
-        return str(read_json(index, dict).get("_class_name"))
+        named = read_json(index, dict).get("_class_name")
+        return named if named in (SD_XL, SD_3, FLUX) else BaseModel.pipeline
     if Path(model).is_file():
         from dpt.backbones.single_file import named_alike  # imports diffusers
 

@@ -161,12 +161,13 @@ class Artist:
                 adapter where there is none.
             FloatingPointError: a score or latents that are not finite.
         """
-        if isinstance(prompts, str) or not prompts:
+        if isinstance(prompts, str) or not len(prompts):
             raise ValueError(f"prompts is {prompts!r}; it must be a list of texts, at least one")
         if len(seeds) != len(prompts):
             raise ValueError(f"seeds holds {len(seeds)}; {len(prompts)} prompts need as many")
         if wrong := [seed for seed in seeds if not isinstance(seed, Integral) or not 0 <= seed < SEED_LIMIT]:
             raise ValueError(f"seeds holds {wrong[0]!r}; each must be a whole number from 0 to below 2**62")
+        prompts, seeds = [str(prompt) for prompt in prompts], [int(seed) for seed in seeds]  # of numpy's types
         Bounds(at_least=1).check("batch_size", 1 if batch_size is None else batch_size)
         if (sampling.needs_adapter or trace) and self.scorer is None:
             raise ValueError("self-correction, choosing and traces read the matching score: they need an adapter")

@@ -12,7 +12,6 @@ from diffusers import (
     ModelMixin,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -44,9 +43,7 @@ def lora_metadata(state: dict[str, torch.Tensor], alpha: float) -> dict:
     return {"r": rank, "lora_alpha": alpha, "target_modules": sorted({key.rsplit(".lora_", 1)[0] for key in state})}
 
 
-def load_lora(
-    denoiser: UNet2DConditionModel, state: dict[str, torch.Tensor], *, alpha: float, trainable: bool = False
-) -> None:
+def load_lora(denoiser: ModelMixin, state: dict[str, torch.Tensor], *, alpha: float, trainable: bool = False) -> None:
     """Attaches LoRA tensors as the PEFT adapter "dpt" in place of one already there; the U-Net is frozen.
 
     Args:
@@ -62,7 +59,7 @@ def load_lora(
         path = key.rsplit(".lora_", 1)[0]
         module = modules.get(path)
         if module is None:
-            raise ValueError(f"LoRA tensor {key}: this U-Net has no module {path}")
+            raise ValueError(f"LoRA tensor {key}: this model has no module {path}")
         module, is_down = getattr(module, "base_layer", module), ".lora_A." in key
         wanted, found = (module.in_features, tensor.shape[1]) if is_down else (module.out_features, tensor.shape[0])
         if wanted != found:
@@ -155,7 +152,7 @@ def remove_lora(model: ModelMixin | CLIPTextModel) -> None:
         (model.delete_adapters if isinstance(model, ModelMixin) else model.delete_adapter)(ADAPTER_NAME)
 
 
-def add_lora(denoiser: UNet2DConditionModel, *, rank: int, alpha: float, blocks: tuple[str, ...] = ()) -> None:
+def add_lora(denoiser: ModelMixin, *, rank: int, alpha: float, blocks: tuple[str, ...] = ()) -> None:
     """Adds a fresh, trainable LoRA (its update starts at zero) to every attention projection, in float32.
 
     Args:
@@ -181,7 +178,7 @@ def add_lora(denoiser: UNet2DConditionModel, *, rank: int, alpha: float, blocks:
             parameter.requires_grad_(True)
 
 
-def lora_state(denoiser: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+def lora_state(denoiser: ModelMixin) -> dict[str, torch.Tensor]:
     """The tensors of the PEFT adapter "dpt", in diffusers' names; empty where there is none."""
     if ADAPTER_NAME not in getattr(denoiser, "peft_config", {}):
         return {}

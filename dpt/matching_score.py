@@ -4,7 +4,7 @@ Shapes: B images, C latent channels, (h, w) latent size, P pooled text width.
 """
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 
 from dpt.adapter.adapter import Scorer
 from dpt.backbones.conditioning import Conditioning
@@ -24,7 +24,7 @@ def score_of_features(
 
 
 def matching_score(
-    denoiser: UNet2DConditionModel,
+    denoiser: ModelMixin,
     scorer: Scorer,
     noisy_latents: torch.Tensor,
     timestep: torch.Tensor,
@@ -43,7 +43,7 @@ def matching_score(
 
 
 def score_gradient(
-    denoiser: UNet2DConditionModel,
+    denoiser: ModelMixin,
     scorer: Scorer,
     noisy_latents: torch.Tensor,
     timestep: torch.Tensor,

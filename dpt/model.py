@@ -7,7 +7,7 @@ T expression tokens, R width of the REC text encoder, D adapter width, Q queries
 import contextlib
 
 import torch
-from diffusers import SchedulerMixin, UNet2DConditionModel
+from diffusers import ModelMixin, SchedulerMixin
 from torch import nn
 
 from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
@@ -35,7 +35,7 @@ class DPT(nn.Module):
 
     def __init__(
         self,
-        denoiser: UNet2DConditionModel,
+        denoiser: ModelMixin,
         adapter: DiscriminativeAdapter,
         blocks: tuple[str, ...],
         scheduler: SchedulerMixin,

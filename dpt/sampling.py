@@ -9,7 +9,7 @@ Shapes: B images, C latent channels, (h, w) latent size.
 from collections.abc import Callable
 
 import torch
-from diffusers import SchedulerMixin, UNet2DConditionModel
+from diffusers import ModelMixin, SchedulerMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from dpt.backbones.conditioning import Conditioning
@@ -68,7 +68,7 @@ class ClassifierFreeGuidance:
 
     def __init__(
         self,
-        denoiser: UNet2DConditionModel,
+        denoiser: ModelMixin,
         scheduler: SchedulerMixin,
         conditioning: Conditioning,
         negative: Conditioning,

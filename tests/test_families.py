@@ -24,11 +24,12 @@ import txt2img
 from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
 from dpt.backbones import transformer, unet
 from dpt.backbones.architecture import architecture
-from dpt.backbones.blocks import block_channels, block_names, is_transformer, parse_feature
+from dpt.backbones.blocks import block_channels, block_names, block_prefix, is_transformer, parse_feature
 from dpt.backbones.features import denoiser_features
 from dpt.backbones.flow import FlowScheduler, variance_scale
 from dpt.backbones.flux import Flux
 from dpt.backbones.loading import load_stable_diffusion
+from dpt.backbones.stable_diffusion import weights_fingerprint
 from dpt.base_models import CKPT_FOLDER, half_precision, recommended
 from dpt.checkpoint.checkpoint import DPTCheckpoint, load_checkpoint, save_checkpoint
 from dpt.config import AdapterConfig, DPTConfig
@@ -147,9 +148,11 @@ def test_latents_equal_the_stock_pipeline(family, loaded, guidance_scale, negati
 def test_pictures_equal_the_stock_pipeline(family, loaded):
     pipeline, sampling = loaded.stock_pipeline(), small(family)
     (ours,) = Artist(loaded).draw(PROMPTS[:1], [3], sampling)
-    pixels = (loaded.decode_latents(stock(loaded, sampling)[:1]) * 255).round()[0].permute(1, 2, 0)
-    assert np.abs(pixels.numpy() - ours.image.astype(int)).max() <= 1
     images, config = torch.rand(2, 3, 64, 64) * 2 - 1, pipeline.vae.config
+    with torch.no_grad():
+        decoded = pipeline.vae.decode(stock(loaded, sampling)[:1] / config.scaling_factor + (config.shift_factor or 0))
+    pixels = ((decoded.sample / 2 + 0.5).clamp(0, 1) * 255).round()[0].permute(1, 2, 0)
+    assert np.abs(pixels.numpy() - ours.image.astype(int)).max() <= 1
     encoded = pipeline.vae.encode(images).latent_dist.mean - (config.shift_factor or 0)
     assert torch.allclose(loaded.encode_images(images), encoded * config.scaling_factor, atol=1e-5)
 
@@ -187,6 +190,8 @@ def test_features_equal_a_hook_s_capture_and_stop_there(sd, family, state):
         assert torch.equal(found, again)
         assert torch.equal(predicted, whole)
         assert found.shape[1] == block_channels(block, sd.denoiser.config)
+        if is_transformer(sd.denoiser.config):
+            assert found.shape[2:] == (4, 6)
         names = list(modules)
         assert run == names[: names.index(block) + 1]
     assert torch.autograd.grad(found.square().sum(), z)[0].abs().max() > 0
@@ -256,7 +261,9 @@ def tuned(folder, name, coco_tree, tmp_path_factory):
         assert train_probe.main([probe, *settings, "--dry-run"]) == 0
         assert train_probe.main([probe, *settings, "run_name=probe"]) == 0
         start = [f"init_from={where}/outputs/probe", "lora.rank=2", "model.gradient_checkpointing=true"]
+        assert train_tune.main([tune, *settings, *start, "run_name=tune", "--dry-run"]) == 0
         assert train_tune.main([tune, *settings, *start, "run_name=tune"]) == 0
+    assert load_checkpoint(where / "outputs/tune").config.t5 is {"sdxl": None, "sd3": False, "flux": True}[name]
     return where
 
 
@@ -339,8 +346,9 @@ def test_a_tuned_lora_draws_alike_in_the_stock_pipeline(folder, family, loaded, 
     add_lora(sd.denoiser, rank=2, alpha=2.0, blocks=blocks)
     torch.manual_seed(0)
     state = {key: torch.randn_like(value) * 0.2 for key, value in lora_state(sd.denoiser).items()}
-    reached = {".".join(key.split(".")[:2]) for key in state}
-    assert len(reached) == len(family.in_lora) if restricted else len(reached) >= 4
+    prefixes = tuple(map(block_prefix, blocks or block_names(sd.denoiser.config)))
+    assert all(key.startswith(prefixes) for key in state)
+    assert all(any(key.startswith(prefix) for key in state) for prefix in map(block_prefix, family.in_lora))
     assert family.kind.__name__ == "StableDiffusionXL" or any("add_q_proj" in key for key in state)
     config = DPTConfig(str(folder), family.probed, -1, adapter_config(sd, family.probed), lora_rank=2, lora_alpha=2.0)
     save_checkpoint(DPTCheckpoint(config, DiscriminativeAdapter(config.adapter), state), tmp_path / "dpt")
@@ -382,6 +390,39 @@ def test_another_method_s_lora_draws_as_in_the_stock_pipeline(folder, family, lo
     save_file({f"{other}.x.lora_{half}.weight": torch.zeros(4, 4) for half in "AB"}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=f"is for {other}; this model has"):
         load_external_lora(sd, tmp_path / "other.safetensors")
+
+
+def test_lists_without_names_are_for_a_u_net(folders, tmp_path):
+    torch.save([torch.zeros(4, 4)] * 2, tmp_path / "gors.pt")
+    for name in FLOWS:
+        with pytest.raises(ValueError, match="is a list of tensors for a U-Net"):
+            load_external_lora(load_stable_diffusion(str(folders[name])), tmp_path / "gors.pt")
+
+
+def test_flux_s_lora_is_not_taken_by_stable_diffusion_3(folders, tmp_path):
+    save_file(random_lora(load_stable_diffusion(str(folders["flux"]))), tmp_path / "flux.safetensors")
+    with pytest.raises(ValueError, match="does not fit this model: it is for FLUX"):
+        load_external_lora(load_stable_diffusion(str(folders["sd3"])), tmp_path / "flux.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": "two green stars"}, "it must be a list of texts"),
+        ({"prompts": []}, "it must be a list of texts, at least one"),
+        ({"seeds": [0]}, "seeds holds 1; 2 prompts need as many"),
+        ({"seeds": [0, -1]}, "seeds holds -1; each must be a whole number"),
+        ({"seeds": [0, 1.5]}, "seeds holds 1.5; each must be a whole number"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_bad_arguments_of_an_artist_are_named(loaded, family, changes, message):
+    given = {"prompts": PROMPTS, "seeds": np.array([0, 1]), "sampling": small(family, num_inference_steps=1)}
+    with pytest.raises(ValueError, match=message):
+        Artist(loaded).draw(**given | changes)
+    assert len(Artist(loaded).draw(**given)) == 2
+    with pytest.raises(ValueError, match="how is 'layers'; it must be model or sequential"):
+        Artist(loaded).offload("layers", "cpu")
 
 
 def test_kohya_s_lora_of_xl_reaches_both_text_encoders(folders, tmp_path):
@@ -484,6 +525,28 @@ def test_noising_is_the_variance_preserving_form_of_the_flow():
         assert torch.allclose(noisy[k], expected, atol=1e-6)
     alpha = scheduler.alphas_cumprod[timesteps].sqrt()[:, None, None, None]
     assert torch.allclose(noisy, alpha * x + (1 - alpha**2).sqrt() * noise, atol=1e-5)
+
+
+def test_flux_draws_with_its_authors_guidance_and_lengths(folders, tmp_path):
+    sd = load_stable_diffusion(str(folders["flux"]))
+    assert sd.condition(PROMPTS[:1]).further["guidance"].tolist() == [3.5]
+    assert sd.encode_prompts(PROMPTS[:1])[0].shape[1] == 512
+    schnell = load_stable_diffusion(str(make_flux(tmp_path / "model", distilled=False)))
+    assert "guidance" not in schnell.condition(PROMPTS[:1]).further
+    assert schnell.encode_prompts(PROMPTS[:1])[0].shape[1] == 256
+
+
+def test_parts_and_schedulers_are_those_of_the_folder(folder, family, loaded):
+    """`stock_latents` shares the model's parts; here they are compared with what diffusers loads itself."""
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if family.recipes == "sd35" else {}
+    own = family.kind.stock_class.from_pretrained(folder, **absent)
+    assert weights_fingerprint(*loaded.parts.values()) == weights_fingerprint(
+        *(own.components[n] for n in loaded.parts)
+    )
+    assert list(loaded.parts)[-1] == ("unet" if family.recipes == "sdxl" else "transformer")
+    kept = ("beta_start", "beta_end", "beta_schedule", "prediction_type", "shift", "use_dynamic_shifting", "max_shift")
+    for name in kept:
+        assert loaded.scheduler.config.get(name) == own.scheduler.config.get(name)
 
 
 def test_sizes_of_each_family(folders):

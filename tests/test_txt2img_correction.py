@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import dpt
 import txt2img
 from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.backbones.blocks import block_channels
@@ -220,9 +221,16 @@ def test_another_method_s_lora(tmp_path, shapes_dpt, capsys):
     assert (pixels["lora"] != pixels["base"]).any()
     assert f"LoRA {shapes_dpt / 'lora'}, without DPT weights" in capsys.readouterr().out
     assert [read_metadata(tmp_path / name)[0]["lora"] for name in ("base", "lora")] == [None, str(shapes_dpt / "lora")]
-    both = ["--lora", str(shapes_dpt / "lora"), "--outdir", str(tmp_path / "both")]
-    assert txt2img.main([*common, *both, "--dpt", str(shapes_dpt)]) == 2
-    assert f"{shapes_dpt} has a LoRA too" in capsys.readouterr().err
+    both = ["--lora", str(shapes_dpt / "lora"), "--outdir", str(tmp_path / "both"), "--dpt", str(shapes_dpt)]
+    for more in ([], ["--dry-run"]):
+        assert txt2img.main([*common, *both, *more]) == 2
+        assert f"{shapes_dpt} has a LoRA too" in capsys.readouterr().err
+
+
+def test_a_folder_of_another_pipeline_of_the_same_family_takes_the_adapter(tmp_path, shapes_dpt):
+    dpt.SelfCorrectionPipeline.from_pretrained(CKPT_FOLDER / "shapes").save_pretrained(tmp_path / "model")
+    words = ["--prompt", "a red circle", "--n_samples", "1", "--ddim_steps", "2", "--outdir", str(tmp_path / "out")]
+    assert txt2img.main(["--model", str(tmp_path / "model"), "--dpt", str(shapes_dpt), *words]) == 0
 
 
 def test_an_adapter_chooses_among_another_lora_s_pictures(tmp_path, shapes_dpt):

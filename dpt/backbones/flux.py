@@ -20,7 +20,7 @@ DISTILLED_GUIDANCE = 3.5
 class Flux(StableDiffusion3):
     """The components of a `FluxPipeline` folder, in evaluation mode and without gradients.
 
-    `unet` is the transformer. ITM compares with CLIP's pooled text, as the transformer gets it.
+    `denoiser` is the transformer. ITM compares with CLIP's pooled text, as the transformer gets it.
     """
 
     stock_class = FluxPipeline

@@ -21,8 +21,8 @@ T5_TOKENS = 256
 class StableDiffusion3(StableDiffusion):
     """The components of a `StableDiffusion3Pipeline` folder, in evaluation mode and without gradients.
 
-    `unet` is the transformer, `text_encoder` the first CLIP. ITM compares with both CLIPs' pooled texts side by side,
-    as the transformer gets them.
+    `denoiser` is the transformer, `text_encoder` the first CLIP. ITM compares with both CLIPs' pooled texts side by
+    side, as the transformer gets them.
     """
 
     stock_class = StableDiffusion3Pipeline

@@ -155,6 +155,8 @@ def _read_lists(file: Path, content: list, models: dict[str, nn.Module], notice)
 
     That of the text encoder lies beside it, NAME.text_encoder.pt.
     """
+    if "unet" not in models:
+        raise ValueError(f"lora {file} is a list of tensors for a U-Net, as GORS has them; this model has none")
     state = _name_list(file, content, "unet", models["unet"], ("Attention",))
     beside = file.with_suffix(".text_encoder.pt")
     if not beside.exists():

@@ -161,7 +161,7 @@ def make_parser() -> ArgumentParser:
         "config", help="a YAML file: what differs from `dpt.data.draw_trajectories.TrajectorySettings`"
     )
     drawing.add_argument("overrides", nargs="*", metavar="key=value")
-    drawing.add_argument("--device", type=device, help="default: the first CUDA device, else the CPU")
+    drawing.add_argument("--device", type=device, help="default: the first GPU, else the CPU")
     drawing.set_defaults(run=run_trajectories)
 
     for command in (cache, mining):
@@ -169,7 +169,7 @@ def make_parser() -> ArgumentParser:
         command.add_argument("--output", required=True)
         size = number(int, at_least=1, at_most=4096)
         command.add_argument("--batch_size", type=size, default=8 if command is cache else 64)
-        command.add_argument("--device", type=device, help="default: the first CUDA device, else the CPU")
+        command.add_argument("--device", type=device, help="default: the first GPU, else the CPU")
     return parser
 
 

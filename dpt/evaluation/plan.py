@@ -130,7 +130,8 @@ def _with_own_weights(arm: Arm, weights: dict[str, str]) -> Arm:
     path = arm.dpt or arm.lora or ""
     for beginning, own in weights.items():
         if path.startswith(beginning):
-            return replace(arm, dpt=own + path.removeprefix(beginning), lora=None)
+            # own weights hold adapter and LoRA: they take a LoRA's place, but not that of one beside an adapter
+            return replace(arm, dpt=own + path.removeprefix(beginning), lora=arm.lora if arm.dpt else None)
     return arm
 
 

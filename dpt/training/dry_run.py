@@ -1,5 +1,6 @@
 """A training run described, not run. Imports torch, but neither diffusers nor transformers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from dpt.adapter.adapter import DiscriminativeAdapter
@@ -61,17 +62,23 @@ def describe_run(config: TrainConfig, stage: str) -> str:
 
 
 def _start(config: TrainConfig, wanted: AdapterConfig) -> str:
-    """Where the adapter comes from, in words. Raises ValueError where it cannot be read, or is another."""
+    """Where the adapter comes from, in words. Raises ValueError where it cannot be read, or is another.
+
+    Args:
+        wanted: the adapter; the width of REC's text encoder is not compared, as the encoder is not looked at.
+    """
     if config.init_from in (None, "new"):
         return "untrained"
     weights = Path(config.init_from)
     folder = next(iter(checkpoints(weights)), weights)
     if (folder / "adapter.safetensors").is_file():
-        check_start(config, wanted, config_beside(folder), str(folder))
+        found = config_beside(folder)
+        check_start(config, replace(wanted, rec_text_dim=found.adapter.rec_text_dim), found, str(folder))
         return str(folder)
     from dpt.checkpoint.checkpoint import load_checkpoint  # of a released file; imports diffusers
 
     start = load_checkpoint(config.init_from)
+    wanted = replace(wanted, rec_text_dim=start.config.adapter.rec_text_dim)
     check_start(config, wanted, start.config, start.source)
     return start.source
 

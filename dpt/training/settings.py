@@ -158,6 +158,10 @@ class TrainConfig:
         check_bounds(self)
         if not self.run_name.strip():
             raise ValueError("run_name is empty; it names the run's folder")
+        if ".." in Path(self.run_name).parts or Path(self.run_name).is_absolute():
+            raise ValueError(
+                f"run_name is {self.run_name!r}; it must name a folder in output_folder ({self.output_folder})"
+            )
         check_data(self.data)
         _check_losses(self)
         if len(self.optim.betas) != 2:
@@ -251,10 +255,6 @@ def check_stage(config: TrainConfig, stage: str, num_train_timesteps: int, *, go
     Args:
         goes_on: whether the run goes on from a checkpoint of its own, and so needs no `init_from`.
     """
-    if not config.run_name or ".." in Path(config.run_name).parts or Path(config.run_name).is_absolute():
-        raise ValueError(
-            f"run_name is {config.run_name!r}; it must name a folder in output_folder ({config.output_folder})"
-        )
     if config.model.no_t5:
         check_no_t5(config.model.name)
     if stage == "tune" and config.init_from is None and not goes_on:

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--variant", help="of the files of weights, such as fp16")
     add("--dpt", type=Path, required=True, help="adapter and LoRA: a path or a hub id")
     add("--coco", type=Path, help="folder with COCO and REC annotations; without it ITM and REC are left out")
-    add("--device", help="default: the first CUDA device, else the CPU")
+    add("--device", help="default: the first GPU, else the CPU")
     pairs = number(int, at_least=2, at_most=100_000)
     add("--num_pairs", type=pairs, default=400, help="images for ITM and for REC (default: 400)")
     steps = number(int, at_least=1, at_most=500)

@@ -11,7 +11,8 @@ import torch
 from tqdm import tqdm
 
 from dpt.backbones.features import denoiser_features
-from dpt.base_models import recommended
+from dpt.backbones.stable_diffusion import DTYPES
+from dpt.base_models import half_precision, recommended
 from dpt.benchmark.steps import guided_step_kinds, median_seconds
 from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.data.coco import load_captions, load_pixels
@@ -43,7 +44,7 @@ class Verification:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.device = usable_device(args.device)
-        self.half = torch.float16 if self.device.type == "cuda" else torch.bfloat16
+        self.half = DTYPES[half_precision(args.model)] if self.device.type == "cuda" else torch.bfloat16
         self.artist = self.load(torch.float32)
         self.sd, self.scorer = self.artist.sd, self.artist.scorer
         self.prompts = PROMPTS["shapes" if args.model == "shapes" else "other"]
