@@ -111,7 +111,6 @@ def choose_weights(args: argparse.Namespace) -> Path | None:
     known = DPT_WEIGHTS.get(known_name(args.model))
     if args.dpt is None and not args.lora and known and known.exists():
         weights = known
-    check_one_lora(weights, args.lora)
     if weights is not None and not weights.exists() and not is_hub_id(weights):
         raise ValueError(f"--dpt {weights} is not there; pass our folder, the released checkpoint, a hub id, or none")
     return weights
@@ -123,12 +122,14 @@ def choose_sampling(args: argparse.Namespace, weights: Path | None) -> Sampling:
         check_text(f"--{name}", getattr(args, name) or "")
     if args.correction_norm is not None and args.correction_factor is not None:
         raise ValueError("--correction_factor and --correction_norm exclude each other: pass one of them")
-    sampling = recommended(args.model, config_beside(weights) if weights else None).changed(**given_sampling(args))
+    config = config_beside(weights) if weights else None
+    sampling = recommended(args.model, config).changed(**given_sampling(args))
     if weights is None and (sampling.needs_adapter or args.trace):
         raise ValueError("self-correction, --candidates and --trace need an adapter: pass --dpt PATH")
     check_family(args.model, sampling, no_t5=args.no_t5)
     if weights:
-        check_made_for(config_beside(weights), args.model, weights)
+        check_made_for(config, args.model, weights)
+        check_one_lora(config, weights, args.lora)
     if known_name(args.model):  # others are looked through when they are loaded
         describe_size(args.model, sampling.height, sampling.width)
     last = args.seed + args.n_samples * args.n_iter + CANDIDATES_APART * (sampling.candidates - 1)

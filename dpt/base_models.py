@@ -132,10 +132,10 @@ def check_name(model: str) -> None:
     )
 
 
-def check_one_lora(weights: str | Path | None, lora: str | Path | None) -> None:
-    """Raises ValueError where an adapter has a LoRA of its own, and another is to draw."""
-    if weights and lora and config_beside(Path(weights)).lora_rank:
-        raise ValueError(f"lora is {lora}; {weights} has a LoRA too: leave one out, or pass an adapter without one")
+def check_one_lora(weights: DPTConfig, source: str | Path, lora: str | Path | None) -> None:
+    """Raises ValueError where the weights in `source` have a LoRA of their own, and another is to draw."""
+    if lora and weights.lora_rank:
+        raise ValueError(f"lora is {lora}; {source} has a LoRA too: leave one out, or pass an adapter without one")
 
 
 def check_made_for(weights: DPTConfig, model: str, source: str | Path) -> None:

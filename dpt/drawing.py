@@ -18,7 +18,7 @@ from dpt.backbones.blocks import is_flux, is_transformer
 from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.offload import offload
 from dpt.backbones.stable_diffusion import StableDiffusion, advice_against_nan
-from dpt.base_models import DEFAULT_MODEL, OFFLOADS, recommended
+from dpt.base_models import DEFAULT_MODEL, OFFLOADS, check_one_lora, recommended
 from dpt.bounds import Bounds
 from dpt.candidates import Candidates, Chosen, draw_and_choose
 from dpt.checkpoint.checkpoint import DPTCheckpoint, leaves_t5_out, load_checkpoint
@@ -104,8 +104,7 @@ class Artist:
         checkpoint = None
         if weights not in (None, "none"):
             checkpoint = load_checkpoint(weights, local_files_only=local_files_only)
-        if lora and checkpoint and checkpoint.lora:
-            raise ValueError(f"lora is {lora}; {weights} has a LoRA too: leave one out, or pass an adapter without one")
+            check_one_lora(checkpoint.config, weights, lora)
         sd = load_stable_diffusion(
             model,
             no_t5=no_t5 or leaves_t5_out(checkpoint),

@@ -115,8 +115,7 @@ def make(settings: TrajectorySettings, *, device: torch.device | str) -> tuple[i
                 f"{both[0]!r}: leave them out"
             )
     folder = Path(settings.output)
-    weights = None if settings.dpt == "none" else settings.dpt
-    artist = Artist.load(settings.model, weights, dtype=DTYPES[settings.dtype], device=device)
+    artist = Artist.load(settings.model, settings.dpt, dtype=DTYPES[settings.dtype], device=device)
     drawn = draw_missing(settings, artist, prompts, folder)
     return drawn, 0 if settings.scorer == "none" else label_missing(settings, artist.sd, folder)
 

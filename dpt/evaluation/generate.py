@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dpt.backbones.stable_diffusion import DTYPES, weights_fingerprint
-from dpt.base_models import check_one_lora
+from dpt.base_models import check_one_lora, config_beside
 from dpt.choosing import candidate_seeds
 from dpt.drawing import Artist, Drawing, counted_passes
 from dpt.evaluation import correction_controls
@@ -86,7 +86,8 @@ def draw_arms(
     """
     prompts = load_prompt_set(prompt_set, per_category=per_category)
     for arm in arms:
-        check_one_lora(arm.dpt, arm.lora)
+        if arm.dpt:
+            check_one_lora(config_beside(Path(arm.dpt)), arm.dpt, arm.lora)
         check_folder(outdir / arm.name, arm.settings())
     shared = [prompt.text for prompt in prompts if len(prompt.categories) > 1]
     if compbench and shared and process_state().is_main_process:

@@ -71,10 +71,9 @@ def _add_lora(config: TrainConfig, sd: StableDiffusion, start: DPTCheckpoint | N
                 f"{(lora.rank, alpha)}"
             )
         add_lora(sd.denoiser, rank=lora.rank, alpha=alpha, blocks=tuple(lora.blocks))
-        reached, wanted = (
-            len({name.rsplit(".lora_", 1)[0] for name in x}) for x in (start.lora, lora_state(sd.denoiser))
-        )
-        if start.lora.keys() != lora_state(sd.denoiser).keys():
+        fresh = lora_state(sd.denoiser)
+        reached, wanted = (len({name.rsplit(".lora_", 1)[0] for name in state}) for state in (start.lora, fresh))
+        if start.lora.keys() != fresh.keys():
             raise ValueError(f"{start.source} holds LoRA on {reached} projections; lora.blocks means {wanted}")
         load_lora(sd.denoiser, start.lora, alpha=start.config.lora_alpha, trainable=True)
     else:

@@ -72,15 +72,14 @@ def _start(config: TrainConfig, wanted: AdapterConfig) -> str:
     weights = Path(config.init_from)
     folder = next(iter(checkpoints(weights)), weights)
     if (folder / "adapter.safetensors").is_file():
-        found = config_beside(folder)
-        check_start(config, replace(wanted, rec_text_dim=found.adapter.rec_text_dim), found, str(folder))
-        return str(folder)
-    from dpt.checkpoint.checkpoint import load_checkpoint  # of a released file; imports diffusers
+        found, source = config_beside(folder), str(folder)
+    else:
+        from dpt.checkpoint.checkpoint import load_checkpoint  # of a released file; imports diffusers
 
-    start = load_checkpoint(config.init_from)
-    wanted = replace(wanted, rec_text_dim=start.config.adapter.rec_text_dim)
-    check_start(config, wanted, start.config, start.source)
-    return start.source
+        start = load_checkpoint(config.init_from)
+        found, source = start.config, start.source
+    check_start(config, replace(wanted, rec_text_dim=found.adapter.rec_text_dim), found, source)
+    return source
 
 
 def _lora(config: TrainConfig, model: Architecture) -> int:

@@ -126,8 +126,7 @@ def validate(
     settings, records = config.validation, {}
     shard = (accelerator.process_index, accelerator.num_processes)
     for task in model.tasks if val_sets else ():
-        own = {name: samples for name, samples in val_sets.items() if name.split("_")[0] == task.name}
-        for name, samples in (own or {task.name: val_sets["itm"]}).items():
+        for name, samples in _sets_of(task, val_sets).items():
             with accelerator.autocast():
                 part = measure(
                     model,
@@ -150,11 +149,17 @@ def validate(
     return figures
 
 
+def _sets_of(task: Task, val_sets: dict[str, Samples]) -> dict[str, Samples]:
+    """The val sets that a task is measured on: its own, such as `rec_refcoco`, or else ITM's under its name."""
+    own = {name: samples for name, samples in val_sets.items() if name.split("_")[0] == task.name}
+    return own or {task.name: val_sets["itm"]}
+
+
 def figure_names(tasks: Iterable[Task], val_sets: dict[str, Samples], ranked: RankedPrompts | None) -> list[str]:
     """Names of the figures that `validate` gives, but for the ends of their intervals."""
     names = []
     for task in tasks if val_sets else ():
-        own = [name for name in val_sets if name.split("_")[0] == task.name] or [task.name]
+        own = _sets_of(task, val_sets)
         names += [f"{name}_{figure}{mean}" for name in own for figure in task.figures for mean in ("", "_mean")]
     return names if ranked is None else [*names, "rank_auc", *(f"rank_auc_step_{k}" for k in ranked.about.steps)]
 
