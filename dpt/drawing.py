@@ -109,7 +109,7 @@ class Artist:
             model,
             no_t5=no_t5 or leaves_t5_out(checkpoint),
             local_files_only=local_files_only,
-            device=usable_device(str(device)),
+            device=usable_device(device and str(device)),
             **options,
         )
         artist = cls(sd, checkpoint.attach(sd, controls=controls) if checkpoint else None)

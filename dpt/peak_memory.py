@@ -4,6 +4,7 @@ import ctypes
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -18,12 +19,13 @@ def reset_peak(device: torch.device | str = "cpu") -> None:
 
 
 def peak_mb(device: torch.device | str = "cpu") -> float:
-    """Peak memory in MB: allocated on a CUDA device, else resident in this process (Linux; nan elsewhere)."""
+    """Peak memory in MB: allocated on a CUDA device, else resident in this process (what is now, on a Mac)."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
     if not status.exists():
-        return float("nan")
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss) / 2**20
     return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
 
 

@@ -5,6 +5,8 @@ import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from dpt.files import read_text, write_text
 
 LOG = Path(__file__).resolve().parents[1] / "docs/log"
@@ -27,6 +29,13 @@ def check_replaceable(path: Path, read: Callable[[Path], object], *figures: Path
             raise ValueError(f"{error}; so {path} is not of this command, choose another --output") from error
     elif others := [other for other in figures if other.exists()]:
         raise ValueError(f"{others[0]} is there, and not of this command; choose another --output")
+
+
+def check_figure(output: Path) -> None:
+    """Raises ValueError unless a figure can be written under that name."""
+    formats = Figure().canvas.get_supported_filetypes()
+    if output.is_dir() or output.suffix.removeprefix(".") not in formats:
+        raise ValueError(f"--output is {output}; it must be the name of a figure, such as {output.stem}.png")
 
 
 def markdown_table(header: list[str], rows: Iterable[Iterable]) -> str:

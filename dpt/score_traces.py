@@ -5,8 +5,8 @@ import json
 import textwrap
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from dpt.drawing import Drawing
 from dpt.images import legible, numbered
@@ -26,8 +26,9 @@ def write_traces(outdir: Path, traces: list[dict]) -> None:
         with contextlib.suppress(FileExistsError), path.open("x") as file:
             json.dump(traces, file, indent=1)
             break
-    figure, axes = plt.subplots(1, min(len(traces), 6), figsize=(3.2 * min(len(traces), 6), 2.8), layout="constrained")
-    for axis, image in zip(np.atleast_1d(axes), traces, strict=False):
+    shown = traces[:6]
+    figure = Figure(figsize=(3.2 * len(shown), 2.8), layout="constrained")
+    for axis, image in zip(np.atleast_1d(figure.subplots(1, len(shown))), shown, strict=True):
         for arm in (name for name in ("corrected", "uncorrected") if name in image):
             axis.plot(image[arm]["score"], label=arm)
         axis.set(xlabel="step", ylabel="matching score")
@@ -38,5 +39,4 @@ def write_traces(outdir: Path, traces: list[dict]) -> None:
         )
         axis.legend(fontsize=7)
     figure.savefig(path.with_suffix(".png"), dpi=110)
-    plt.close(figure)
     print(f"scores: {path} and {path.with_suffix('.png').name}")

@@ -185,7 +185,7 @@ def test_a_trace_s_data_are_written_before_its_figure(tmp_path, weights, monkeyp
     def fail(*args, **kwargs):
         raise ValueError("no figure")
 
-    monkeypatch.setattr("dpt.score_traces.plt.subplots", fail)
+    monkeypatch.setattr("dpt.score_traces.Figure", fail)
     assert draw(tmp_path, *weights, "--trace", "--ddim_steps", "1") == 2
     assert json.loads((tmp_path / "trace-0000.json").read_text())
 

@@ -227,18 +227,20 @@ def _quiet():
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()
     logger = logging.getLogger("diffusers.models.modeling_utils")
     logger.addFilter(keep)
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
+    logs = diffusers.utils.logging, transformers.utils.logging
+    before = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="huggingface_hub")
             yield
     finally:
         logger.removeFilter(keep)
-        transformers.utils.logging.set_verbosity(verbosity)
+        for log, verbosity in zip(logs, before, strict=True):
+            log.set_verbosity(verbosity)
 
 
 def _broken_part(folder: Path) -> str:

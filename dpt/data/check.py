@@ -40,9 +40,8 @@ def find(root: Path, pattern: str) -> list[Path]:
 
 
 def image_index(root: Path) -> dict[str, Path]:
-    """Every image file of the folder's subfolders by its name."""
-    folders = [p for p in root.iterdir() if p.is_dir()]
-    return {p.name: p for folder in folders for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES}
+    """Every image file in the folder or up to two folders down, by its name."""
+    return {path.name: path for path in find(root, "*") if path.suffix.lower() in IMAGE_SUFFIXES}
 
 
 def check_images(paths: list[Path], *, decode: bool = False) -> tuple[Findings, dict[str, tuple[int, int]]]:

@@ -25,8 +25,6 @@ Name = Annotated[str, Meta(min_length=1)]
 Side = Annotated[float, Meta(gt=0, le=1_000_000)]
 """pixels"""
 
-"""Pillow's modes whose numbers have no known range"""
-
 
 class CocoImage(Struct, gc=False):
     """An image of a caption file."""

@@ -69,12 +69,13 @@ class ItmNegatives:
         self.ids = sorted(i for ids in index.values() for i in ids)
         if not self.ids:
             raise ValueError(f"{path} holds no items")
-        self.item = lru_cache(maxsize=4096)(self._item)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def _item(self, text_id: int) -> ItmItem:
+    @lru_cache(maxsize=4096)  # noqa: B019 of the class, so that samples can be sent to worker processes
+    def item(self, text_id: int) -> ItmItem:
+        """The captions and images of a text's number. Raises ValueError naming a file that holds something else."""
         if self._rows is None:
             where = self.path / f"{text_id:05d}.json"
             row = read_json(where, ItmRow)

@@ -124,20 +124,22 @@ def mine(
     distinct = {text: k for k, text in enumerate(texts)}
     text_of = np.array([distinct[c.caption] for c in captions])
     own: list[set[int]] = [set() for _ in files]
-    for image, text in zip(image_of, text_of, strict=True):
-        own[image].add(int(text))
+    shown: list[set[int]] = [set() for _ in texts]  # images that a text is of
+    for image, text in zip(image_of.tolist(), text_of.tolist(), strict=True):
+        own[image].add(text)
+        shown[text].add(image)
     keys = [json.dumps([key, *contents]) for contents in (texts, [path.name for path in files])]
     text_rows = embed_to_file(texts, embed_texts, work / "texts", key=keys[0], batch_size=batch_size)
     image_rows = embed_to_file(files, embed_images, work / "images", key=keys[1], batch_size=batch_size)
-    # of each text so many that enough are left without an image's own texts, or without itself
+    # of each text so many that enough are left without an image's own texts, or without the text's own images
     limits = {"block": block, "device": device}
     of_none, all_texts, all_images = (np.full((len(x), 1), k) for k, x in enumerate((texts, texts, files)))
-    most_own = max(map(len, own))
+    most_own, most_shown = max(map(len, own)), max(map(len, shown))
     texts_near = most_similar(text_rows, of_none, text_rows, all_texts, num_texts + most_own, **limits)
-    images_near = most_similar(text_rows, of_none, image_rows, all_images, num_images + 1, **limits)
+    images_near = most_similar(text_rows, of_none, image_rows, all_images, num_images + most_shown, **limits)
     items = {}
-    for k, (caption, text, image) in enumerate(zip(captions, text_of, image_of, strict=True)):
+    for k, (caption, text, image) in enumerate(zip(captions, text_of.tolist(), image_of.tolist(), strict=True)):
         others = [texts[i] for i in texts_near[text] if i >= 0 and i not in own[image]]
-        pictures = [files[i].name for i in images_near[text] if i >= 0 and i != image]
+        pictures = [files[i].name for i in images_near[text] if i >= 0 and i not in shown[text]]
         items[k] = ItmItem(caption.caption, caption.path.name, tuple(others[:num_texts]), tuple(pictures[:num_images]))
     return items

@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> dict:
     if not path.exists() and args.outdir.exists() and any(args.outdir.iterdir()):
         raise ValueError(f"--outdir {args.outdir} holds other files than {path.name}; choose an empty folder")
     draw_missing(args, prompts, read_candidates(path, num_steps) if path.exists() else [], path)
-    shown = args.categories or known - {APART}
-    texts = {prompt.text for prompt in prompts if prompt.categories[0] in shown}
+    shown = set(args.categories or known - {APART} or known)
+    texts = {prompt.text for prompt in prompts if not shown.isdisjoint(prompt.categories)}
     found = [c for c in read_candidates(path, num_steps) if c.prompt in texts]
     tables = analyse(found, args.candidates, num_steps, tuple(sorted(set(args.where))))
     write_text(args.outdir / "choose.json", json.dumps(tables, indent=1) + "\n")
@@ -219,7 +219,9 @@ def analyse(found: list[Candidate], count: int, num_steps: int, where: tuple[flo
         row[RANDOM] = share_correct(whole)
         row[CEILING] = share_correct(whole.reshape(len(values), -1, n).max(2))
         grid.append(row)
-    return {"prompts": len(prompts), "candidates": count, "steps": num_steps, "auc": auc, "grid": grid}
+    verdicts = bool(np.isin(values, (0, 1)).all())
+    sizes = {"prompts": len(prompts), "candidates": count, "steps": num_steps, "verdicts": verdicts}
+    return sizes | {"auc": auc, "grid": grid}
 
 
 def area_with_interval(scores: np.ndarray, values: np.ndarray) -> list[float] | None:
@@ -259,9 +261,14 @@ def share_correct(values: np.ndarray) -> list[float]:
 def as_markdown(tables: dict) -> str:
     """The grid, and the areas under the curve at the steps where it chooses, as Markdown."""
     choosers, grid = list(tables["auc"]), []
+    scale, digits = (100, 1) if tables["verdicts"] else (1, 3)
+
+    def in_words(values):
+        return "{0:.{d}f} ({1:.{d}f} to {2:.{d}f})".format(*(scale * value for value in values), d=digits)
+
     for row in tables["grid"]:
-        shown = {name: f"{100 * row[name][0]:.1f}; {_points(row['gain'][name])}" for name in choosers}
-        shown |= {name: _points(row[name]) for name in (RANDOM, CEILING)}
+        shown = {name: f"{scale * row[name][0]:.{digits}f}; {in_words(row['gain'][name])}" for name in choosers}
+        shown |= {name: in_words(row[name]) for name in (RANDOM, CEILING)}
         shares = ", ".join(f"{share:g}" for share in row["choose_at"])
         grid.append([str(row["candidates"]), shares, f"{row['cost']:.2f}", *shown.values()])
     steps = sorted({stop_of(share, tables["steps"]) for row in tables["grid"] for share in row["choose_at"]})
@@ -271,8 +278,9 @@ def as_markdown(tables: dict) -> str:
         for group, row in groups.items()
     ]
     return (
-        f"{tables['prompts']} prompts x {tables['candidates']} candidates. Percent that the judge finds correct "
-        "(95 % intervals over prompts), and of choosers the points above a random choice, paired by prompt; cost in "
+        f"{tables['prompts']} prompts x {tables['candidates']} candidates. "
+        f"{'Percent that the judge finds correct' if tables['verdicts'] else 'Means of what the judge says'} "
+        "(95 % intervals over prompts), and of choosers the gain to a random choice, paired by prompt; cost in "
         "passes of one plain picture.\n\n"
         + markdown_table(["candidates", "choose_at", "cost", *choosers, RANDOM, CEILING], grid)
         + "\nArea under the curve within prompts, after so many steps:\n\n"
@@ -280,20 +288,17 @@ def as_markdown(tables: dict) -> str:
     )
 
 
-def _points(values: list[float]) -> str:
-    """A share or difference and its interval, in points."""
-    return "{:.1f} ({:.1f} to {:.1f})".format(*(100 * value for value in values))
-
-
 def draw_figure(tables: dict, path: Path) -> None:
     """Correctness against cost, and the area under the curve against the step, by chooser."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    scale = 100 if tables["verdicts"] else 1
     for k, name in enumerate([*tables["auc"], RANDOM, CEILING]):
         rows = sorted(tables["grid"], key=lambda row: row["cost"])
         style = {"ls": "", "marker": "o^sDvP*X"[k % 8], "ms": 4}
-        left.plot([r["cost"] for r in rows], [100 * r[name][0] for r in rows], label=name, **style)
-    left.set(xlabel="cost (passes of a plain picture)", ylabel="correct (%)", xscale="log")
+        left.plot([r["cost"] for r in rows], [scale * r[name][0] for r in rows], label=name, **style)
+    judged = "correct (%)" if tables["verdicts"] else "what the judge says"
+    left.set(xlabel="cost (passes of a plain picture)", ylabel=judged, xscale="log")
     left.xaxis.set_major_formatter(ScalarFormatter())
     left.xaxis.set_minor_formatter(ScalarFormatter())
     left.legend(fontsize=7)
@@ -305,8 +310,9 @@ def draw_figure(tables: dict, path: Path) -> None:
         right.plot(steps, [area[0] for area in areas], marker=".", label=name)
         right.fill_between(steps, [area[1] for area in areas], [area[2] for area in areas], alpha=0.15)
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if right.get_lines():
+        right.legend(fontsize=7)
     right.axhline(0.5, color="grey", lw=0.8)
     right.set(xlabel="after step", ylabel="area under the curve within prompts")
-    right.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -132,7 +132,7 @@ def train(runs: dict[str, Run], experiment: Experiment, *, jobs: int = 1) -> Non
             settings = [*run_settings(name, one, experiment, seed), "resume=true"]
             config = load_config(TrainConfig, one.config, settings)
             folder = Path(experiment.folder) / config.run_name
-            newest = checkpoints(folder)
+            newest = checkpoints(folder) if config.optim.epochs is None else []  # else training knows how many steps
             if newest and int(newest[0].name.removeprefix("step_")) >= config.optim.steps:
                 check_finished(config, load_config(TrainConfig, folder / "config.yaml"))
                 continue

@@ -24,7 +24,7 @@ from dpt.evaluation.figures import read_arm
 from dpt.files import read_json, write_text
 from dpt.images import read_metadata
 from dpt.metrics import bootstrap_interval
-from dpt.results import check_replaceable
+from dpt.results import check_figure, check_replaceable
 
 LENGTHS = Bounds(above=0, at_most=1e3)
 
@@ -48,21 +48,24 @@ def run(args: argparse.Namespace) -> dict[str, list[dict]]:
     Raises:
         ValueError: folders that cannot be used.
     """
+    check_figure(args.output)
     beside = args.output.with_suffix(".json")
     check_replaceable(beside, partial(read_json, schema=dict[str, list[Length]]), args.output)
     lengths: dict[str, dict[float, Path]] = {}
     alike: dict[str, dict] = {}  # the other settings of an adapter's arms
     for folder in args.folders:
         settings = read_settings(folder)
-        if not settings["correction_norm"] or settings["correction_norm"] not in LENGTHS:
+        length = settings.get("correction_norm")
+        if not length or length not in LENGTHS:
             raise ValueError(f"{folder} is of no correction_norm; name arms that follow a score by a length")
-        row = lengths.setdefault(settings["dpt"], {})
+        adapter = settings.get("dpt")
+        row = lengths.setdefault(adapter, {})
         others = {name: value for name, value in settings.items() if name not in ("correction_norm", "weights")}
-        if alike.setdefault(settings["dpt"], others) != others:
+        if alike.setdefault(adapter, others) != others:
             raise ValueError(f"{folder} differs from the other arms of its adapter in more than correction_norm")
-        if settings["correction_norm"] in row:
-            raise ValueError(f"{folder} and {row[settings['correction_norm']]} follow one adapter by one length")
-        row[settings["correction_norm"]] = folder
+        if length in row:
+            raise ValueError(f"{folder} and {row[length]} follow one adapter by one length")
+        row[length] = folder
     found = {adapter: measured(row) for adapter, row in lengths.items()}
     numbers = msgspec.to_builtins(found)
     write_text(beside, json.dumps(numbers, indent=1) + "\n")

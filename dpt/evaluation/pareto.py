@@ -23,7 +23,7 @@ from dpt.evaluation.figures import collect
 from dpt.evaluation.table import APART
 from dpt.files import read_json, write_text
 from dpt.metrics import Interval, crossed_bootstrap
-from dpt.results import check_replaceable
+from dpt.results import check_figure, check_replaceable
 
 
 class Point(msgspec.Struct, forbid_unknown_fields=True):
@@ -40,9 +40,8 @@ def run(args: argparse.Namespace) -> dict:
     Raises:
         ValueError: folders without the oracle's verdicts or the passes, or an output that is no figure's name.
     """
-    formats, beside = Figure().canvas.get_supported_filetypes(), args.output.with_suffix(".json")
-    if args.output.is_dir() or args.output.suffix.removeprefix(".") not in formats:
-        raise ValueError(f"--output is {args.output}; it must be the name of a figure, such as {beside.stem}.png")
+    check_figure(args.output)
+    beside = args.output.with_suffix(".json")
     check_replaceable(beside, partial(read_json, schema=dict[str, Point]), args.output)
     arms = collect(args.folders)
     if args.ceiling is not None and args.ceiling not in arms:

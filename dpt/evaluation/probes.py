@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 import torch
 
+from dpt.adapter.adapter import Scorer
 from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.stable_diffusion import StableDiffusion, weights_fingerprint
 from dpt.checkpoint.checkpoint import DPTCheckpoint, load_checkpoint
@@ -94,11 +95,16 @@ def autocast(config: TrainConfig) -> torch.autocast:
     return torch.autocast(process_state().device.type, dtype, enabled=dtype != torch.float32)
 
 
-def load_probe(checkpoint: DPTCheckpoint, config: TrainConfig) -> tuple[DPT, StableDiffusion]:
-    """A checkpoint on the config's model, with the U-Net of its control."""
+def load_scorer(checkpoint: DPTCheckpoint, config: TrainConfig) -> tuple[Scorer, StableDiffusion]:
+    """A checkpoint on the config's model, with the denoiser of its control."""
     sd = load_base(config)
     control_unet(checkpoint.config.control, sd)
-    scorer = checkpoint.attach(sd, controls=CONTROLS)
+    return checkpoint.attach(sd, controls=CONTROLS), sd
+
+
+def load_probe(checkpoint: DPTCheckpoint, config: TrainConfig) -> tuple[DPT, StableDiffusion]:
+    """A checkpoint as the model that is measured, and the model that it stands on."""
+    scorer, sd = load_scorer(checkpoint, config)
     model = DPT(
         sd.denoiser,
         scorer.adapter,
@@ -168,9 +174,8 @@ def _measure(args, task, name, label, config, checkpoint) -> dict[str, list[dict
                 if key.startswith(task)
             }
 
-    return kept(
-        args, f"{task}_{name}_{label or 'all'}", config, weights_fingerprint(sd.denoiser, model.adapter), compute
-    )
+    weights = weights_fingerprint(*sd.parts.values(), model.adapter)
+    return kept(args, f"{task}_{name}_{label or 'all'}", config, weights, compute)
 
 
 def check_timesteps(timesteps: list[int], sd: StableDiffusion) -> list[int]:

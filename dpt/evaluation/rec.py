@@ -16,13 +16,12 @@ from PIL import Image
 from dpt.adapter.adapter import Scorer
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.checkpoint.checkpoint import load_checkpoint
-from dpt.config import CONTROLS, load_config
+from dpt.config import load_config
 from dpt.data.collate import as_latents
 from dpt.data.sources import validation_samples
 from dpt.demo.studio import find_phrase
 from dpt.evaluation import probes
 from dpt.images import make_grid, to_images, with_boxes
-from dpt.lora import remove_lora
 from dpt.shapes.samples import ShapesSamples
 from dpt.training.settings import TrainConfig
 from dpt.training.validation import FIGURES, PAPER_TIMESTEP, Samples
@@ -44,10 +43,9 @@ def run(args: argparse.Namespace) -> dict:
             grid.save(args.output / f"rec_{one.name}_{key}.png")
     if config.data.kind == "shapes":
         for path, one in zip(args.checkpoints, measured, strict=True):
-            scorer = load_checkpoint(path).attach(sd, controls=CONTROLS)
-            grid = draw_phrases(sd, scorer, sets["rec_shapes"])
+            scorer, own = probes.load_scorer(load_checkpoint(path), config)
+            grid = draw_phrases(own, scorer, sets["rec_shapes"])
             grid.save(args.output / f"rec_{one.name}_phrases.png")
-            remove_lora(sd.denoiser)
     return result
 
 

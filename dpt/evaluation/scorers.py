@@ -4,13 +4,10 @@ A judge's metric maps pictures (H, W, 3) uint8 and their prompts to a record eac
 error says which weights are missing, from where they come, and into which folder they go.
 """
 
-import ast
 import hashlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import open_clip
@@ -22,11 +19,12 @@ from transformers import AutoProcessor, BlipForImageTextRetrieval
 from dpt.base_models import CKPT_FOLDER
 from dpt.evaluation.flags import BLIP_FOLDER, OPEN_CLIP_FOLDER, OPEN_CLIP_MODEL
 from dpt.evaluation.generate import process_state
-from dpt.shapes import grammar, scenes
-from dpt.shapes import oracle as oracle_module
+from dpt.shapes import oracle
 from dpt.shapes.clip import embed_images, embed_texts, load_clip
 from dpt.weights import UNPICKLING_ERRORS
 
+ORACLE = "fb307538d353"
+"""Names the oracle's rules in scores: another name for other verdicts."""
 OPEN_CLIP_SOURCE = "huggingface.co/laion/CLIP-ViT-H-14-laion2B-s32B-b79K, its open_clip_model.safetensors"
 BLIP_SOURCE = "huggingface.co/Salesforce/blip-itm-base-coco (or a larger one), its whole folder"
 BROKEN = (*UNPICKLING_ERRORS, SafetensorError)
@@ -35,7 +33,7 @@ BROKEN = (*UNPICKLING_ERRORS, SafetensorError)
 
 @dataclass(frozen=True)
 class Judge:
-    """A metric, the name of its file of scores, and the fingerprint of its weights or code."""
+    """A metric, the name of its file of scores, and the fingerprint of its weights or rules."""
 
     name: str
     fingerprint: str
@@ -76,23 +74,6 @@ def fingerprint(*paths: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def code_fingerprint(*modules: ModuleType) -> str:
-    """A short hash of what the modules compute: of their code without imports, comments and docstrings."""
-    digest = hashlib.sha256()
-    for module in modules:
-        tree = ast.parse(inspect.getsource(module))
-        for node in ast.walk(tree):
-            if isinstance(body := getattr(node, "body", None), list):
-                node.body = [one for one in body if not _says_nothing(one)]
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()[:12]
-
-
-def _says_nothing(node: ast.stmt) -> bool:
-    is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-    return is_text or isinstance(node, ast.Import | ast.ImportFrom)
-
-
 def value_of(record: dict) -> float:
     """A judge's record as one number: of the oracle 1 for correct and 0 else, of others the first figure."""
     if "label" in record:
@@ -104,7 +85,7 @@ def _oracle() -> Judge:
     """Records of `label`, `reason`, and `objects`, name and cxcywh box of each object that was found."""
 
     def judged(images, prompts):
-        return [record(oracle_module.judge(image, prompt)) for image, prompt in zip(images, prompts, strict=True)]
+        return [record(oracle.judge(image, prompt)) for image, prompt in zip(images, prompts, strict=True)]
 
     def record(verdict):
         names = [f"{found.size} {found.color} {found.shape}" for found in verdict.objects]
@@ -112,7 +93,7 @@ def _oracle() -> Judge:
         objects = [[name, *box] for name, box in zip(names, boxes, strict=True)]
         return {"label": verdict.label, "reason": verdict.reason, "objects": objects}
 
-    return Judge("oracle", code_fingerprint(oracle_module, grammar, scenes), judged)
+    return Judge("oracle", ORACLE, judged)
 
 
 def _shapes_clip() -> Judge:

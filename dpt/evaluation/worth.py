@@ -24,13 +24,13 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from dpt.choosing import rounds, stop_of
-from dpt.evaluation.arms import read_settings
+from dpt.evaluation.arms import folder_name, read_settings
 from dpt.evaluation.choose import CFG, PREDICTED, Candidate, simulate
 from dpt.evaluation.figures import collect
 from dpt.evaluation.probes import Summary
 from dpt.files import read_json, read_json_lines, write_text
 from dpt.metrics import area_within_prompts, bootstrap_interval
-from dpt.results import check_replaceable
+from dpt.results import check_figure, check_replaceable
 
 LEAST_VERIFIERS = 5
 ACCURACIES = {"text", "image", "precision_at_1"}
@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> dict:
     Raises:
         ValueError: files that cannot be used, or too few adapters.
     """
+    check_figure(args.output)
     beside = args.output.with_suffix(".json")
     check_replaceable(beside, partial(read_json, schema=Worth), args.output)
     candidates = read_json_lines(args.folder / "candidates.jsonl", Candidate)
@@ -70,8 +71,7 @@ def run(args: argparse.Namespace) -> dict:
     if args.measured and not args.arms:
         raise ValueError("--measured is of checkpoints named as the arms: name these with --arms")
     if args.measured:
-        adapters = {folder.name: read_settings(folder)["dpt"] for folder in args.arms}
-        for name, accuracies in measured_at_500(args.measured, adapters).items():
+        for name, accuracies in measured_at_500(args.measured, adapters_of(args.arms)).items():
             verifiers[name]["accuracies"] = accuracies
         fits |= fits_of_accuracies(verifiers)
     numbers = {"verifiers": verifiers, "fits": fits}
@@ -117,16 +117,26 @@ def gradient_gains(folders: list[Path], against: str) -> dict[str, list[float]]:
     arms = collect(folders)
     if against not in arms:
         raise ValueError(f"--against is {against!r}; the arms are {', '.join(arms)}")
-    base, found = arms.pop(against)["values"], {}
+    base, found, adapters = arms.pop(against)["values"], {}, adapters_of(folders)
     for name, arm in arms.items():
         if arm["values"].keys() != base.keys():
             raise ValueError(f"{name} and {against} show other prompts or seeds")
-        weights = read_settings(next(folder for folder in folders if folder.name == name))["dpt"]
+        if not all("correct" in row for row in [*arm["values"].values(), *base.values()]):
+            raise ValueError(f"{name} or {against} lacks verdicts: let `evaluate.py align --metrics oracle` judge them")
         by_prompt: dict[str, list[float]] = {}
         for key, row in arm["values"].items():
             by_prompt.setdefault(key[0], []).append(100 * (row["correct"] - base[key]["correct"]))
-        found[weights] = list(bootstrap_interval([np.mean(gains) for gains in by_prompt.values()]))
+        found[adapters[name]] = list(bootstrap_interval([np.mean(gains) for gains in by_prompt.values()]))
     return found
+
+
+def adapters_of(folders: list[Path]) -> dict[str, str | None]:
+    """Name of an arm -> the adapter that it draws with.
+
+    Raises:
+        ValueError: a path that is no arm's folder.
+    """
+    return {folder_name(folder): read_settings(folder).get("dpt") for folder in folders}
 
 
 def measured_at_500(files: list[Path], adapters: dict[str, str]) -> dict[str, dict[str, float]]:

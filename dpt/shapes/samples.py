@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,18 @@ NUM_SAMPLES = 10_000  # to train on, where the config names no number
 NEGATIVES = ("edited", "mined")
 NUM_TEXTS, NUM_IMAGES = 20, 4  # mined ones to draw from, as in the paper
 CANDIDATES = 80  # mined, of which those that happen to be true are passed over
+
+
+class Memo(dict):
+    """The results of a function by its argument. It can be sent to worker processes, as those of functools cannot."""
+
+    def __init__(self, function: Callable[[int], object]):
+        super().__init__()
+        self.function = function
+
+    def __missing__(self, index: int):
+        self[index] = self.function(index)
+        return self[index]
 
 
 class ShapesSamples:
@@ -55,7 +66,7 @@ class ShapesSamples:
             raise ValueError(f"data.num_samples is {num_samples}; random negatives need at least 2")
         self.world, self.num_samples = ShapesWorld(split, seed=seed), num_samples
         # made once: drawing them anew for every comparison takes longer than the U-Net's passes
-        self._scene, self._example = cache(self.world.scene), cache(self.world.__getitem__)
+        self._scene, self._example = Memo(self.world.scene), Memo(self.world.__getitem__)
         self.leave_out, self.draw_seed = leave_out, draw_seed
         factors = sd.vae.config.scaling_factor, sd.vae.config.shift_factor or 0.0
         self.scenes = Latents(scene_latents(sd.vae, self.world, folder, count=num_samples), *factors)
@@ -72,12 +83,15 @@ class ShapesSamples:
 
     def get(self, index: int, epoch: int) -> Sample:
         """The sample of an index in an epoch; its random negative, wording and expression differ between epochs."""
-        while (example := self._example(index)).negative.kind in self.leave_out:
-            index = (index + 1) % self.num_samples
+        following = ((index + k) % self.num_samples for k in range(self.num_samples))
+        index = next((i for i in following if self._example[i].negative.kind not in self.leave_out), None)
+        if index is None:
+            raise ValueError(f"data.leave_out leaves out all of the {self.num_samples} samples: name fewer kinds")
+        example = self._example[index]
         generator = sample_generator(self.draw_seed, index, epoch, "draw")
         rng = np.random.default_rng(torch.randint(2**62, (1,), generator=generator).item())
         (other,) = self._false_of(index, rng.permutation(self.num_samples), 1)
-        other_description, _ = self._scene(other)
+        other_description, _ = self._scene[other]
         if self.edited is not None:
             negative_text = caption_text(example.negative.description, rng)
             negative_image, shown = self.edited.sample([index], generator), example.negative.description
@@ -85,8 +99,8 @@ class ShapesSamples:
             texts, images = (rows[index] for rows in self.mined)
             text = int(rng.choice(self._false_of(index, texts, NUM_TEXTS)))
             image = int(rng.choice(self._false_of(index, images, NUM_IMAGES)))
-            negative_text = caption_text(self._scene(text)[0], rng)
-            negative_image, shown = self.scenes.sample([image], generator), self._scene(image)[0]
+            negative_text = caption_text(self._scene[text][0], rng)
+            negative_image, shown = self.scenes.sample([image], generator), self._scene[image][0]
         expression = example.expressions[int(rng.integers(len(example.expressions)))]
         own, random = (self.scenes.sample([i], generator) for i in (index, other))
         return Sample(
@@ -102,15 +116,15 @@ class ShapesSamples:
 
     def phrases(self, index: int) -> list[tuple[str, list[float]]]:
         """All expressions of a sample's scene, each with the box (cxcywh) that it refers to."""
-        example = self._example(index)
+        example = self._example[index]
         boxes = example.scene.boxes().tolist()
         return [(expression.text, boxes[expression.index]) for expression in example.expressions]
 
     def _false_of(self, index: int, candidates, count: int) -> list[int]:
         """The first candidates whose captions are false of the sample's scene, and the other way round."""
-        (description, scene), found = self._scene(index), []
+        (description, scene), found = self._scene[index], []
         for candidate in candidates:
-            other, other_scene = self._scene(int(candidate))
+            other, other_scene = self._scene[int(candidate)]
             if not description.holds(other_scene.objects) and not other.holds(scene.objects):
                 found.append(int(candidate))
                 if len(found) == count:

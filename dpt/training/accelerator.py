@@ -38,8 +38,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         ValueError: a precision or a tracker that cannot be used here.
     """
     # with a loss off, the parameters that only it reaches have no gradient
-    some_off = not all(vars(config.loss.weights).values()) or config.loss.itm_every > 1
-    some_off = some_off or config.data.kind == "trajectories"
+    weights = [weight for name, weight in vars(config.loss.weights).items() if name not in ("reward", "rank")]
+    some_off = not all(weights) or config.loss.itm_every > 1 or config.data.kind == "trajectories"
     cpu = not torch.accelerator.is_available()
     if cpu and config.optim.mixed_precision == "fp16":
         raise ValueError("optim.mixed_precision is fp16; a CPU trains in bf16 or no (float32)")

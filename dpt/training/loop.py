@@ -97,7 +97,7 @@ def train_stage(
         drop_metrics_after(metrics_path, start)
     threads = max(1, torch.get_num_threads() // parts)
     gradients_of = partial(_losses_and_gradients, losses_at, parameters, precision, threads)
-    pool = ThreadPoolExecutor(parts)
+    pool, all_threads = ThreadPoolExecutor(parts), torch.get_num_threads()
     bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=5)
     began = time.perf_counter()
     for step in bar:
@@ -118,7 +118,7 @@ def train_stage(
         if step % 10 == 9:
             record["seconds"] = time.perf_counter() - began
             bar.set_postfix({k: f"{v:.4g}" for k, v in losses.items()})
-        if evaluate and (step + 1) % evaluate_every == 0:
+        if evaluate_every and (step + 1) % evaluate_every == 0:
             record |= evaluate(average, step + 1)
         if len(record) > 2 + len(losses):
             with metrics_path.open("a") as file:
@@ -126,6 +126,8 @@ def train_stage(
         if (step + 1) % save_every == 0 or step + 1 == steps:
             with replacing(state_path) as temporary:
                 torch.save({key: part.state_dict() for key, part in stateful.items()} | {"step": step + 1}, temporary)
+    pool.shutdown()
+    torch.set_num_threads(all_threads)
     return average
 
 

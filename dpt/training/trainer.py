@@ -250,6 +250,7 @@ class Trainer:
             figures = self.validate()
             self._record(figures)
             self._keep_best(figures)
+            last = last or self._out_of_patience()
         if self.log and (last or self.step % config.checkpoints.every == 0):
             self._save()
         if self.log and validates:

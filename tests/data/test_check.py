@@ -32,6 +32,13 @@ def test_a_good_tree_has_no_errors(tree, capsys):
     assert "leakage: 1 of the 1 images of finetune_refcoco_val.json are in captions_train2014.json" in out
 
 
+def test_images_lie_up_to_two_folders_down(tree, capsys):
+    (tree / "coco").mkdir()
+    (tree / "train2014").rename(tree / "coco/train2014")
+    assert main(["check", str(tree)]) == 0
+    assert "missing" not in capsys.readouterr().out
+
+
 def annotation(tree, change):
     edit(tree / "annotations/finetune_refall_train.json", lambda content: change(content))
 

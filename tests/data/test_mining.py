@@ -34,6 +34,22 @@ def test_too_few_keys_leave_gaps():
     ]
 
 
+def test_an_image_of_the_caption_itself_is_no_negative(tmp_path):
+    texts = {"a": "a man", "b": "a man", "c": "a cat", "d": "a dog"}
+    captions = [CaptionedImage(Path(f"{name}.jpg"), text) for name, text in texts.items()]
+    vectors = {"a": [1.0, 0.0], "b": [1.0, 0.1], "c": [0.5, 1.0], "d": [0.0, 1.0]}
+    vectors |= {"a man": [1.0, 0.05], "a cat": [0.4, 1.0], "a dog": [0.1, 1.0]}
+    embed = lambda items: torch.tensor([vectors[getattr(item, "stem", item)] for item in items])  # noqa: E731
+    items = mine(captions, embed, embed, tmp_path, key="k", num_texts=2, num_images=2)
+    assert [item.neg_images for item in items.values()] == [
+        ("c.jpg", "d.jpg"),
+        ("c.jpg", "d.jpg"),
+        ("d.jpg", "b.jpg"),
+        ("c.jpg", "b.jpg"),
+    ]
+    assert items[0].neg_captions == ("a cat", "a dog")
+
+
 def test_embeddings_go_on_after_a_kill(tmp_path):
     seen = []
 

@@ -229,6 +229,7 @@ def test_patience_ends_a_run(tmp_path, drawn):
     words = ["optim.lr=0", "optim.steps=20", "validation.every=1", "validation.patience=2"]
     assert train(tmp_path, drawn, *words) == 0
     assert max(row["step"] for row in metrics(tmp_path)) == 3  # the first is the best, and two are no better
+    assert max(path.name for path in tmp_path.glob("*/checkpoints/step_*")) == "step_0000003"  # of the last step too
 
 
 def test_trajectories_beside_the_paper_s_losses(tmp_path, drawn):

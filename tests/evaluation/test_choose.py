@@ -83,6 +83,16 @@ def test_bad_input_is_one_line(tmp_path, shapes_dpt, capsys, more, message):
     assert error.count("\n") == 1
 
 
+def test_a_judge_of_degrees_is_shown_as_it_is(tmp_path, shapes_dpt):
+    words = [*WORDS, "--dpt", str(shapes_dpt), "--outdir", str(tmp_path / "out"), "--scorer", "shapes-clip"]
+    assert evaluate.main([*words, "--categories", "unseen"]) == 0
+    table = (tmp_path / "out/choose.md").read_text()
+    assert "Means of what the judge says" in table
+    tables = json.loads((tmp_path / "out/choose.json").read_text())
+    assert tables["prompts"] == 1
+    assert f"{tables['grid'][0]['random'][0]:.3f} (" in table
+
+
 def test_a_folder_of_somebody_else_is_refused(tmp_path, shapes_dpt, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     assert evaluate.main([*WORDS, "--dpt", str(shapes_dpt), "--outdir", str(tmp_path)]) == 2

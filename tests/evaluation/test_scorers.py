@@ -1,4 +1,4 @@
-import inspect
+import hashlib
 import json
 
 import numpy as np
@@ -16,7 +16,9 @@ from transformers import (
 
 import evaluate
 from dpt.evaluation.align import score_lines
-from dpt.evaluation.scorers import code_fingerprint
+from dpt.evaluation.scorers import ORACLE
+from dpt.shapes import oracle
+from dpt.shapes.labelled_pictures import LABELLED, load_labelled
 
 TINY_CLIP = {
     "embed_dim": 16,
@@ -104,13 +106,9 @@ def test_blip_scores_by_a_small_blip(pictures, tmp_path, capsys):
         assert record["BLIP-ITC (tiny-blip)"] == pytest.approx(cosine, abs=1e-4)
 
 
-def test_the_oracle_s_fingerprint_is_that_of_its_code_not_of_its_words(monkeypatch):
-    def fingerprint_of(source):
-        monkeypatch.setattr(inspect, "getsource", lambda module: source)
-        return code_fingerprint(inspect)
-
-    code = '"""Doc."""\nimport os\nLIMIT = 3\n"""said"""\ndef judge(x):\n    """Says."""\n    return x > LIMIT  # so\n'
-    for same in (code.replace("Doc", "Other"), code.replace("import os", "from a import b"), code.replace("so", "not")):
-        assert fingerprint_of(same) == fingerprint_of(code)
-    for other in (code.replace("3", "4"), code.replace(">", "<"), code + "judge = None\n"):
-        assert fingerprint_of(other) != fingerprint_of(code)
+def test_other_verdicts_of_the_oracle_need_another_name():
+    digest = hashlib.sha256()
+    for picture in load_labelled(LABELLED["with CLIP trained along"]):
+        verdict = oracle.judge(picture["image"], picture["prompt"])
+        digest.update(f"{verdict.label}: {verdict.reason}\n".encode())
+    assert (ORACLE, digest.hexdigest()[:12]) == ("fb307538d353", "ad99e9c6439e")  # changed together

@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,17 @@ def test_mined_samples_are_like_and_false_of_each_other(sd, folder):
     assert all((a == b).all() for a, b in zip(samples.mined, again.mined, strict=True))
     assert len(list(folder.glob("mined_*.npy"))) == 1
     assert not torch.equal(samples.get(3, 0).images[1], random.get(3, 0).images[1])
+
+
+def test_samples_can_be_sent_to_worker_processes(sd, folder):
+    samples = ShapesSamples(sd, folder, num_samples=24)
+    assert torch.equal(pickle.loads(pickle.dumps(samples)).get(3, 1).images, samples.get(3, 1).images)
+
+
+def test_leaving_out_every_kind_is_named(sd, folder):
+    kinds = ("attribute", "count", "relation", "size")
+    with pytest.raises(ValueError, match=r"data\.leave_out leaves out all of the 24 samples"):
+        ShapesSamples(sd, folder, num_samples=24, leave_out=kinds).get(0, 0)
 
 
 @pytest.mark.parametrize(
