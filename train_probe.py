@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains the adapter on a frozen U-Net (the paper's first stage).
+"""Trains the adapter on a frozen denoiser (the paper's first stage).
 
 python train_probe.py configs/shapes/probe.yaml run_name=my-probe [key=value ...]
 accelerate launch train_probe.py configs/shapes/probe.yaml run_name=my-probe resume=true

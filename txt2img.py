@@ -22,8 +22,8 @@ from dpt.base_models import (
     check_made_for,
     check_one_lora,
     config_beside,
+    default_dtype,
     describe_size,
-    half_precision,
     known_name,
     pipeline_of,
     recommended,
@@ -187,7 +187,7 @@ def run(args: argparse.Namespace) -> int:
     total = len(prompts) * per_prompt
     print(f"{len(prompts)} prompt(s) x {per_prompt} = {total} picture(s)", flush=True)  # the next line takes seconds
     device = choose_device(args)
-    dtype = args.dtype or (half_precision(args.model) if device.type == "cuda" else "float32")
+    dtype = args.dtype or default_dtype(args.model, device.type)
     print(f"{args.model} on {device} in {dtype}, {describe(weights, sampling, args.lora)}", flush=True)
     if args.parity and weights and recommended(args.model, config_beside(weights)).candidates > 1:
         print("note: --parity draws as the reference: it chooses nothing and corrects by the paper's factor")

@@ -204,8 +204,10 @@ def pipeline_of(model: str) -> str:
     return FLUX if words & {"flux", "flux1"} else SD_XL if words & {"xl", "sdxl"} else BaseModel.pipeline
 
 
-def half_precision(model: str) -> str:
-    """The precision of a model on CUDA: bfloat16 of transformers, whose T5 overflows in float16, else float16."""
+def default_dtype(model: str, device_type: str, *, elsewhere: str = "float32") -> str:
+    """The precision that a model draws in: half on CUDA, bfloat16 of transformers, whose T5 overflows in float16."""
+    if device_type != "cuda":
+        return elsewhere
     return "bfloat16" if pipeline_of(model) in (SD_3, FLUX) else "float16"
 
 

@@ -53,24 +53,6 @@ def number(kind: type, **limits: float):
     return parse
 
 
-def device(text: str) -> str:
-    """An argparse type: a device of this machine to compute on."""
-    import torch  # not at the top: whoever asks for --help need not wait for it
-
-    try:
-        found = torch.device(text)
-        if found.type == "cpu":
-            return text
-        backend = torch.accelerator.current_accelerator()
-        there = torch.accelerator.device_count() if backend and backend.type == found.type else 0
-        if (found.index or 0) < there:
-            return text
-        reason = f"this machine has {there} devices of that kind"
-    except RuntimeError:
-        reason = "there is no such kind of device"
-    raise argparse.ArgumentTypeError(f"{text!r}; {reason}: cpu, cuda, cuda:1 or mps, where they are there")
-
-
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory ran out, on a CPU or an accelerator."""
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's

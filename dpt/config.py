@@ -82,7 +82,7 @@ def flatten(config, prefix: str = "") -> dict[str, str | int | float | bool]:
 
 CONTROLS = {
     "none": "nothing",
-    "random_unet": "the U-Net's training: its weights are random",
+    "random_unet": "the denoiser's training: its weights are random",
     "empty_prompt": "the prompt: features are of the empty one, the text is compared with as ever",
     "constant_text": "the text that is compared with: one vector for all; features are of the prompt as ever",
     "shuffled_labels": "the labels: chance, once for each sample, says which pair is true and where boxes are",
@@ -200,7 +200,7 @@ class LossSettings:
     auxiliary: bool = False
     """REC's losses after every decoder layer, not only the last, as in DETR"""
     itm_every: int = bounded(1, at_least=1)
-    """the matching losses, which take five more passes of the U-Net, in every so-manieth step alone"""
+    """the matching losses, which take five more passes of the denoiser, in every so-manieth step alone"""
     reward_until: float = bounded(0.4, above=0, below=1)
     """half-drawn pictures are scored after a step drawn evenly from the first such share of the steps"""
     eos_coef: float = bounded(0.1, at_least=0)

@@ -1,6 +1,10 @@
-"""Where to compute. Imports torch alone."""
+"""Where, and in which precision, to compute. Imports torch alone."""
 
 import torch
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""precision of the frozen weights in training by `optim.mixed_precision`; trained weights are float32"""
 
 
 def usable_device(name: str | None = None) -> torch.device:

@@ -52,7 +52,7 @@ class Drawing:
     """where there was a choice, the share of the steps behind which the correction began: `correction_start` of the
     same picture drawn from the kept seed alone"""
     cost: dict[str, float] = field(default_factory=dict)
-    """a picture's share of its batch: seconds, whole_passes and truncated_passes of the U-Net for one image each"""
+    """a picture's share of its batch: seconds, whole_passes and truncated_passes of the denoiser for one image each"""
 
 
 Method = Callable[[ClassifierFreeGuidance, Sampling, list[str], list[int], list[dict]], Guidance]
@@ -149,7 +149,7 @@ class Artist:
 
         Args:
             batch_size: candidates that are drawn at once; by default all.
-            trace: read the score at every step; it costs the adapter's pass, none of the U-Net's.
+            trace: read the score at every step; it costs the adapter's pass, none of the denoiser's.
             on_step: called after each step with its number and the newest record of the trace, over the batch's images.
             on_choice: called at each choice with the number of steps done and a record a candidate: seed, score, kept,
                 and image, its predicted clean picture, which costs a pass of the decoder.
@@ -246,7 +246,7 @@ class Artist:
 
 @contextlib.contextmanager
 def counted_passes(denoiser):
-    """A dict that counts the U-Net's passes while the context lasts, whole and truncated ones, each for one image."""
+    """A dict that counts the denoiser's passes in the context, whole and truncated ones, each for one image."""
     passes = {"whole_passes": 0, "truncated_passes": 0}
 
     def begins(module, inputs, output):

@@ -14,8 +14,9 @@ from PIL import Image
 from tqdm import tqdm
 
 import dpt
-from dpt.backbones.stable_diffusion import DTYPES, weights_fingerprint
+from dpt.backbones.stable_diffusion import weights_fingerprint
 from dpt.choosing import rounds, with_numbers
+from dpt.device import DTYPES
 from dpt.drawing import Artist, Drawing
 from dpt.images import append_metadata, compbench_stem, make_grid, numbered, read_metadata, save_new
 from dpt.score_traces import trace_of, write_traces

@@ -1,4 +1,4 @@
-"""LoRA on the U-Net's attention, through PEFT; tensors travel in diffusers' names (`<module>.lora_{A,B}.weight`)."""
+"""LoRA on the denoiser's attention, through PEFT; tensors travel in diffusers' names (`<module>.lora_{A,B}.weight`)."""
 
 import contextlib
 import logging
@@ -44,15 +44,15 @@ def lora_metadata(state: dict[str, torch.Tensor], alpha: float) -> dict:
 
 
 def load_lora(denoiser: ModelMixin, state: dict[str, torch.Tensor], *, alpha: float, trainable: bool = False) -> None:
-    """Attaches LoRA tensors as the PEFT adapter "dpt" in place of one already there; the U-Net is frozen.
+    """Attaches LoRA tensors as the PEFT adapter "dpt" in place of one already there; the denoiser is frozen.
 
     Args:
         state: diffusers' names, without a prefix; all of one rank.
         alpha: the update is scaled by alpha / rank.
-        trainable: LoRA gets gradients and float32 values, which a half-precision U-Net would round.
+        trainable: LoRA gets gradients and float32 values, which a half-precision denoiser would round.
 
     Raises:
-        ValueError: a module or a shape that the U-Net does not have.
+        ValueError: a module or a shape that the denoiser does not have.
     """
     modules = dict(denoiser.named_modules())
     for key, tensor in state.items():
@@ -63,7 +63,7 @@ def load_lora(denoiser: ModelMixin, state: dict[str, torch.Tensor], *, alpha: fl
         module, is_down = getattr(module, "base_layer", module), ".lora_A." in key
         wanted, found = (module.in_features, tensor.shape[1]) if is_down else (module.out_features, tensor.shape[0])
         if wanted != found:
-            raise ValueError(f"LoRA tensor {key} is for width {found}; this U-Net's {path} has {wanted}")
+            raise ValueError(f"LoRA tensor {key} is for width {found}; this denoiser's {path} has {wanted}")
     remove_lora(denoiser)
     prefixed = {f"unet.{key}": value for key, value in state.items()}
     metadata = {f"unet.{key}": value for key, value in lora_metadata(state, alpha).items()}
@@ -156,10 +156,10 @@ def add_lora(denoiser: ModelMixin, *, rank: int, alpha: float, blocks: tuple[str
     """Adds a fresh, trainable LoRA (its update starts at zero) to every attention projection, in float32.
 
     Args:
-        blocks: restricts it to these blocks of the U-Net (see `dpt.backbones.blocks`); none means all.
+        blocks: restricts it to these blocks of the denoiser (see `dpt.backbones.blocks`); none means all.
 
     Raises:
-        ValueError: blocks without attention, or that the U-Net does not have.
+        ValueError: blocks without attention, or that the denoiser does not have.
     """
     for block in blocks:
         if parse_feature(block, denoiser.config, "lora.blocks") != (block,) or block == LATENTS:

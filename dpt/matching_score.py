@@ -34,7 +34,7 @@ def matching_score(
     """The matching score of each image, (B,) float32, by a pass of its own that stops at the probed block.
 
     Args:
-        noisy_latents: in the variance-preserving space of the U-Net's input, (B, C, h, w).
+        noisy_latents: in the variance-preserving space of the denoiser's input, (B, C, h, w).
         unet_inputs: further inputs of the U-Net.
     """
     noisy_latents = noisy_latents.to(denoiser.dtype)
@@ -62,7 +62,7 @@ def score_gradient(
 
 
 def gradient_of(score: torch.Tensor, noisy_latents: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The gradient of scores (B,) in the latents that they were computed from by a U-Net of that precision."""
+    """The gradient of scores (B,) in the latents that they were computed from by a denoiser of that precision."""
     scale = HALF_GRADIENT_SCALE if dtype == torch.float16 else 1.0
     (gradient,) = torch.autograd.grad(score.sum() * scale, noisy_latents)
     return gradient / scale

@@ -23,12 +23,12 @@ from dpt.tasks.task import TRUE_PAIR, Pass, Task, passes_of
 
 
 class DPT(nn.Module):
-    """A U-Net (frozen, or with LoRA) and the adapter that reads it.
+    """A denoiser (frozen, or with LoRA) and the adapter that reads it.
 
     Args:
         blocks: the probed blocks; see `dpt.backbones.blocks`.
         scheduler: says what timesteps mean to the denoising loss.
-        train_denoiser: whether gradients reach the U-Net (tune) or stop at its features (probe).
+        train_denoiser: whether gradients reach the denoiser (tune) or stop at its features (probe).
         loss: settings of the losses; by default the paper's.
         itm_layer: the decoder layer that ITM reads.
     """

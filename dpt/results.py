@@ -5,8 +5,6 @@ import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from dpt.files import read_text, write_text
 
 LOG = Path(__file__).resolve().parents[1] / "docs/log"
@@ -33,6 +31,8 @@ def check_replaceable(path: Path, read: Callable[[Path], object], *figures: Path
 
 def check_figure(output: Path) -> None:
     """Raises ValueError unless a figure can be written under that name."""
+    from matplotlib.figure import Figure  # not at the top: whoever asks for --help need not wait for it
+
     formats = Figure().canvas.get_supported_filetypes()
     if output.is_dir() or output.suffix.removeprefix(".") not in formats:
         raise ValueError(f"--output is {output}; it must be the name of a figure, such as {output.stem}.png")

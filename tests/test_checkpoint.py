@@ -153,7 +153,7 @@ def test_weights_of_another_named_model_are_refused_with_both_numbers(released):
 
 def test_lora_for_another_unet_is_refused(released):
     unet = load_stable_diffusion("shapes").denoiser
-    with pytest.raises(ValueError, match=r"is for width \d+; this U-Net's .* has \d+|has no module"):
+    with pytest.raises(ValueError, match=r"is for width \d+; this denoiser's .* has \d+|has no module"):
         load_lora(unet, released.lora, alpha=4)
 
 

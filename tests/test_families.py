@@ -30,7 +30,7 @@ from dpt.backbones.flow import FlowScheduler, variance_scale
 from dpt.backbones.flux import Flux
 from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.stable_diffusion import weights_fingerprint
-from dpt.base_models import CKPT_FOLDER, half_precision, recommended
+from dpt.base_models import CKPT_FOLDER, default_dtype, recommended
 from dpt.checkpoint.checkpoint import DPTCheckpoint, load_checkpoint, save_checkpoint
 from dpt.config import AdapterConfig, DPTConfig
 from dpt.drawing import Artist
@@ -510,9 +510,10 @@ def test_a_model_that_is_not_fetched_says_where_its_licence_is(model, page, caps
 
 
 def test_half_precision_is_bfloat16_for_transformers(folders):
-    assert half_precision(str(folders["sd3"])) == half_precision("sd35-medium") == "bfloat16"
-    assert half_precision(str(folders["flux"])) == half_precision("black-forest-labs/FLUX.1-schnell") == "bfloat16"
-    assert half_precision("shapes") == half_precision("sdxl") == half_precision("sd21-base") == "float16"
+    transformers = (str(folders["sd3"]), "sd35-medium", str(folders["flux"]), "black-forest-labs/FLUX.1-schnell")
+    assert {default_dtype(model, "cuda") for model in transformers} == {"bfloat16"}
+    assert {default_dtype(model, "cuda") for model in ("shapes", "sdxl", "sd21-base")} == {"float16"}
+    assert {default_dtype(model, "cpu") for model in (*transformers, "shapes")} == {"float32"}
 
 
 def test_noising_is_the_variance_preserving_form_of_the_flow():

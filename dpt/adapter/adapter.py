@@ -1,4 +1,4 @@
-"""The discriminative adapter (Qu et al. 2024, section 3.2): a DETR-style reader of U-Net features.
+"""The discriminative adapter (Qu et al. 2024, section 3.2): a DETR-style reader of denoiser features.
 
 Its heads are those of the tasks in `dpt.tasks`.
 
@@ -32,7 +32,7 @@ class FeatureFusion(nn.Module):
 
 
 class DiscriminativeAdapter(nn.Module):
-    """Reads U-Net features with learned queries; the first of them answer ITM, the others REC."""
+    """Reads denoiser features with learned queries; the first of them answer ITM, the others REC."""
 
     def __init__(self, config: AdapterConfig):
         super().__init__()
@@ -64,7 +64,7 @@ class DiscriminativeAdapter(nn.Module):
         """Outputs of all queries after each decoder layer, (layers, B, Q, D).
 
         Args:
-            features: the U-Net's maps, (B, C_k, H_k, W_k) each; concatenated ones are resized to the first's size.
+            features: the denoiser's maps, (B, C_k, H_k, W_k) each; concatenated ones are resized to the first's size.
             timesteps: (B,) or a scalar.
         """
         if self.config.normalize_features:
@@ -112,6 +112,6 @@ class Scorer:
 
     adapter: DiscriminativeAdapter
     blocks: tuple[str, ...]
-    """of the U-Net; see `dpt.backbones.blocks`"""
+    """of the denoiser; see `dpt.backbones.blocks`"""
     itm_layer: int = -1
     """the decoder layer that ITM reads"""

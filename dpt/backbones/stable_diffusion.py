@@ -23,7 +23,6 @@ from dpt.backbones.conditioning import Conditioning
 from dpt.base_models import check_size
 from dpt.settings import Sampling
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 VAE_SLICING_ABOVE = 4  # images encoded or decoded at once
 
 
@@ -64,7 +63,7 @@ class StableDiffusion:
 
     @property
     def default_size(self) -> int:
-        """Height and width in pixels that the U-Net was made for."""
+        """Height and width in pixels that the denoiser was made for."""
         return self.denoiser.config.sample_size * self.vae_scale_factor
 
     @property
@@ -138,7 +137,7 @@ class StableDiffusion:
 
     @property
     def parts(self) -> dict[str, torch.nn.Module]:
-        """Every network by its name in a pipeline, the U-Net last."""
+        """Every network by its name in a pipeline, the denoiser last."""
         return {"text_encoder": self.text_encoder, "vae": self.vae, "unet": self.denoiser}
 
     def stock_pipeline(self) -> DiffusionPipeline:
@@ -190,7 +189,7 @@ class StableDiffusion:
         return {}
 
     def noise_target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What the U-Net is trained to predict: the noise, or the velocity, as its scheduler's config says."""
+        """What the denoiser is trained to predict: the noise, or the velocity, as its scheduler's config says."""
         prediction_type = self.scheduler.config.prediction_type
         if prediction_type == "epsilon":
             return noise

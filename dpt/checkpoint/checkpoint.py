@@ -32,7 +32,7 @@ ADAPTER_FILE, CONFIG_FILE, LORA_FILE = "adapter.safetensors", "config.yaml", "py
 
 
 class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
-    """An adapter, a LoRA for the U-Net (perhaps empty), and their config.
+    """An adapter, a LoRA for the denoiser (perhaps empty), and their config.
 
     `save_pretrained`, `from_pretrained` and `push_to_hub` keep the folder's file names.
     """
@@ -49,7 +49,7 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
         self.released = released
 
     def attach(self, sd: StableDiffusion, *, controls: Iterable[str] = ("none",)) -> Scorer:
-        """Puts the LoRA on the model's U-Net and the adapter on its device, both frozen.
+        """Puts the LoRA on the model's denoiser and the adapter on its device, both frozen.
 
         Args:
             controls: which weights are taken, of `dpt.config.CONTROLS`; those of a control are for measuring alone.

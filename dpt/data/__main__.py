@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from dpt.base_models import DTYPE_NAMES
-from dpt.command_line import ArgumentParser, device, fail, number
+from dpt.command_line import ArgumentParser, fail, number
 from dpt.data.needed_files import needed_files
 from dpt.data.settings import DataSettings
 
@@ -53,16 +53,16 @@ def run_check(args: argparse.Namespace) -> int:
 
 def run_cache_latents(args: argparse.Namespace) -> int:
     """Encodes a folder of images; go on after a kill with the same command."""
+    from dpt.device import DTYPES, usable_device
+
+    device = usable_device(args.device)
     if not Path(args.images).is_dir():
         raise ValueError(f"{args.images} holds no images: it is no folder")
     from dpt.backbones.loading import load_stable_diffusion
-    from dpt.backbones.stable_diffusion import DTYPES
     from dpt.data.latents import cache_folder
-    from dpt.device import usable_device
 
-    sd = load_stable_diffusion(
-        args.model, local_files_only=args.local_files_only, dtype=DTYPES[args.dtype], device=usable_device(args.device)
-    )
+    dtype = DTYPES[args.dtype]
+    sd = load_stable_diffusion(args.model, local_files_only=args.local_files_only, dtype=dtype, device=device)
     size = args.size or sd.default_size
     count = cache_folder(
         sd, Path(args.images), Path(args.output), size=size, batch_size=args.batch_size, shard=args.shard
@@ -73,17 +73,18 @@ def run_cache_latents(args: argparse.Namespace) -> int:
 
 def run_mine_negatives(args: argparse.Namespace) -> int:
     """Writes hard negatives as a folder of items, or as a table where --output ends in .tsv."""
+    from dpt.device import usable_device
+
+    output, device = Path(args.output), usable_device(args.device)
     from dpt.data.coco import load_captions
     from dpt.data.hard_negatives import write_items, write_tsv
     from dpt.data.mine_hard_negatives import mine
     from dpt.data.open_clip_embedder import load_embedders
-    from dpt.device import usable_device
 
-    output = Path(args.output)
     captions = load_captions(Path(args.captions), Path(args.images))
     if not captions:
         raise ValueError(f"--captions {args.captions} holds no caption of an image in {args.images}")
-    embed_texts, embed_images = load_embedders(args.clip, args.pretrained, device=usable_device(args.device))
+    embed_texts, embed_images = load_embedders(args.clip, args.pretrained, device=device)
     items = mine(
         captions,
         embed_texts,
@@ -94,7 +95,7 @@ def run_mine_negatives(args: argparse.Namespace) -> int:
         num_images=args.num_images,
         batch_size=args.batch_size,
         block=args.block,
-        device=usable_device(args.device),
+        device=device,
     )
     (write_tsv if output.suffix == ".tsv" else write_items)(output, items)
     print(f"{output}: hard negatives of {len(items)} captions")
@@ -161,7 +162,7 @@ def make_parser() -> ArgumentParser:
         "config", help="a YAML file: what differs from `dpt.data.draw_trajectories.TrajectorySettings`"
     )
     drawing.add_argument("overrides", nargs="*", metavar="key=value")
-    drawing.add_argument("--device", type=device, help="default: the first GPU, else the CPU")
+    drawing.add_argument("--device", help="default: the first GPU, else the CPU")
     drawing.set_defaults(run=run_trajectories)
 
     for command in (cache, mining):
@@ -169,7 +170,7 @@ def make_parser() -> ArgumentParser:
         command.add_argument("--output", required=True)
         size = number(int, at_least=1, at_most=4096)
         command.add_argument("--batch_size", type=size, default=8 if command is cache else 64)
-        command.add_argument("--device", type=device, help="default: the first GPU, else the CPU")
+        command.add_argument("--device", help="default: the first GPU, else the CPU")
     return parser
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from dpt.backbones.stable_diffusion import DTYPES, weights_fingerprint
+from dpt.backbones.stable_diffusion import weights_fingerprint
 from dpt.base_models import DTYPE_NAMES
 from dpt.bounds import bounded, check_bounds, one_of
 from dpt.choosing import candidate_seeds
@@ -37,6 +37,7 @@ from dpt.data.trajectories import (
     read_shard,
     read_shards,
 )
+from dpt.device import DTYPES
 from dpt.drawing import Artist
 from dpt.evaluation.flags import BLIP_FOLDER, METRICS
 from dpt.evaluation.generate import noise_seed
@@ -180,7 +181,7 @@ def _write_shard(path: Path, tensors: dict[str, torch.Tensor], prompts: list[Dra
 
 
 def _keeper(kept: list[torch.Tensor], steps: list[int]):
-    """A guidance method that changes nothing, and keeps the latents that the U-Net reads at some steps."""
+    """A guidance method that changes nothing, and keeps the latents that the denoiser reads at some steps."""
 
     def method(guidance, sampling, prompts, seeds, trace):
         def denoise(latents, timestep, step):

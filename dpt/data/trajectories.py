@@ -34,7 +34,7 @@ class Manifest(Struct):
 
     model: str
     weights: str
-    """fingerprint of text encoder, U-Net (with LoRA) and autoencoder"""
+    """fingerprint of text encoder, denoiser (with LoRA) and autoencoder"""
     sampling: dict
     dtype: str
     prompts: str
@@ -117,7 +117,7 @@ class Ranked:
     category: str
     timestep: float
     latents: torch.Tensor
-    """(N, C, h, w) float32, as the U-Net reads them"""
+    """(N, C, h, w) float32, as the denoiser reads them"""
     values: torch.Tensor
     """(N,), of the finished pictures"""
 

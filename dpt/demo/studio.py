@@ -11,9 +11,9 @@ import torch
 
 from dpt.adapter.adapter import Scorer
 from dpt.backbones.features import denoiser_features
-from dpt.backbones.stable_diffusion import DTYPES, StableDiffusion
-from dpt.base_models import DPT_WEIGHTS, half_precision, known_name
-from dpt.device import usable_device
+from dpt.backbones.stable_diffusion import StableDiffusion
+from dpt.base_models import DPT_WEIGHTS, default_dtype, known_name
+from dpt.device import DTYPES, usable_device
 from dpt.drawing import Artist
 from dpt.files import check_text
 from dpt.hub import is_hub_id
@@ -202,6 +202,6 @@ def open_studio(
     if not weights.exists() and not is_hub_id(weights):
         raise ValueError(f"self-correction needs an adapter: {weights} is not there; pass --dpt PATH")
     place = usable_device(device)
-    dtype = DTYPES[half_precision(model)] if place.type == "cuda" else torch.float32
+    dtype = DTYPES[default_dtype(model, place.type)]
     artist = Artist.load(model, weights, dtype=dtype, device=place, local_files_only=local_files_only)
     return Studio(artist, artist.sampling.changed(guidance_scale=scale, num_inference_steps=steps))

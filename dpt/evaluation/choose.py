@@ -24,10 +24,11 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from tqdm import tqdm
 
 from dpt.backbones.loading import load_stable_diffusion
-from dpt.backbones.stable_diffusion import DTYPES, weights_fingerprint
+from dpt.backbones.stable_diffusion import weights_fingerprint
 from dpt.base_models import recommended
 from dpt.checkpoint.checkpoint import leaves_t5_out, load_checkpoint
 from dpt.choosing import best, candidate_seeds, rounds, stop_of, with_numbers
+from dpt.device import DTYPES
 from dpt.drawing import Artist
 from dpt.evaluation.flags import judge_options
 from dpt.evaluation.generate import noise_seed, process_state
@@ -247,7 +248,7 @@ def simulate(scores: np.ndarray, values: np.ndarray, n: int, schedule) -> np.nda
 
 
 def cost(schedule, candidates: int, num_steps: int) -> float:
-    """Passes of the U-Net that choosing takes, as a multiple of one plain picture's."""
+    """Passes of the denoiser that choosing takes, as a multiple of one plain picture's."""
     steps = sum(number * (part.stop - part.first) for part, number in with_numbers(schedule, candidates))
     return round(steps / num_steps, 3)
 

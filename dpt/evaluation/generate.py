@@ -24,9 +24,10 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from dpt.backbones.stable_diffusion import DTYPES, weights_fingerprint
+from dpt.backbones.stable_diffusion import weights_fingerprint
 from dpt.base_models import check_one_lora, config_beside
 from dpt.choosing import candidate_seeds
+from dpt.device import DTYPES
 from dpt.drawing import Artist, Drawing, counted_passes
 from dpt.evaluation import correction_controls
 from dpt.evaluation.arms import SETTINGS_FILE, Arm, Settings, differing_arms, read_settings
@@ -112,7 +113,7 @@ class ArmArtist:
     """
 
     def __init__(self, arm: Arm, prompts: list[Prompt], device: torch.device | str):
-        # what was tuned on shuffled labels is an arm too; other controls are of another U-Net or input
+        # what was tuned on shuffled labels is an arm too; other controls are of another denoiser or input
         options = {"controls": ["none", "shuffled_labels"], "dtype": DTYPES[arm.dtype], "device": device}
         self.arm, self.method, self.artist = arm, None, Artist.load(arm.model, arm.dpt, lora=arm.lora, **options)
         self.sd = self.artist.sd

@@ -2,7 +2,7 @@
 
     python evaluate.py pareto outputs/tables/shapes-test-15/s* --ceiling s20 --output docs/pareto.png
 
-A point an arm: the share of correct pictures with its 95 % interval against the U-Net passes that a picture takes,
+A point an arm: the share of correct pictures with its 95 % interval against the passes that a picture takes,
 whole and truncated ones counted alike, and against its seconds. --ceiling names an arm drawn from several noise seeds:
 the line of best-of-N if the oracle itself chose, N from 1 to the number of seeds. Writes the figure and its numbers
 beside it.

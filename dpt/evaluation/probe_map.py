@@ -30,6 +30,7 @@ from dpt.config import AdapterConfig, load_config, save_config
 from dpt.data.collate import as_latents, encode_batch
 from dpt.data.loader import micro_batches
 from dpt.data.sources import training_samples, validation_samples
+from dpt.device import WEIGHT_DTYPES
 from dpt.evaluation.flags import SAME_FEATURES
 from dpt.evaluation.generate import process_state
 from dpt.evaluation.probes import autocast, cell, check_timesteps, load_base
@@ -42,7 +43,6 @@ from dpt.tasks.task import passes_of
 from dpt.training.assembly import adapter_config, encode_options
 from dpt.training.controls import control_batch, control_inputs, control_unet
 from dpt.training.loop import train_stage
-from dpt.training.precision import WEIGHT_DTYPES
 from dpt.training.settings import ModelSettings, TrainConfig
 from dpt.training.validation import PAPER_TIMESTEP, batches_to_measure
 

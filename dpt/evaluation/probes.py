@@ -22,6 +22,7 @@ from dpt.backbones.stable_diffusion import StableDiffusion, weights_fingerprint
 from dpt.checkpoint.checkpoint import DPTCheckpoint, load_checkpoint
 from dpt.config import CONTROLS, load_config
 from dpt.data.sources import validation_samples
+from dpt.device import WEIGHT_DTYPES
 from dpt.evaluation.generate import process_state
 from dpt.files import read_json, write_text
 from dpt.metrics import Interval, crossed_bootstrap
@@ -29,7 +30,6 @@ from dpt.model import DPT
 from dpt.rec_text import load_rec_text_encoder
 from dpt.results import check_replaceable, markdown_table
 from dpt.training.controls import control_unet
-from dpt.training.precision import WEIGHT_DTYPES
 from dpt.training.settings import TrainConfig
 from dpt.training.validation import FIGURES, PAPER_TIMESTEP, measure
 

@@ -4,7 +4,7 @@
 
 Precision among the 1, 5 and 10 surest boxes (a hit overlaps the true box by at least 0.5), by IoU and by generalised
 IoU as the reference counts, for each list of expressions, at t = 500 and in the mean over --timesteps; the expression
-is the U-Net's prompt. Controls may be named along, as for `itm`. Writes rec.json, rec.md, the records, and for each
+is the denoiser's prompt. Controls may be named along, as for `itm`. Writes rec.json, rec.md, the records, and for each
 checkpoint and list a grid of the surest hits and the surest misses (green: true, magenta: found). Of the shapes world
 it also writes one scene with the box of each of eight phrases.
 """

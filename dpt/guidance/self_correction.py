@@ -92,7 +92,7 @@ class SelfCorrection:
         return gradient
 
     def _scale(self, latents, timestep) -> torch.Tensor:
-        """What the scheduler multiplies latents by to make them the U-Net's input."""
+        """What the scheduler multiplies latents by to make them the denoiser's input."""
         return self.guidance.scheduler.scale_model_input(torch.ones_like(latents[:1, :1, :1, :1]), timestep)
 
     def _move_prediction(self, latents, noisy_latents, timestep, step) -> torch.Tensor:

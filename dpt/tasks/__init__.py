@@ -1,8 +1,8 @@
 """The tasks that a run trains on, one a file: its head, loss, target and metric.
 
-`itm` and `rec` (Qu et al. 2024, section 3.2) read the adapter's queries after passes of the U-Net. `denoising` keeps a
-tuned U-Net a generator. `ranking` orders half-drawn pictures of one prompt; `reward` tunes by their score. Importing
-this module imports no torch.
+`itm` and `rec` (Qu et al. 2024, section 3.2) read the adapter's queries after passes of the denoiser. `denoising`
+keeps a tuned denoiser a generator. `ranking` orders half-drawn pictures of one prompt; `reward` tunes by their score.
+Importing this module imports no torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The denoising loss of tuning, which keeps the U-Net a generator. Its head is the U-Net's own output.
+"""The denoising loss of tuning, which keeps the denoiser a generator. Its head is the denoiser's own output.
 
 Shapes: B batch, C latent channels, (h, w) latent size, L text tokens, E context width.
 """

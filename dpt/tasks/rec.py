@@ -191,7 +191,7 @@ def rec_hits(
 
 
 class ReferringExpressions(Task):
-    """The task: find the boxes of an expression, which is the U-Net's prompt.
+    """The task: find the boxes of an expression, which is the denoiser's prompt.
 
     Args:
         loss: settings of the losses and targets; by default the paper's.

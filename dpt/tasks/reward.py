@@ -1,7 +1,7 @@
 """Reward (Clark et al. 2024, DRaFT; Prabhudesai et al. 2023, AlignProp): LoRA that raises the matching score.
 
 A training step draws half of a picture of each caption by the model as it is now. Gradients flow through the last of
-the steps alone. The score is read by an adapter that stands still, from the U-Net without its LoRA: features cannot
+the steps alone. The score is read by an adapter that stands still, from the denoiser without its LoRA: features cannot
 learn to please it.
 
 Shapes: B samples, C latent channels, (h, w) latent size.
@@ -95,7 +95,7 @@ def reward_loss(
 
 @contextlib.contextmanager
 def without_lora(denoiser):
-    """The U-Net as it was before LoRA."""
+    """The denoiser as it was before LoRA."""
     denoiser.disable_adapters()
     try:
         yield

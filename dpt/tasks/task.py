@@ -1,4 +1,4 @@
-"""The interface of a task that reads the adapter's queries, and the passes of the U-Net that tasks ask for.
+"""The interface of a task that reads the adapter's queries, and the passes of the denoiser that tasks ask for.
 
 Shapes: B batch, Q queries, D width.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Pass(NamedTuple):
-    """An image under a text, through the U-Net up to the probed block."""
+    """An image under a text, through the denoiser up to the probed block."""
 
     image: int
     """0 the image of the pair, 1 its hard negative, 2 a random one"""
@@ -77,7 +77,7 @@ class Task:
 def passes_of(tasks: Iterable[Task]) -> list[Pass]:
     """The passes that the tasks' losses compare, each once, in the order of a batch.
 
-    The expression is first. The true pair is last, where a pass through the whole U-Net can stand in for it.
+    The expression is first. The true pair is last, where a pass through the whole denoiser can stand in for it.
     """
     passes = {one for task in tasks for one in task.passes}
     return sorted(passes, key=lambda p: (p == TRUE_PAIR, p.text is not None, p.image, p.text or 0))

@@ -1,4 +1,4 @@
-"""The parts of a training run, from a config and a start: the U-Net with its LoRA, and the adapter."""
+"""The parts of a training run, from a config and a start: the denoiser with its LoRA, and the adapter."""
 
 from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.backbones.blocks import is_transformer, parse_feature

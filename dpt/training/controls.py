@@ -1,6 +1,6 @@
 """Controls of a probe: something is taken away from it, to see what its accuracy is worth.
 
-A probe that does as well without the U-Net's features, or without the text, has not read alignment off the U-Net
+A probe that does as well without the denoiser's features, or without the text, has not read alignment off the denoiser
 (Hewitt & Liang 2019). A control changes what the model is given, and nothing else.
 """
 
@@ -14,7 +14,7 @@ from dpt.data.collate import Batch, as_latents
 
 
 def control_unet(control: str, sd: StableDiffusion) -> None:
-    """`random_unet` puts a U-Net of the same kind with random weights, always the same, in the model's place."""
+    """`random_unet` puts a denoiser of the same kind with random weights, always the same, in the model's place."""
     if control != "random_unet":
         return
     with torch.random.fork_rng(devices=[]):

@@ -8,9 +8,9 @@ from dpt.backbones.architecture import Architecture, architecture
 from dpt.backbones.blocks import block_channels, block_side, parse_feature
 from dpt.base_models import checkpoints, config_beside
 from dpt.config import AdapterConfig
+from dpt.device import WEIGHT_DTYPES
 from dpt.tasks import tasks_of
 from dpt.tasks.task import passes_of
-from dpt.training.precision import WEIGHT_DTYPES
 from dpt.training.settings import TrainConfig, adapter_config, check_stage, check_start
 
 ROBERTA_WIDTH, ROBERTA_PARAMETERS = 768, 125_000_000

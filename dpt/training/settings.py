@@ -211,7 +211,7 @@ def _check_losses(config: TrainConfig) -> None:
 
 
 def adapter_config(config: TrainConfig, unet_config, *, text_dim: int, rec_text_dim: int) -> AdapterConfig:
-    """The sizes of the configured adapter for a U-Net of that config and text encoders of those widths."""
+    """The sizes of the configured adapter for a denoiser of that config and text encoders of those widths."""
     blocks = parse_feature(config.model.feature, unet_config)
     return AdapterConfig(
         in_channels=[block_channels(block, unet_config) for block in blocks],
@@ -273,7 +273,7 @@ def check_stage(config: TrainConfig, stage: str, num_train_timesteps: int, *, go
         if stage == "probe" and value != default:
             raise ValueError(f"{name} is set; a probe trains no LoRA and denoises nothing, it is for tune")
     if stage == "probe" and config.model.gradient_checkpointing:
-        raise ValueError("model.gradient_checkpointing is true; probe keeps nothing of the U-Net that it could save")
+        raise ValueError("model.gradient_checkpointing is true; probe keeps nothing of the denoiser that it could save")
     final = num_train_timesteps - 1
     given = {"noise.first_timestep": config.noise.first_timestep, "noise.last_timestep": config.noise.last_timestep}
     for name, value in {**given, "validation.timesteps": max(config.validation.timesteps)}.items():

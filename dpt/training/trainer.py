@@ -1,4 +1,4 @@
-"""The one training loop of both stages: probe (the adapter on a frozen U-Net) and tune (adapter and LoRA).
+"""The one training loop of both stages: probe (the adapter on a frozen denoiser) and tune (adapter and LoRA).
 
 A step's samples, noise, timesteps and dropout are functions of the seed and the step, so that a killed run goes on as
 if it had never stopped, and several processes train as one does with the joint batch.
@@ -25,6 +25,7 @@ from dpt.data.collate import Batch, collate, encode_batch
 from dpt.data.loader import micro_batches
 from dpt.data.sources import ranked_prompts, training_samples, validation_samples
 from dpt.data.trajectories import encode_ranked
+from dpt.device import WEIGHT_DTYPES
 from dpt.peak_memory import peak_mb
 from dpt.rec_text import load_rec_text_encoder
 from dpt.tasks.reward import reward_inputs
@@ -32,7 +33,6 @@ from dpt.tasks.task import EXPRESSION, TRUE_PAIR
 from dpt.training.accelerator import learning_rate_factor, make_accelerator, schedule_stretch
 from dpt.training.assembly import encode_options, make_model, trained_weights
 from dpt.training.controls import control_batch, control_inputs, control_unet
-from dpt.training.precision import WEIGHT_DTYPES
 from dpt.training.run_folder import (
     RunLog,
     check_run,

@@ -11,13 +11,12 @@ import torch
 from tqdm import tqdm
 
 from dpt.backbones.features import denoiser_features
-from dpt.backbones.stable_diffusion import DTYPES
-from dpt.base_models import half_precision, recommended
+from dpt.base_models import default_dtype, recommended
 from dpt.benchmark.steps import guided_step_kinds, median_seconds
 from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.data.coco import load_captions, load_pixels
 from dpt.data.refcoco import load_expressions
-from dpt.device import usable_device
+from dpt.device import DTYPES, usable_device
 from dpt.drawing import Artist
 from dpt.images import make_grid, to_pixels
 from dpt.lora import lora_state
@@ -44,7 +43,7 @@ class Verification:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.device = usable_device(args.device)
-        self.half = DTYPES[half_precision(args.model)] if self.device.type == "cuda" else torch.bfloat16
+        self.half = DTYPES[default_dtype(args.model, self.device.type, elsewhere="bfloat16")]
         self.artist = self.load(torch.float32)
         self.sd, self.scorer = self.artist.sd, self.artist.scorer
         self.prompts = PROMPTS["shapes" if args.model == "shapes" else "other"]
@@ -112,7 +111,7 @@ class Verification:
         The score is the largest of several queries', so that against its gradient another one may take over.
         """
         z = initial_noise(list(range(8)), self.sd.latent_shape()).to(self.device)
-        # pure noise is what the U-Net expects at the last timestep
+        # pure noise is what the denoiser expects at the last timestep
         timestep = torch.tensor(self.sd.scheduler.config.num_train_timesteps - 1, device=self.device)
         texts = self.sd.condition((self.prompts * 4)[:8])
         before, gradient = score_gradient(self.sd.denoiser, self.scorer, z, timestep, texts)
