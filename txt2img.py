@@ -28,12 +28,12 @@ from dpt.base_models import (
     pipeline_of,
     recommended,
 )
-from dpt.choosing import CANDIDATES_APART
+from dpt.choosing_rules import CANDIDATES_APART
 from dpt.command_line import ArgumentParser, fail, heavy_imports, is_out_of_memory, number
 from dpt.files import check_text, read_text, text_lines
 from dpt.flags import add_sampling_flags, given_sampling, refuse_reference_flags
 from dpt.hub import fetch_weights, is_hub_id
-from dpt.settings import SEED_LIMIT, Sampling
+from dpt.sampling_settings import SEED_LIMIT, Sampling
 
 MAX_PICTURES = 10_000_000  # of a run, months on a GPU
 

@@ -3,7 +3,7 @@
 import importlib
 
 __version__ = "0.1.0"
-_HOMES = {"Artist": "dpt.drawing", "Sampling": "dpt.settings", "SelfCorrectionPipeline": "dpt.pipeline"}
+_HOMES = {"Artist": "dpt.drawing", "Sampling": "dpt.sampling_settings", "SelfCorrectionPipeline": "dpt.pipeline"}
 
 
 def __dir__() -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dpt.config import DPTConfig, load_config
 from dpt.files import read_json
-from dpt.settings import PAPER, Sampling
+from dpt.sampling_settings import PAPER, Sampling
 
 CKPT_FOLDER = Path(__file__).resolve().parents[1] / "ckpt"
 

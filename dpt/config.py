@@ -12,7 +12,7 @@ import yaml
 
 from dpt.bounds import bounded, check_bounds, one_of
 from dpt.files import in_words, read_text, write_text
-from dpt.settings import Sampling
+from dpt.sampling_settings import Sampling
 from dpt.tasks import LossWeights
 from dpt.typed_yaml import read_document, read_override
 

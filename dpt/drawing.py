@@ -20,9 +20,9 @@ from dpt.backbones.offload import offload
 from dpt.backbones.stable_diffusion import StableDiffusion, advice_against_nan
 from dpt.base_models import DEFAULT_MODEL, OFFLOADS, check_one_lora, recommended
 from dpt.bounds import Bounds
-from dpt.candidates import Candidates, Chosen, draw_and_choose
 from dpt.checkpoint.checkpoint import DPTCheckpoint, leaves_t5_out, load_checkpoint
-from dpt.choosing import candidate_seeds
+from dpt.choosing import Candidates, Chosen, draw_and_choose
+from dpt.choosing_rules import candidate_seeds
 from dpt.device import usable_device
 from dpt.guidance import guided
 from dpt.guidance.attend_and_excite import subject_tokens
@@ -30,8 +30,8 @@ from dpt.images import to_images
 from dpt.lora import load_external_lora
 from dpt.matching_score import ScoreReader
 from dpt.sampling import ClassifierFreeGuidance, Guidance, initial_noise
+from dpt.sampling_settings import SEED_LIMIT, Sampling
 from dpt.schedulers import make_scheduler, set_timesteps
-from dpt.settings import SEED_LIMIT, Sampling
 
 
 @dataclass

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import fields
 
 from dpt.command_line import ArgumentParser, number
-from dpt.settings import Sampling
+from dpt.sampling_settings import Sampling
 
 FLAGS = {
     "guidance_scale": (("--scale",), "guidance scale (default: 7.5, of shapes 5; the model's own of others)"),

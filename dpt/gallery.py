@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 import dpt
 from dpt.backbones.stable_diffusion import weights_fingerprint
-from dpt.choosing import rounds, with_numbers
+from dpt.choosing_rules import rounds, with_numbers
 from dpt.device import DTYPES
 from dpt.drawing import Artist, Drawing
 from dpt.images import append_metadata, compbench_stem, make_grid, numbered, read_metadata, save_new
+from dpt.sampling_settings import Sampling
 from dpt.score_traces import trace_of, write_traces
-from dpt.settings import Sampling
 
 GRID_ROWS, GRID_COLUMNS = 12, 8
 

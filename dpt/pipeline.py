@@ -20,12 +20,12 @@ from dpt.backbones.conditioning import Conditioning
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.base_models import FLUX, SD_3, SD_XL, check_size, pipeline_of, recommended
 from dpt.bounds import Bounds
-from dpt.candidates import Candidates, draw_and_choose
 from dpt.checkpoint.checkpoint import load_checkpoint
+from dpt.choosing import Candidates, draw_and_choose
 from dpt.guidance import guided
 from dpt.matching_score import ScoreReader
 from dpt.sampling import ClassifierFreeGuidance, Guidance, sample
-from dpt.settings import PAPER, Sampling
+from dpt.sampling_settings import PAPER, Sampling
 
 
 class SelfCorrectionPipeline(StableDiffusionPipeline):

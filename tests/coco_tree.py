@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dpt.data.hard_negatives import ItmItem, write_items, write_tsv
+from dpt.data.hard_negative_files import ItmItem, write_items, write_tsv
 from dpt.shapes.scenes import render
 from dpt.shapes.world import ShapesWorld
 

@@ -10,8 +10,8 @@ from dpt.backbones.loading import load_stable_diffusion
 from dpt.drawing import Artist
 from dpt.guidance.attend_and_excite import AttendAndExcite, stored_attention, subject_tokens
 from dpt.sampling import ClassifierFreeGuidance, initial_noise, sample
+from dpt.sampling_settings import Sampling
 from dpt.schedulers import set_timesteps
-from dpt.settings import Sampling
 from dpt.training.controls import control_unet
 
 PROMPTS = ["a red circle and a blue square", "two green stars"]

@@ -8,9 +8,9 @@ import pytest
 from dpt.backbones.loading import load_stable_diffusion
 from dpt.base_models import CKPT_FOLDER
 from dpt.checkpoint.checkpoint import load_checkpoint
-from dpt.choosing import CANDIDATES_APART, Round, best, candidate_seeds, rounds
+from dpt.choosing_rules import CANDIDATES_APART, Round, best, candidate_seeds, rounds
 from dpt.drawing import Artist
-from dpt.settings import PAPER, Sampling
+from dpt.sampling_settings import PAPER, Sampling
 
 PROMPTS = ["a red circle and a blue square", "two green stars"]
 STEPS = Sampling(guidance_scale=5, num_inference_steps=6, height=64, width=64)

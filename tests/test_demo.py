@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from dpt.choosing import candidate_seeds
+from dpt.choosing_rules import candidate_seeds
 from dpt.demo import __main__ as demo
 from dpt.demo import studio as studios
 from dpt.demo.studio import Stopped, Studio, find_phrase, in_steps
 from dpt.drawing import Artist
 from dpt.images import with_boxes
-from dpt.settings import Sampling
+from dpt.sampling_settings import Sampling
 from tests.browser import open_browser
 
 ROOT = Path(__file__).parents[1]

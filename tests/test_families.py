@@ -38,7 +38,7 @@ from dpt.images import read_metadata
 from dpt.lora import add_lora, load_external_lora, lora_state
 from dpt.matching_score import matching_score, score_gradient
 from dpt.sampling import initial_noise
-from dpt.settings import Sampling
+from dpt.sampling_settings import Sampling
 from dpt.verify.__main__ import main as verify
 from dpt.verify.stock import stock_latents
 from tests.families import FAMILIES, PROJECTION, WIDTH, make_flux, make_sd3

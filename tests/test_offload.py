@@ -11,7 +11,7 @@ from dpt.backbones.offload import offload
 from dpt.config import AdapterConfig
 from dpt.drawing import Artist
 from dpt.images import read_metadata
-from dpt.settings import Sampling
+from dpt.sampling_settings import Sampling
 from tests.families import FAMILIES
 
 PROMPTS, CPU = ["a red circle", "two green stars"], torch.device("cpu")

@@ -23,7 +23,7 @@ from dpt.guidance.attend_and_excite import subject_tokens
 from dpt.guidance.self_correction import SelfCorrection
 from dpt.matching_score import score_gradient
 from dpt.sampling import ClassifierFreeGuidance, initial_noise
-from dpt.settings import Sampling
+from dpt.sampling_settings import Sampling
 
 
 @pytest.fixture(scope="module")

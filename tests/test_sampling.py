@@ -7,8 +7,8 @@ from dpt.backbones.loading import load_stable_diffusion
 from dpt.base_models import CKPT_FOLDER
 from dpt.drawing import Artist
 from dpt.sampling import ClassifierFreeGuidance, initial_noise, sample
+from dpt.sampling_settings import Sampling
 from dpt.schedulers import set_timesteps
-from dpt.settings import Sampling
 
 PROMPTS = ["a red circle", "two blue stars above a green square"]
 

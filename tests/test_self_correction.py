@@ -13,8 +13,8 @@ from dpt.guidance.self_correction import SelfCorrection
 from dpt.lora import load_lora, lora_key
 from dpt.matching_score import ScoreReader, matching_score, score_gradient
 from dpt.sampling import ClassifierFreeGuidance, sample
+from dpt.sampling_settings import Sampling
 from dpt.schedulers import make_scheduler, set_timesteps
-from dpt.settings import Sampling
 from tests.test_adapter import load_golden_adapter
 
 CASES = {"cf05": 0.5, "cf0": 0.0, "cf05_lora": 0.5, "cf50": 50.0}

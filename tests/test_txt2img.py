@@ -328,7 +328,7 @@ def test_a_damaged_metadata_file_is_gone_on_with(tmp_path, capsys):
 
 
 def test_pictures_that_are_not_finite_are_not_saved(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dpt.candidates.sample", lambda *args, **kwargs: args[2] * float("nan"))
+    monkeypatch.setattr("dpt.choosing.sample", lambda *args, **kwargs: args[2] * float("nan"))
     assert draw(tmp_path, "--prompt", "a red circle", "--candidates", "1") == 2
     assert "the latents are not finite" in capsys.readouterr().err
     assert not read_metadata(tmp_path)

@@ -1,4 +1,4 @@
-"""What prompts become for a denoiser and the adapter.
+"""What prompts become for a denoiser and the adapter: `StableDiffusion.condition` of each family makes it.
 
 Shapes: B images, L text tokens, E context width, P pooled width.
 """

@@ -10,7 +10,7 @@ from diffusers import FluxPipeline
 
 from dpt.backbones.conditioning import Conditioning
 from dpt.backbones.sd3 import StableDiffusion3
-from dpt.settings import Sampling
+from dpt.sampling_settings import Sampling
 
 DISTILLED_GUIDANCE = 3.5
 """of the models that were distilled from guided ones, as their stock pipeline has it"""

@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from dpt.backbones.conditioning import Conditioning
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.base_models import check_size
-from dpt.settings import Sampling
+from dpt.sampling_settings import Sampling
 
 T5_TOKENS = 256
 """that T5 reads in the stock pipeline"""

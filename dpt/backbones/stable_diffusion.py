@@ -21,7 +21,7 @@ from transformers import BatchEncoding, CLIPTextModel, CLIPTokenizer
 
 from dpt.backbones.conditioning import Conditioning
 from dpt.base_models import check_size
-from dpt.settings import Sampling
+from dpt.sampling_settings import Sampling
 
 VAE_SLICING_ABOVE = 4  # images encoded or decoded at once
 

@@ -22,8 +22,8 @@ from dpt.lora import add_lora
 from dpt.model import DPT, conditioning_of
 from dpt.peak_memory import peak_mb, reset_peak
 from dpt.sampling import ClassifierFreeGuidance
+from dpt.sampling_settings import PAPER
 from dpt.schedulers import make_scheduler, set_timesteps
-from dpt.settings import PAPER
 
 
 def median_seconds(kinds: dict[str, Callable], repeats: int) -> dict[str, float]:

@@ -77,8 +77,8 @@ def run_mine_negatives(args: argparse.Namespace) -> int:
 
     output, device = Path(args.output), usable_device(args.device)
     from dpt.data.coco import load_captions
-    from dpt.data.hard_negatives import write_items, write_tsv
-    from dpt.data.mine_hard_negatives import mine
+    from dpt.data.hard_negative_files import write_items, write_tsv
+    from dpt.data.hard_negatives import mine
     from dpt.data.open_clip_embedder import load_embedders
 
     captions = load_captions(Path(args.captions), Path(args.images))

@@ -9,7 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dpt.data.coco import base_name, read_captions, read_coco_json, stable_id
-from dpt.data.hard_negatives import INDEX_FILE, ItmNegatives
+from dpt.data.hard_negative_files import INDEX_FILE, ItmNegatives
 from dpt.data.latents import IMAGE_SUFFIXES, MANIFEST, read_manifest, verify_folder
 from dpt.data.refcoco import Expression, ExpressionBox, load_expressions, read_expressions
 from dpt.files import write_text

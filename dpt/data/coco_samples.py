@@ -10,7 +10,7 @@ from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.data.coco import base_name, image_path, load_pixels
 from dpt.data.collate import Sample, sample_generator
 from dpt.data.flip import can_mirror, mirror_text
-from dpt.data.hard_negatives import ItmItem, ItmNegatives
+from dpt.data.hard_negative_files import ItmItem, ItmNegatives
 from dpt.data.latents import LatentFolder
 from dpt.data.refcoco import ReferredImage, load_expressions
 from dpt.data.settings import DataSettings

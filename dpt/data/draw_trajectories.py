@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dpt.backbones.stable_diffusion import weights_fingerprint
 from dpt.base_models import DTYPE_NAMES
 from dpt.bounds import bounded, check_bounds, one_of
-from dpt.choosing import candidate_seeds
+from dpt.choosing_rules import candidate_seeds
 from dpt.config import differences
 from dpt.data.trajectories import (
     MANIFEST,
@@ -41,12 +41,12 @@ from dpt.device import DTYPES
 from dpt.drawing import Artist
 from dpt.evaluation.flags import BLIP_FOLDER, METRICS
 from dpt.evaluation.generate import noise_seed
+from dpt.evaluation.judges import make_judge, value_of
 from dpt.evaluation.prompts import load_prompt_set
-from dpt.evaluation.scorers import make_judge, value_of
 from dpt.files import append_line, read_json, read_json_lines, replacing, write_text
 from dpt.images import to_images
+from dpt.sampling_settings import values
 from dpt.schedulers import make_scheduler, set_timesteps
-from dpt.settings import values
 
 
 @dataclass

@@ -1,138 +1,145 @@
-"""Hard negatives for image-text matching, in the layouts that users have.
+"""Hard negatives by CLIP: for each caption the most similar captions, and images, of other images.
 
-A folder holds `imgname2txtid.json`, {image file: [text ids]}, and one `{id:05d}.json` a text with `title`, `filepath`,
-`neg_caption` and `neg_image`, the last two as Python-literal strings of lists. A `.tsv` holds the same four columns.
+Embeddings lie in files, and similarities are computed in blocks, so that memory does not grow with the data.
 """
 
-import ast
-import csv
+import hashlib
 import json
-import re
-from dataclasses import dataclass
-from functools import lru_cache
-from io import StringIO
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
 
-from msgspec import Meta, Struct, convert
+import numpy as np
+import torch
+from tqdm import tqdm
 
-from dpt.data.coco import Name, base_name, check_characters
-from dpt.files import read_json, read_text, write_text
+from dpt.array_files import save_array
+from dpt.data.coco import CaptionedImage
+from dpt.data.hard_negative_files import ItmItem
+from dpt.files import replacing
 
-INDEX_FILE = "imgname2txtid.json"
-FIELDS = ("title", "filepath", "neg_caption", "neg_image")
-MAX_LIST = 100_000  # characters
-_STRING = r"u?(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")"
-_LIST = re.compile(rf"\s*\[\s*{_STRING}\s*(?:,\s*{_STRING}\s*)*,?\s*\]\s*", re.DOTALL)
-
-TextId = Annotated[int, Meta(ge=0, le=10**12)]
+Embedder = Callable[[list], torch.Tensor]
 
 
-class ItmRow(Struct):
-    """An item as its file has it."""
+def embed_to_file(
+    items: Sequence, embed: Embedder, path: Path, *, key: str, batch_size: int, chunk: int = 4096
+) -> np.ndarray:
+    """Unit vectors (N, D) float16 of items, memory-mapped from `path`; a killed run goes on with the chunk it was in.
 
-    title: str
-    filepath: Name
-    neg_caption: str
-    neg_image: str
+    Args:
+        embed: a list of items -> (B, D).
+        key: names the model and the items; a file made for another key is made anew.
+    """
+    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+    parts, done = path.with_name(f"{path.name}.{digest}"), path.with_name(f"{path.name}.{digest}.npy")
+    if not done.exists():
+        for start in tqdm(range(0, len(items), chunk), desc=path.stem, mininterval=2):
+            part = parts / f"{start:08d}.npy"
+            if not part.exists():
+                stop = min(start + chunk, len(items))
+                rows = [embed(list(items[i : min(i + batch_size, stop)])) for i in range(start, stop, batch_size)]
+                vectors = torch.nn.functional.normalize(torch.cat(rows).float(), dim=1).half().cpu().numpy()
+                save_array(part, vectors)
+        files = sorted(parts.glob("????????.npy"))
+        width = np.load(files[0], mmap_mode="r").shape[1]
+        with replacing(done) as temporary:
+            whole = np.lib.format.open_memmap(temporary, "w+", np.float16, (len(items), width))
+            for file in files:
+                rows = np.load(file)
+                whole[int(file.stem) : int(file.stem) + len(rows)] = rows
+            whole.flush()
+        shutil.rmtree(parts)
+    return np.load(done, mmap_mode="r")
 
 
-@dataclass(frozen=True)
-class ItmItem:
-    """A caption, its image's file name, and captions and image files that are similar but not true of it."""
+def most_similar(
+    queries: np.ndarray,
+    query_groups: np.ndarray,
+    keys: np.ndarray,
+    key_groups: np.ndarray,
+    count: int,
+    *,
+    block: int = 4096,
+    device: torch.device | str = "cpu",
+) -> np.ndarray:
+    """For each query the keys of largest dot product that are of other groups, best first.
 
-    title: str
-    image: str
-    neg_captions: tuple[str, ...]
-    neg_images: tuple[str, ...]
+    Args:
+        queries (N, D), keys (M, D): arrays or memory maps; `block` rows of each are in memory at once.
+        query_groups (N, G), key_groups (M, G): a pair that agrees in a column is left out; such as captions of one
+            image.
+
+    Returns:
+        Indices (N, count) of keys; -1 where there are fewer keys of other groups.
+    """
+    found = np.full((len(queries), count), -1, np.int64)
+    for start in tqdm(range(0, len(queries), block), desc="most similar", mininterval=2):
+        rows = torch.from_numpy(np.asarray(queries[start : start + block], np.float32)).to(device)
+        groups = torch.from_numpy(query_groups[start : start + block]).to(device)
+        best = torch.full((len(rows), count), -torch.inf, device=device)
+        index = torch.full((len(rows), count), -1, dtype=torch.long, device=device)
+        for first in range(0, len(keys), block):
+            columns = torch.from_numpy(np.asarray(keys[first : first + block], np.float32)).to(device)
+            others = torch.from_numpy(key_groups[first : first + block]).to(device)
+            same = torch.zeros(len(rows), len(columns), dtype=torch.bool, device=device)
+            for column in range(groups.shape[1]):
+                same |= groups[:, column, None] == others[None, :, column]
+            scores = (rows @ columns.T).masked_fill(same, -torch.inf)
+            values, places = scores.topk(min(count, len(columns)), dim=1)
+            best, chosen = torch.cat([best, values], dim=1).topk(count, dim=1)
+            index = torch.cat([index, places + first], dim=1).gather(1, chosen)
+        found[start : start + block] = torch.where(best.isneginf(), -1, index).cpu().numpy()
+    return found
 
 
-class ItmNegatives:
-    """Items by text id, read when asked for (a folder) or at once (a `.tsv`).
+def mine(
+    captions: list[CaptionedImage],
+    embed_texts: Embedder,
+    embed_images: Embedder,
+    work: Path,
+    *,
+    key: str,
+    num_texts: int = 20,
+    num_images: int = 4,
+    batch_size: int = 64,
+    block: int = 4096,
+    device: torch.device | str = "cpu",
+) -> dict[int, ItmItem]:
+    """Hard negatives of every caption, by its place in the list.
 
-    `texts_of` has the text ids of each image, by its name without folders.
+    Args:
+        embed_texts, embed_images: captions, and paths of image files, to vectors in one space.
+        work: where embeddings are kept.
+        key: names the model.
 
     Raises:
-        ValueError: there is neither layout, or a file holds something else; it is named.
+        ValueError: fewer than two images.
     """
-
-    def __init__(self, path: Path):
-        self.path, self._rows, self.texts_of = path, None, {}
-        if path.is_dir():
-            index = read_json(path / INDEX_FILE, dict[Name, list[TextId]])
-        else:
-            self._rows, index = _read_tsv(path), {}
-            for i, row in enumerate(self._rows):
-                index.setdefault(row.filepath, []).append(i)
-        for name, ids in index.items():
-            self.texts_of.setdefault(base_name(name), []).extend(ids)
-        self.ids = sorted(i for ids in index.values() for i in ids)
-        if not self.ids:
-            raise ValueError(f"{path} holds no items")
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @lru_cache(maxsize=4096)  # noqa: B019 of the class, so that samples can be sent to worker processes
-    def item(self, text_id: int) -> ItmItem:
-        """The captions and images of a text's number. Raises ValueError naming a file that holds something else."""
-        if self._rows is None:
-            where = self.path / f"{text_id:05d}.json"
-            row = read_json(where, ItmRow)
-        else:
-            where, row = f"{self.path}, row {text_id + 1}", self._rows[text_id]
-        try:
-            lists = [_literal_list(name, getattr(row, name)) for name in FIELDS[2:]]
-            return ItmItem(check_characters("title", row.title), check_characters("filepath", row.filepath), *lists)
-        except ValueError as error:
-            raise ValueError(f"{where} is no item of hard negatives: {error}") from error
-
-
-def _literal_list(name: str, text: str) -> tuple[str, ...]:
-    """The strings of a Python-literal list; its form is looked at before Python's parser is, which takes any depth."""
-    if len(text) > MAX_LIST or not _LIST.fullmatch(text):
-        raise ValueError(f"{name}: {text[:60]!r} is no list of strings")
-    try:
-        return tuple(check_characters(name, value) for value in ast.literal_eval(text.strip()))
-    except SyntaxError as error:  # such as an escape that is cut off
-        raise ValueError(f"{name}: {text[:60]!r} is no list of strings") from error
-
-
-def _read_tsv(path: Path) -> list[ItmRow]:
-    csv.field_size_limit(2**24)
-    try:
-        reader = csv.DictReader(StringIO(read_text(path), newline=""), delimiter="\t")
-        missing = [name for name in FIELDS if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{path} lacks the columns {', '.join(missing)}")
-        rows = list(reader)
-    except csv.Error as error:
-        raise ValueError(f"{path} cannot be read as a table: {error}") from error
-    for number, row in enumerate(rows, 1):
-        if empty := [name for name in FIELDS if row[name] is None or not (row[name] or name == "title")]:
-            raise ValueError(f"{path}, row {number}: {empty[0]} is missing")
-    return [convert({name: row[name] for name in FIELDS}, ItmRow) for row in rows]
-
-
-def write_items(folder: Path, items: dict[int, ItmItem]) -> None:
-    """Writes the folder layout; the index last, so that a folder with an index is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    texts_of: dict[str, list[int]] = {}
-    for text_id, item in items.items():
-        texts_of.setdefault(item.image, []).append(text_id)
-        (folder / f"{text_id:05d}.json").write_text(json.dumps(_row(item)))
-    write_text(folder / INDEX_FILE, json.dumps(texts_of))
-
-
-def write_tsv(path: Path, items: dict[int, ItmItem]) -> None:
-    """Writes the table layout, at once or not at all."""
-    table = StringIO(newline="")
-    writer = csv.DictWriter(table, FIELDS, delimiter="\t")
-    writer.writeheader()
-    writer.writerows(_row(item) for item in items.values())
-    write_text(path, table.getvalue())
-
-
-def _row(item: ItmItem) -> dict[str, str]:
-    values = (item.title, item.image, repr(list(item.neg_captions)), repr(list(item.neg_images)))
-    return dict(zip(FIELDS, values, strict=True))
+    files = sorted({c.path for c in captions})
+    if len(files) < 2:
+        raise ValueError(f"hard negatives need captions of at least 2 images, not {len(files)}")
+    number = {path: k for k, path in enumerate(files)}
+    image_of = np.array([number[c.path] for c in captions])
+    texts = list(dict.fromkeys(c.caption for c in captions))  # each once, whatever images it is of
+    distinct = {text: k for k, text in enumerate(texts)}
+    text_of = np.array([distinct[c.caption] for c in captions])
+    own: list[set[int]] = [set() for _ in files]
+    shown: list[set[int]] = [set() for _ in texts]  # images that a text is of
+    for image, text in zip(image_of.tolist(), text_of.tolist(), strict=True):
+        own[image].add(text)
+        shown[text].add(image)
+    keys = [json.dumps([key, *contents]) for contents in (texts, [path.name for path in files])]
+    text_rows = embed_to_file(texts, embed_texts, work / "texts", key=keys[0], batch_size=batch_size)
+    image_rows = embed_to_file(files, embed_images, work / "images", key=keys[1], batch_size=batch_size)
+    # of each text so many that enough are left without an image's own texts, or without the text's own images
+    limits = {"block": block, "device": device}
+    of_none, all_texts, all_images = (np.full((len(x), 1), k) for k, x in enumerate((texts, texts, files)))
+    most_own, most_shown = max(map(len, own)), max(map(len, shown))
+    texts_near = most_similar(text_rows, of_none, text_rows, all_texts, num_texts + most_own, **limits)
+    images_near = most_similar(text_rows, of_none, image_rows, all_images, num_images + most_shown, **limits)
+    items = {}
+    for k, (caption, text, image) in enumerate(zip(captions, text_of.tolist(), image_of.tolist(), strict=True)):
+        others = [texts[i] for i in texts_near[text] if i >= 0 and i not in own[image]]
+        pictures = [files[i].name for i in images_near[text] if i >= 0 and i not in shown[text]]
+        items[k] = ItmItem(caption.caption, caption.path.name, tuple(others[:num_texts]), tuple(pictures[:num_images]))
+    return items

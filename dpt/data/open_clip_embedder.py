@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 from dpt.data.coco import open_image
-from dpt.data.mine_hard_negatives import Embedder
+from dpt.data.hard_negatives import Embedder
 from dpt.files import read_json
 from dpt.weights import UNPICKLING_ERRORS
 

@@ -14,7 +14,7 @@ from dpt.base_models import DPT_WEIGHTS, check_name, known_name
 from dpt.command_line import ArgumentParser, fail, number
 from dpt.files import check_text
 from dpt.hub import is_hub_id
-from dpt.settings import CORRECTION_TARGETS, DEFAULT_CHOOSE_AT
+from dpt.sampling_settings import CORRECTION_TARGETS, DEFAULT_CHOOSE_AT
 
 LOOPBACK = "127.0.0.1"
 EXAMPLE = "a red circle left of a blue square"

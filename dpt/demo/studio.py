@@ -19,7 +19,7 @@ from dpt.files import check_text
 from dpt.hub import is_hub_id
 from dpt.images import to_pixels, with_boxes
 from dpt.sampling import initial_noise
-from dpt.settings import SEED_LIMIT, Sampling
+from dpt.sampling_settings import SEED_LIMIT, Sampling
 from dpt.tasks.rec import objectness
 from dpt.worlds import grammar_note
 

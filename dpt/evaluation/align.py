@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dpt.evaluation.flags import METRICS, judge_options
-from dpt.evaluation.scorers import Judge, make_judge
+from dpt.evaluation.judges import Judge, make_judge
 from dpt.files import append_line, read_json_lines
 from dpt.images import METADATA_FILE, read_image, read_metadata, read_records
 from dpt.shapes.oracle import Label

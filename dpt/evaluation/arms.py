@@ -18,7 +18,7 @@ from dpt.bounds import bounded, one_of
 from dpt.config import differences
 from dpt.evaluation.flags import SEEDS_APART
 from dpt.files import in_words, read_json, read_text
-from dpt.settings import Sampling, values
+from dpt.sampling_settings import Sampling, values
 from dpt.typed_yaml import read_document, read_override
 
 SETTINGS_FILE = "arm.json"

@@ -27,13 +27,13 @@ from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.stable_diffusion import weights_fingerprint
 from dpt.base_models import recommended
 from dpt.checkpoint.checkpoint import leaves_t5_out, load_checkpoint
-from dpt.choosing import best, candidate_seeds, rounds, stop_of, with_numbers
+from dpt.choosing_rules import best, candidate_seeds, rounds, stop_of, with_numbers
 from dpt.device import DTYPES
 from dpt.drawing import Artist
 from dpt.evaluation.flags import judge_options
 from dpt.evaluation.generate import noise_seed, process_state
+from dpt.evaluation.judges import make_judge, value_of
 from dpt.evaluation.prompts import Prompt, load_prompt_set
-from dpt.evaluation.scorers import make_judge, value_of
 from dpt.evaluation.table import APART
 from dpt.files import append_line, read_json_lines, write_text
 from dpt.images import to_images

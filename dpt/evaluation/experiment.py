@@ -23,11 +23,11 @@ from dpt.checkpoint.checkpoint import checkpoints
 from dpt.config import load_config
 from dpt.evaluation import align, frechet, generate, itm, plan, rec, table
 from dpt.evaluation.arms import Arm, differing_arms
-from dpt.evaluation.figures import of_pictures, read_arm, read_packed
 from dpt.evaluation.flags import EARLY_TIMESTEPS
+from dpt.evaluation.judges import make_judge
+from dpt.evaluation.pack import of_pictures, read_arm, read_packed
 from dpt.evaluation.plan import Experiment, Run, run_settings
 from dpt.evaluation.prompts import load_prompt_set
-from dpt.evaluation.scorers import make_judge
 from dpt.files import read_text
 from dpt.results import markdown_table, page_of, record_section
 from dpt.training.settings import TrainConfig, check_finished

@@ -45,7 +45,7 @@ def _add_judges(add: Callable) -> None:
 
 
 def judge_options(args: argparse.Namespace) -> dict:
-    """The flags of `_add_judges` as `dpt.evaluation.scorers.make_judge` takes them."""
+    """The flags of `_add_judges` as `dpt.evaluation.judges.make_judge` takes them."""
     return {"clip_model": args.clip_model, "clip_weights": args.clip_weights, "blip": args.blip}
 
 
@@ -197,8 +197,8 @@ FLAGS: dict[str, tuple[str, Callable[[Callable], None]]] = {
     "rec": ("rec", _add_rec),
     "probe-map": ("probe_map", _add_probe_map),
     "experiment": ("experiment", _add_experiment),
-    "pack": ("figures", _add_pack),
-    "report": ("page", _add_report),
+    "pack": ("pack", _add_pack),
+    "report": ("report", _add_report),
     "pareto": ("pareto", _add_pareto),
     "worth": ("worth", _add_worth),
     "overoptimization": ("overoptimization", _add_overoptimization),

@@ -19,7 +19,7 @@ from scipy.linalg import sqrtm
 from dpt.backbones.loading import load_stable_diffusion
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.evaluation.align import file_hashes, pictures
-from dpt.evaluation.figures import QUALITY_FILE, pictures_hash, read_quality
+from dpt.evaluation.pack import QUALITY_FILE, pictures_hash, read_quality
 from dpt.files import write_text
 from dpt.images import read_image, to_pixels
 from dpt.shapes.compose import compose

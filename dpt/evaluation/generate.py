@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from dpt.backbones.stable_diffusion import weights_fingerprint
 from dpt.base_models import check_one_lora, config_beside
-from dpt.choosing import candidate_seeds
+from dpt.choosing_rules import candidate_seeds
 from dpt.device import DTYPES
 from dpt.drawing import Artist, Drawing, counted_passes
 from dpt.evaluation import correction_controls

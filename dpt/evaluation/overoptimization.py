@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from dpt.bounds import Bounds
 from dpt.evaluation.arms import read_settings
-from dpt.evaluation.figures import read_arm
+from dpt.evaluation.pack import read_arm
 from dpt.files import read_json, write_text
 from dpt.images import read_metadata
 from dpt.metrics import bootstrap_interval

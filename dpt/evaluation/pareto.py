@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from dpt.evaluation.figures import collect
+from dpt.evaluation.pack import collect
 from dpt.evaluation.table import APART
 from dpt.files import read_json, write_text
 from dpt.metrics import Interval, crossed_bootstrap

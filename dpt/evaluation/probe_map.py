@@ -42,7 +42,7 @@ from dpt.results import check_replaceable, figure_beside, markdown_table, page_o
 from dpt.tasks.task import passes_of
 from dpt.training.assembly import adapter_config, encode_options
 from dpt.training.controls import control_batch, control_inputs, control_unet
-from dpt.training.loop import train_stage
+from dpt.training.plain_loop import train_stage
 from dpt.training.settings import ModelSettings, TrainConfig
 from dpt.training.validation import PAPER_TIMESTEP, batches_to_measure
 

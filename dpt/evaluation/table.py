@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from matplotlib.figure import Figure
 
-from dpt.evaluation.figures import collect
+from dpt.evaluation.pack import collect
 from dpt.files import decode, read_json, write_text
 from dpt.metrics import Interval, bootstrap_p, crossed_bootstrap, holm
 from dpt.results import check_replaceable, markdown_table

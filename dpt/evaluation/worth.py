@@ -23,10 +23,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from dpt.choosing import rounds, stop_of
+from dpt.choosing_rules import rounds, stop_of
 from dpt.evaluation.arms import folder_name, read_settings
 from dpt.evaluation.choose import CFG, PREDICTED, Candidate, simulate
-from dpt.evaluation.figures import collect
+from dpt.evaluation.pack import collect
 from dpt.evaluation.probes import Summary
 from dpt.files import read_json, read_json_lines, write_text
 from dpt.metrics import area_within_prompts, bootstrap_interval

@@ -1,13 +1,13 @@
 """Guidance methods: a file each, with a callable around classifier-free guidance; settings are fields of `Sampling`.
 
-To add one: write its file; add its settings to `dpt.settings.Sampling`, with what they exclude, and their flags to
-`dpt.flags.FLAGS`; add a line to `guided`. It is then a flag of txt2img.py and a key of arms.
+To add one: write its file; add its settings to `dpt.sampling_settings.Sampling`, with what they exclude, and their
+flags to `dpt.flags.FLAGS`; add a line to `guided`. It is then a flag of txt2img.py and a key of arms.
 """
 
 from dpt.guidance.attend_and_excite import AttendAndExcite
 from dpt.guidance.self_correction import SelfCorrection
 from dpt.sampling import ClassifierFreeGuidance, Guidance
-from dpt.settings import Sampling
+from dpt.sampling_settings import Sampling
 
 
 def guided(

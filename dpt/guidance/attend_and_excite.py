@@ -18,7 +18,7 @@ from dpt.backbones.features import denoiser_features
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.matching_score import gradient_of
 from dpt.sampling import ClassifierFreeGuidance
-from dpt.settings import Sampling
+from dpt.sampling_settings import Sampling
 from dpt.worlds import is_subject
 
 FUNCTION_WORDS = """a an the of on in at to and or with by for from is are be it its this that there one two three four

@@ -20,7 +20,7 @@ from dpt.backbones.features import denoiser_features
 from dpt.backbones.flow import FlowScheduler
 from dpt.matching_score import gradient_of, score_gradient, score_of_features
 from dpt.sampling import ClassifierFreeGuidance
-from dpt.settings import Sampling
+from dpt.sampling_settings import Sampling
 
 
 class SelfCorrection:

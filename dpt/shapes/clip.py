@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from dpt.images import to_pixels
+from dpt.shapes.edited_negatives import edit_description
 from dpt.shapes.grammar import CATEGORIES, caption_text, sample_description
-from dpt.shapes.hard_negatives import edit_description
 from dpt.shapes.scenes import IMAGE_SIZE, render
 from dpt.shapes.world import ShapesWorld
 

@@ -36,7 +36,7 @@ from dpt.shapes.vae import (
 )
 from dpt.shapes.world import PROMPT_CATEGORIES, ShapesWorld, load_prompts
 from dpt.training.curves import plot_curves
-from dpt.training.loop import read_state, train_stage
+from dpt.training.plain_loop import read_state, train_stage
 
 
 def run_clip(config: PretrainConfig, folder: Path) -> None:

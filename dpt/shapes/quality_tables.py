@@ -17,7 +17,7 @@ from dpt.drawing import Artist
 from dpt.images import make_grid, to_images, to_pixels
 from dpt.metrics import bootstrap_interval
 from dpt.results import figure_beside, markdown_table
-from dpt.settings import Sampling
+from dpt.sampling_settings import Sampling
 from dpt.shapes.clip import load_clip, pooled_cosines, retrieval
 from dpt.shapes.labelled_pictures import LABELLED, JudgedPicture, agreement
 from dpt.shapes.oracle import LABELS, judge

@@ -11,7 +11,7 @@ from dpt.array_files import read_array, save_array
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.base_models import CKPT_FOLDER
 from dpt.data.collate import Sample, sample_generator
-from dpt.data.mine_hard_negatives import most_similar
+from dpt.data.hard_negatives import most_similar
 from dpt.data.settings import DataSettings
 from dpt.shapes.clip import embed_images, embed_texts, load_clip
 from dpt.shapes.grammar import caption_text

@@ -11,8 +11,8 @@ import numpy as np
 
 from dpt.files import read_text, text_lines
 from dpt.shapes.compose import Expression, compose, refer
+from dpt.shapes.edited_negatives import HardNegative, edit_description, edit_scene
 from dpt.shapes.grammar import CATEGORIES, Description, caption_text, parse, sample_description, split_of, web_like
-from dpt.shapes.hard_negatives import HardNegative, edit_description, edit_scene
 from dpt.shapes.scenes import Scene
 from dpt.shapes.settings import WebNoise
 

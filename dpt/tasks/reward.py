@@ -18,8 +18,8 @@ from diffusers import SchedulerMixin
 from dpt.data.collate import Batch, sample_generator
 from dpt.matching_score import matching_score
 from dpt.sampling import ClassifierFreeGuidance, sample
+from dpt.sampling_settings import Sampling
 from dpt.schedulers import make_scheduler, set_timesteps
-from dpt.settings import Sampling
 
 if TYPE_CHECKING:
     from dpt.adapter.adapter import Scorer

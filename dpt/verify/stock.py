@@ -5,7 +5,7 @@ from diffusers import FluxPipeline
 
 from dpt.backbones.flux import DISTILLED_GUIDANCE, Flux
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.settings import Sampling
+from dpt.sampling_settings import Sampling
 
 
 def stock_latents(

@@ -13,7 +13,7 @@ from dpt.backbones.loading import load_stable_diffusion
 from dpt.data.__main__ import main
 from dpt.data.coco import base_name, image_path, load_captions, load_pixels, stable_id
 from dpt.data.coco_samples import CocoSamples
-from dpt.data.hard_negatives import ItmNegatives, write_items
+from dpt.data.hard_negative_files import ItmNegatives, write_items
 from dpt.data.latents import LatentFolder, check_manifest, manifest, verify_folder
 from dpt.data.refcoco import load_expressions
 

@@ -10,8 +10,8 @@ import torch
 
 from dpt.data.__main__ import main
 from dpt.data.coco import CaptionedImage, load_captions
-from dpt.data.hard_negatives import ItmNegatives
-from dpt.data.mine_hard_negatives import embed_to_file, mine, most_similar
+from dpt.data.hard_negative_files import ItmNegatives
+from dpt.data.hard_negatives import embed_to_file, mine, most_similar
 from dpt.data.open_clip_embedder import load_embedders
 
 

@@ -9,7 +9,7 @@ from dpt.data.coco import load_pixels
 from dpt.data.coco_samples import CocoSamples, mirror
 from dpt.data.collate import Sample
 from dpt.data.flip import can_mirror, mirror_text
-from dpt.data.hard_negatives import ItmNegatives, write_items, write_tsv
+from dpt.data.hard_negative_files import ItmNegatives, write_items, write_tsv
 from dpt.data.refcoco import load_expressions
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import evaluate
 from dpt.evaluation.arms import load_arms
-from dpt.evaluation.figures import read_packed
+from dpt.evaluation.pack import read_packed
 from dpt.evaluation.probes import read_kept
 from dpt.evaluation.prompts import load_prompt_set
 from dpt.images import append_metadata, read_image, read_metadata

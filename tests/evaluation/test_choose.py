@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import evaluate
-from dpt.choosing import rounds
+from dpt.choosing_rules import rounds
 from dpt.evaluation.choose import area_within_prompts, cost, simulate
 from dpt.files import append_line
 

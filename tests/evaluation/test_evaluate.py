@@ -12,10 +12,10 @@ from PIL import Image
 import evaluate
 from dpt.evaluation.align import score, score_lines
 from dpt.evaluation.arms import Arm, load_arms
-from dpt.evaluation.figures import read_arm, read_packed
 from dpt.evaluation.frechet import frechet_distance, render_prompt, spread
+from dpt.evaluation.judges import Judge
+from dpt.evaluation.pack import read_arm, read_packed
 from dpt.evaluation.prompts import load_prompt_set
-from dpt.evaluation.scorers import Judge
 from dpt.evaluation.table import plot_arms
 from dpt.images import read_metadata
 from dpt.metrics import bootstrap_interval, bootstrap_p, crossed_bootstrap, holm

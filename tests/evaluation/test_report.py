@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 import evaluate
-from dpt.evaluation.page import page
+from dpt.evaluation.report import page
 from dpt.files import append_line
 from tests.browser import open_browser
 

@@ -16,7 +16,7 @@ from transformers import (
 
 import evaluate
 from dpt.evaluation.align import score_lines
-from dpt.evaluation.scorers import ORACLE
+from dpt.evaluation.judges import ORACLE
 from dpt.shapes import oracle
 from dpt.shapes.labelled_pictures import LABELLED, load_labelled
 

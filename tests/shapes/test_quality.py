@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from dpt.backbones.loading import load_stable_diffusion
-from dpt.settings import Sampling
+from dpt.sampling_settings import Sampling
 from dpt.shapes import label, labelled_pictures
 from dpt.shapes.oracle import LABELS
 from dpt.shapes.quality import main

@@ -8,7 +8,7 @@ base models recommend values of their own: see `dpt.base_models.recommended`.
 from dataclasses import dataclass, fields, replace
 
 from dpt.bounds import bounded, check_bounds, one_of
-from dpt.choosing import rounds
+from dpt.choosing_rules import rounds
 
 SEED_LIMIT = 2**62  # seeds of noise are below it
 CORRECTION_TARGETS = ("conditional", "latent", "noise")
