@@ -227,7 +227,6 @@ def _peak_mb(what: str, name: str, batch_size: int, kind: str) -> float:
 def print_peak(what: str, name: str, batch_size: int, kind: str) -> None:
     """Prints one kind of step's peak memory in MB."""
     step = {"sampling": sampling_steps, "training": training_steps}[what](random_model(name), batch_size)[kind]
-    step()
     reset_peak()  # such as that of loading
     step()
     print(peak_mb())
