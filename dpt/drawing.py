@@ -26,9 +26,10 @@ from dpt.choosing_rules import candidate_seeds
 from dpt.device import usable_device
 from dpt.guidance import guided
 from dpt.guidance.attend_and_excite import subject_tokens
-from dpt.images import to_images
+from dpt.images import to_images, to_pixels
 from dpt.lora import load_external_lora
 from dpt.matching_score import ScoreReader
+from dpt.reading import TIMESTEP, boxes_of_phrases, matching_scores
 from dpt.sampling import ClassifierFreeGuidance, Guidance, initial_noise
 from dpt.sampling_settings import SEED_LIMIT, Sampling
 from dpt.schedulers import make_scheduler, set_timesteps
@@ -129,6 +130,40 @@ class Artist:
         offload(self.sd, how, torch.device(device))
         if self.scorer:
             self.scorer.adapter.to(device)
+
+    def score(self, images: list[np.ndarray], texts: list[str], *, timestep: int = TIMESTEP) -> list[float]:
+        """How well finished pictures (H, W, 3) uint8 of one size match their texts: larger is better.
+
+        Args:
+            timestep: at which the adapter reads the pictures.
+
+        Raises:
+            ValueError: no adapter; other than one text a picture.
+        """
+        scorer = self._reader()
+        if len(images) != len(texts):
+            raise ValueError(f"texts holds {len(texts)}; {len(images)} pictures need as many")
+        return matching_scores(self.sd, scorer, to_pixels(images), texts, timestep=timestep).tolist()
+
+    def find(self, image: np.ndarray, phrase: str, *, count: int = 3, timestep: int = TIMESTEP) -> list[tuple]:
+        """Where in a finished picture (H, W, 3) uint8 is what a phrase refers to? The surest boxes, the surest first.
+
+        Args:
+            timestep: at which the adapter reads the picture.
+
+        Returns:
+            (sureness from 0 to 1, box) each; a box is (centre x, centre y, width, height), as shares of the picture's.
+
+        Raises:
+            ValueError: no adapter.
+        """
+        scorer = self._reader()
+        return boxes_of_phrases(self.sd, scorer, to_pixels([image]), [phrase], timestep=timestep)[0][:count]
+
+    def _reader(self) -> Scorer:
+        if self.scorer is None:
+            raise ValueError("reading pictures needs an adapter: load one as `weights`")
+        return self.scorer
 
     def draw(
         self,

@@ -13,7 +13,7 @@ import torch
 from dpt.choosing_rules import candidate_seeds
 from dpt.demo import __main__ as demo
 from dpt.demo import studio as studios
-from dpt.demo.studio import Stopped, Studio, find_phrase, in_steps
+from dpt.demo.studio import Stopped, Studio, in_steps
 from dpt.drawing import Artist
 from dpt.images import with_boxes
 from dpt.sampling_settings import Sampling
@@ -87,7 +87,7 @@ def test_dropped_candidates_are_shown_and_the_kept_one_is_what_its_seed_draws(st
 
 def test_boxes_are_sorted_and_drawn(studio):
     image = np.full((128, 128, 3), 240, np.uint8)
-    boxes = find_phrase(studio.sd, studio.scorer, image, "the red circle")
+    boxes = studio.artist.find(image, "the red circle")
     assert [score for score, _ in boxes] == sorted((score for score, _ in boxes), reverse=True)
     drawn = with_boxes(image, [([0.5, 0.5, 0.5, 0.5], "lime")])
     assert (drawn[64, 32] == [0, 255, 0]).all()

@@ -7,23 +7,16 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from dpt.adapter.adapter import Scorer
-from dpt.backbones.features import denoiser_features
-from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.base_models import DPT_WEIGHTS, default_dtype, known_name
 from dpt.device import DTYPES, usable_device
 from dpt.drawing import Artist
 from dpt.files import check_text
 from dpt.hub import is_hub_id
-from dpt.images import to_pixels, with_boxes
-from dpt.sampling import initial_noise
+from dpt.images import with_boxes
 from dpt.sampling_settings import SEED_LIMIT, Sampling
-from dpt.tasks.rec import objectness
 from dpt.worlds import grammar_note
 
-GROUNDING_TIMESTEP = 200
 THREAD = "drawing"
 MOST_CANDIDATES = 8  # of a picture; they are drawn at once
 COLORS = ("lime", "orange", "magenta")  # of boxes, the surest first
@@ -67,22 +60,6 @@ def in_steps(work: Callable[[Callable], object]) -> Iterator[object]:
     finally:
         stop.set()
         thread.join()
-
-
-@torch.no_grad()
-def find_phrase(sd: StableDiffusion, scorer: Scorer, image: np.ndarray, phrase: str, count: int = 3) -> list[tuple]:
-    """The surest REC boxes of a phrase in a picture (H, W, 3) uint8: (objectness, cxcywh) each, surest first."""
-    latents = sd.encode_images(to_pixels([image]))
-    noise = initial_noise([0], tuple(latents.shape[1:])).to(latents.device)
-    timestep = torch.tensor(GROUNDING_TIMESTEP, device=latents.device)
-    noisy = sd.scheduler.add_noise(latents, noise, timestep[None])
-    conditioning = sd.condition([phrase])
-    features, _ = denoiser_features(sd.denoiser, scorer.blocks, noisy.to(sd.dtype), timestep, conditioning)
-    outputs = scorer.adapter.rec_outputs(scorer.adapter([feature.float() for feature in features], timestep))
-    sureness = objectness(outputs["pred_logits"])[0]
-    return [
-        (sureness[k].item(), outputs["pred_boxes"][0, k].tolist()) for k in sureness.argsort(descending=True)[:count]
-    ]
 
 
 class Studio:
@@ -141,7 +118,7 @@ class Studio:
         if (phrase or "").strip():
             say = f"boxes for {phrase.strip()!r} and how sure they are (1: certain)"
             for arm, image in images.items():
-                found = list(zip(find_phrase(self.sd, self.scorer, image, phrase), COLORS, strict=False))
+                found = list(zip(self.artist.find(image, phrase), COLORS, strict=False))
                 say += f"; {arm}: " + ", ".join(f"{color} {sureness:.2f}" for (sureness, _), color in found)
                 images[arm] = with_boxes(image, [(box, color) for (_, box), color in found][::-1])  # the surest on top
             yield images["plain"], images["corrected"], list(points), gallery, say + choice

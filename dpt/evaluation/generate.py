@@ -18,7 +18,6 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
@@ -44,9 +43,8 @@ from dpt.images import (
     text_chunks,
     to_pixels,
 )
-from dpt.matching_score import matching_score
 from dpt.peak_memory import peak_mb, reset_peak
-from dpt.sampling import initial_noise
+from dpt.reading import matching_scores
 
 CHOICE_TIMESTEP = 200  # at which best-of-n reads the score of finished pictures
 OWN_NAME = re.compile(r"\d{5,}_\d{6,}_\d+\.png|.+_\d{6,}\.png|\.[0-9a-f]{32}\.tmp", re.DOTALL)
@@ -138,21 +136,17 @@ class ArmArtist:
             return drawn[0]
         began = time.perf_counter()
         with counted_passes(self.sd.denoiser) as passes:
-            scores = [self._score([drawing.image for drawing in row], prompts) for row in drawn]
+            scores = [self._score(row, prompts) for row in drawn]
         best = torch.stack(scores).argmax(0).tolist()  # (B,)
         passes["seconds"] = time.perf_counter() - began
         cost = {name: sum(row[0].cost[name] for row in drawn) + passes[name] / len(prompts) for name in passes}
         return [replace(drawn[k][b], cost=cost) for b, k in enumerate(best)]
 
-    @torch.no_grad()
-    def _score(self, images: list[np.ndarray], prompts: list[str]) -> torch.Tensor:
-        """The matching score of finished pictures, (B,), all noised alike to `CHOICE_TIMESTEP`."""
-        sd, timestep = self.sd, torch.tensor(CHOICE_TIMESTEP, device=self.sd.device)
-        latents = sd.encode_images(to_pixels(images))
-        noise = initial_noise([0] * len(latents), tuple(latents.shape[1:])).to(latents.device)
-        noisy = sd.scheduler.add_noise(latents, noise, timestep[None])
-        conditioning = sd.condition(prompts, size=images[0].shape[:2]).with_guidance(self.arm.distilled_guidance)
-        return matching_score(sd.denoiser, self.artist.scorer, noisy, timestep, conditioning).cpu()
+    def _score(self, drawn: list[Drawing], prompts: list[str]) -> torch.Tensor:
+        """The matching score of finished pictures, (B,)."""
+        options = {"timestep": CHOICE_TIMESTEP, "distilled_guidance": self.arm.distilled_guidance}
+        pixels = to_pixels([drawing.image for drawing in drawn])
+        return matching_scores(self.sd, self.artist.scorer, pixels, prompts, **options).cpu()
 
 
 def generate(

@@ -13,13 +13,12 @@ import argparse
 
 from PIL import Image
 
-from dpt.adapter.adapter import Scorer
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.config import load_config
 from dpt.data.collate import as_latents
 from dpt.data.sources import validation_samples
-from dpt.demo.studio import find_phrase
+from dpt.drawing import Artist
 from dpt.evaluation import probes
 from dpt.images import make_grid, to_images, with_boxes
 from dpt.shapes.samples import ShapesSamples
@@ -44,19 +43,19 @@ def run(args: argparse.Namespace) -> dict:
     if config.data.kind == "shapes":
         for path, one in zip(args.checkpoints, measured, strict=True):
             scorer, own = probes.load_scorer(load_checkpoint(path), config)
-            grid = draw_phrases(own, scorer, sets["rec_shapes"])
+            grid = draw_phrases(Artist(own, scorer), sets["rec_shapes"])
             grid.save(args.output / f"rec_{one.name}_phrases.png")
     return result
 
 
-def draw_phrases(sd: StableDiffusion, scorer: Scorer, samples: ShapesSamples) -> Image.Image:
+def draw_phrases(artist: Artist, samples: ShapesSamples) -> Image.Image:
     """A grid of the scene with the most phrases, once for each of its first eight phrases with the surest box."""
     index = max(range(len(samples)), key=lambda k: len(samples.phrases(k)))
-    latents = as_latents(samples.get(index, 0).images[None, :1], sd)[:, 0]
-    image = to_images(sd.decode_latents(latents))[0]
+    latents = as_latents(samples.get(index, 0).images[None, :1], artist.sd)[:, 0]
+    image = to_images(artist.sd.decode_latents(latents))[0]
     rows = []
     for text, box in samples.phrases(index)[:NUM_PHRASES]:
-        ((_, found),) = find_phrase(sd, scorer, image, text, count=1)
+        ((_, found),) = artist.find(image, text, count=1)
         rows.append((text, [with_boxes(image, [(box, "lime"), (found, "magenta")])]))
     columns = [make_grid(rows[k::2], cell=128, label_width=180) for k in range(2)]
     picture = Image.new("RGB", (sum(column.width for column in columns), columns[0].height), "white")

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dpt.backbones.features import denoiser_features
 from dpt.base_models import default_dtype, recommended
 from dpt.benchmark.steps import guided_step_kinds, median_seconds
 from dpt.checkpoint.checkpoint import load_checkpoint
@@ -23,10 +22,10 @@ from dpt.lora import lora_state
 from dpt.matching_score import score_gradient
 from dpt.metrics import bootstrap_interval
 from dpt.peak_memory import peak_mb, reset_peak
+from dpt.reading import matching_scores, read_pictures
 from dpt.sampling import initial_noise
 from dpt.shapes.scenes import render
 from dpt.shapes.world import Example, ShapesWorld
-from dpt.tasks.itm import itm_score
 from dpt.tasks.rec import rec_hits
 from dpt.verify.stock import stock_latents
 
@@ -51,24 +50,6 @@ class Verification:
     def load(self, dtype: torch.dtype) -> Artist:
         options = {"variant": self.args.variant, "local_files_only": self.args.local_files_only}
         return Artist.load(self.args.model, self.args.dpt, dtype=dtype, device=self.device, **options)
-
-    def noisy(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents of pixels (B, 3, H, W), noised alike to `TIMESTEP`, and the timestep."""
-        timestep = torch.tensor(TIMESTEP, device=self.device)
-        latents = self.sd.encode_images(pixels)
-        noise = initial_noise([0] * len(latents), tuple(latents.shape[1:])).to(self.device)
-        return self.sd.scheduler.add_noise(latents, noise, timestep[None]), timestep
-
-    @torch.no_grad()
-    def read(self, noisy_latents, timestep, texts: list[str]) -> tuple[torch.Tensor, dict]:
-        """Matching scores (B,) and REC outputs of noisy latents conditioned on texts."""
-        conditioning = self.sd.condition(texts)
-        features, _ = denoiser_features(self.sd.denoiser, self.scorer.blocks, noisy_latents, timestep, conditioning)
-        hs = self.scorer.adapter(features, timestep)
-        score = itm_score(
-            self.scorer.adapter.itm_embeddings(hs, self.scorer.itm_layer), conditioning.pooled_prompt_embeds
-        )
-        return score, self.scorer.adapter.rec_outputs(hs)
 
     def tensors(self):
         """Every tensor of the checkpoint is in the model (loading names what is not)."""
@@ -131,10 +112,11 @@ class Verification:
         right = []
         for start in tqdm(range(0, len(pairs), 8), desc="itm", leave=False):
             batch = pairs[start : start + 8]
-            noisy, timestep = self.noisy(torch.stack([pixels for pixels, _ in batch]))
-            own = self.read(noisy, timestep, [caption for _, caption in batch])[0]
+            own = [caption for _, caption in batch]
             others = [pairs[(start + k + len(pairs) // 2) % len(pairs)][1] for k in range(len(batch))]
-            right += (own > self.read(noisy, timestep, others)[0]).tolist()
+            pixels, at = torch.stack([pixels for pixels, _ in batch]), {"timestep": TIMESTEP}
+            scores = [matching_scores(self.sd, self.scorer, pixels, texts, **at) for texts in (own, others)]
+            right += (scores[0] > scores[1]).tolist()
         mean, low, high = bootstrap_interval(right)
         return low > 0.5, {"accuracy": mean, "interval": [low, high], "pairs": len(pairs), "chance": 0.5}
 
@@ -166,8 +148,9 @@ class Verification:
         predicted, truth = [], []
         for start in tqdm(range(0, len(expressions), 8), desc="rec", leave=False):
             batch = expressions[start : start + 8]
-            noisy, timestep = self.noisy(torch.stack([pixels for pixels, _, _ in batch]))
-            _, outputs = self.read(noisy, timestep, [text for _, text, _ in batch])
+            pixels, texts = torch.stack([pixels for pixels, _, _ in batch]), [text for _, text, _ in batch]
+            hs, _ = read_pictures(self.sd, self.scorer, pixels, texts, timestep=TIMESTEP)
+            outputs = self.scorer.adapter.rec_outputs(hs)
             predicted.append({name: value.float().cpu() for name, value in outputs.items()})
             truth += [box for _, _, box in batch]
         logits, boxes = (torch.cat([p[name] for p in predicted]) for name in ("pred_logits", "pred_boxes"))
