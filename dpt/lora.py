@@ -43,17 +43,8 @@ def lora_metadata(state: dict[str, torch.Tensor], alpha: float) -> dict:
     return {"r": rank, "lora_alpha": alpha, "target_modules": sorted({key.rsplit(".lora_", 1)[0] for key in state})}
 
 
-def load_lora(denoiser: ModelMixin, state: dict[str, torch.Tensor], *, alpha: float, trainable: bool = False) -> None:
-    """Attaches LoRA tensors as the PEFT adapter "dpt" in place of one already there; the denoiser is frozen.
-
-    Args:
-        state: diffusers' names, without a prefix; all of one rank.
-        alpha: the update is scaled by alpha / rank.
-        trainable: LoRA gets gradients and float32 values, which a half-precision denoiser would round.
-
-    Raises:
-        ValueError: a module or a shape that the denoiser does not have.
-    """
+def check_lora(denoiser: ModelMixin, state: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError where a LoRA, in diffusers' names, is for a module or width that the denoiser does not have."""
     modules = dict(denoiser.named_modules())
     for key, tensor in state.items():
         path = key.rsplit(".lora_", 1)[0]
@@ -64,17 +55,24 @@ def load_lora(denoiser: ModelMixin, state: dict[str, torch.Tensor], *, alpha: fl
         wanted, found = (module.in_features, tensor.shape[1]) if is_down else (module.out_features, tensor.shape[0])
         if wanted != found:
             raise ValueError(f"LoRA tensor {key} is for width {found}; this denoiser's {path} has {wanted}")
+
+
+def load_lora(denoiser: ModelMixin, state: dict[str, torch.Tensor], *, alpha: float) -> None:
+    """Attaches LoRA tensors as the PEFT adapter "dpt" in place of one already there; all of it is frozen.
+
+    Args:
+        state: diffusers' names, without a prefix; all of one rank.
+        alpha: the update is scaled by alpha / rank.
+
+    Raises:
+        ValueError: a module or a width that the denoiser does not have.
+    """
+    check_lora(denoiser, state)
     remove_lora(denoiser)
     prefixed = {f"unet.{key}": value for key, value in state.items()}
     metadata = {f"unet.{key}": value for key, value in lora_metadata(state, alpha).items()}
     denoiser.load_lora_adapter(prefixed, prefix="unet", adapter_name=ADAPTER_NAME, metadata=metadata)
     denoiser.requires_grad_(False)
-    if trainable:
-        for name, parameter in denoiser.named_parameters():
-            if ".lora_" in name:
-                tensor = state[name.replace(f".{ADAPTER_NAME}.", ".")]
-                parameter.data = tensor.to(parameter.device, torch.float32, copy=True)
-                parameter.requires_grad_(True)
 
 
 def load_external_lora(sd: StableDiffusion, path: Path, notice=print) -> None:

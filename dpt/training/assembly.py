@@ -6,7 +6,7 @@ from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.backbones.unet import set_cpu_attention
 from dpt.checkpoint.checkpoint import DPTCheckpoint
 from dpt.config import DPTConfig
-from dpt.lora import add_lora, load_lora, lora_state
+from dpt.lora import add_lora, check_lora, lora_state
 from dpt.model import DPT
 from dpt.rec_text import RecTextEncoder
 from dpt.tasks import tasks_of
@@ -63,21 +63,20 @@ def make_model(
 def _add_lora(config: TrainConfig, sd: StableDiffusion, start: DPTCheckpoint | None) -> None:
     lora = config.lora
     alpha = float(lora.rank if lora.alpha is None else lora.alpha)
+    add_lora(sd.denoiser, rank=lora.rank, alpha=alpha, blocks=tuple(lora.blocks))
     if start and start.lora:
-        found = (start.config.lora_rank, start.config.lora_alpha)
+        found, fresh = (start.config.lora_rank, start.config.lora_alpha), lora_state(sd.denoiser)
         if found != (lora.rank, alpha):
             raise ValueError(
                 f"{start.source} holds LoRA of rank and alpha {found}; lora.rank and lora.alpha are "
                 f"{(lora.rank, alpha)}"
             )
-        add_lora(sd.denoiser, rank=lora.rank, alpha=alpha, blocks=tuple(lora.blocks))
-        fresh = lora_state(sd.denoiser)
         reached, wanted = (len({name.rsplit(".lora_", 1)[0] for name in state}) for state in (start.lora, fresh))
         if start.lora.keys() != fresh.keys():
             raise ValueError(f"{start.source} holds LoRA on {reached} projections; lora.blocks means {wanted}")
-        load_lora(sd.denoiser, start.lora, alpha=start.config.lora_alpha, trainable=True)
-    else:
-        add_lora(sd.denoiser, rank=lora.rank, alpha=alpha, blocks=tuple(lora.blocks))
+        check_lora(sd.denoiser, start.lora)
+        for name, tensor in fresh.items():
+            tensor.detach().copy_(start.lora[name])
     if config.model.gradient_checkpointing:
         sd.denoiser.enable_gradient_checkpointing()
 
