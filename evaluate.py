@@ -12,7 +12,7 @@ import importlib
 import json
 import sys
 
-from dpt.command_line import ArgumentParser, docstring_of, fail, heavy_imports, is_out_of_memory
+from dpt.command_line import ArgumentParser, docstring_of, heavy_imports, one_line_errors
 from dpt.evaluation.flags import FLAGS
 
 LIGHT_CHECKS = {"generate": "arms", "experiment": "plan"}
@@ -32,32 +32,26 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
+@one_line_errors(
+    "the same command goes on from here",
+    out_of_memory="lower --batch_size (of itm, rec and probe-map optim.batch_size)",
+)
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = make_parser().parse_args(argv)
     args.words = sys.argv[1:] if argv is None else argv
     light = LIGHT_CHECKS.get(args.command)
-    try:
-        if light and not importlib.import_module(f"dpt.evaluation.{light}").check(args):
-            return 0
-        with heavy_imports():
-            module = importlib.import_module(f"dpt.evaluation.{FLAGS[args.command][0]}")
-            from dpt.peak_memory import keep_freed_memory
+    if light and not importlib.import_module(f"dpt.evaluation.{light}").check(args):
+        return 0
+    with heavy_imports():
+        module = importlib.import_module(f"dpt.evaluation.{FLAGS[args.command][0]}")
+        from dpt.peak_memory import keep_freed_memory
 
-        if argv is None:  # a process of its own
-            keep_freed_memory()
-        result = module.run(args)
-        if args.command in PRINTED:
-            print(json.dumps(result, indent=1))
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, FloatingPointError) as error:
-        return fail(error)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return fail("out of memory: lower --batch_size (of itm, rec and probe-map optim.batch_size)")
+    if argv is None:  # a process of its own
+        keep_freed_memory()
+    result = module.run(args)
+    if args.command in PRINTED:
+        print(json.dumps(result, indent=1))
     return 0
 
 

@@ -31,7 +31,7 @@ from dpt.base_models import (
 from dpt.choosing_rules import CANDIDATES_APART
 from dpt.command_line import ArgumentParser, fail, heavy_imports, is_out_of_memory, number
 from dpt.files import check_text, read_text, text_lines
-from dpt.flags import add_sampling_flags, given_sampling, refuse_reference_flags
+from dpt.flags import add_sampling_flags, refuse_reference_flags, sampling_of
 from dpt.hub import fetch_weights, is_hub_id
 from dpt.sampling_settings import SEED_LIMIT, Sampling
 
@@ -52,7 +52,7 @@ def make_parser() -> ArgumentParser:
     add("--offload", choices=OFFLOADS, help="keep on the CPU what does not compute: whole networks, or every layer")
     add("--local-files-only", action="store_true", help="never ask the hub")
     add("--dpt", metavar="PATH", help="adapter and LoRA: our folder, the released file or folder, a hub id, or none")
-    add("--lora", type=Path, metavar="PATH", help="another method's LoRA, beside or in place of --dpt")
+    add("--lora", type=Path, metavar="PATH", help="another method's LoRA; without --dpt no adapter reads along")
     add("--n_samples", type=count, default=3, help="pictures a prompt (default: 3)")
     add("--n_iter", type=count, default=1, help="how many times n_samples are drawn, with new seeds (default: 1)")
     add("--batch_size", type=number(int, at_least=1, at_most=1024), default=4, help="drawn at once (default: 4)")
@@ -120,10 +120,8 @@ def choose_sampling(args: argparse.Namespace, weights: Path | None) -> Sampling:
     """What the flags say, and for the rest what the weights or the base model recommend."""
     for name in ("model", "revision", "variant", "negative_prompt"):
         check_text(f"--{name}", getattr(args, name) or "")
-    if args.correction_norm is not None and args.correction_factor is not None:
-        raise ValueError("--correction_factor and --correction_norm exclude each other: pass one of them")
     config = config_beside(weights) if weights else None
-    sampling = recommended(args.model, config).changed(**given_sampling(args))
+    sampling = sampling_of(args, recommended(args.model, config))
     if weights is None and (sampling.needs_adapter or args.trace):
         raise ValueError("self-correction, --candidates and --trace need an adapter: pass --dpt PATH")
     check_family(args.model, sampling, no_t5=args.no_t5)

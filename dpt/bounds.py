@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
+from numbers import Real
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class Bounds:
 
     def __contains__(self, value: float) -> bool:
         return (
-            -math.inf < value < math.inf  # `math.isfinite` takes no integer beyond 1e308
+            isinstance(value, Real)
+            and -math.inf < value < math.inf  # `math.isfinite` takes no integer beyond 1e308
             and (self.at_least is None or value >= self.at_least)
             and (self.at_most is None or value <= self.at_most)
             and (self.above is None or value > self.above)
@@ -30,10 +32,15 @@ class Bounds:
         ]
         return f"a finite number{' ' if parts else ''}{' and '.join(parts)}"
 
-    def check(self, name: str, value: float) -> None:
-        """Raises ValueError naming what is out of bounds, its value and the bounds."""
+    def check(self, name: str, value: float, *, whole: bool = False) -> None:
+        """Raises ValueError naming what is out of bounds, its value and the bounds.
+
+        Args:
+            whole: for the message, whether it is a whole number.
+        """
         if value not in self:
-            raise ValueError(f"{name} is {value}; it must be {self}")
+            words = str(self).replace("a finite number", "a whole number") if whole else str(self)
+            raise ValueError(f"{name} is {value!r}; it must be {words}")
 
 
 def bounded(default, **limits: float):
@@ -67,4 +74,4 @@ def check_bounds(settings, prefix: str = "") -> None:
         if bounds:
             for one in value if isinstance(value, list) else [value]:
                 if one is not None or entry.default is not None:
-                    bounds.check(name, one)
+                    bounds.check(name, one, whole=entry.type in (int, int | None, list[int]))

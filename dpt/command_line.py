@@ -3,8 +3,10 @@
 import argparse
 import ast
 import contextlib
+import functools
 import gc
 import importlib.util
+import os
 import sys
 
 from dpt.bounds import Bounds
@@ -61,8 +63,53 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def fail(error: object) -> int:
     """Prints one line of an error for a person, and returns the exit code of bad input, 2."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    text = str(error).strip() or repr(error)
+    if "Traceback (most recent call last)" in text:  # of a reading process, whose last line is the error
+        text = text.splitlines()[-1].removeprefix("ValueError: ")
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
     return 2
+
+
+def one_line_errors(interrupted: str = "", *, out_of_memory: str = ""):
+    """A decorator of a command line's main function: it returns the exit code, and says errors in one line.
+
+    Bad input is 2, an interrupt 130. Errors of the program itself pass through.
+
+    Args:
+        interrupted: how the command is gone on with after Ctrl-C.
+        out_of_memory: what takes less memory.
+    """
+
+    def decorate(main):
+        @functools.wraps(main)
+        def guarded(*args, **options) -> int:
+            try:
+                return main(*args, **options)
+            except OSError as error:
+                return fail(_of_file(error))
+            except (ValueError, FloatingPointError) as error:
+                return fail(error)
+            except KeyboardInterrupt:
+                print(f"\ninterrupted{interrupted and f'; {interrupted}'}", file=sys.stderr)
+                return 130
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                return fail(f"out of memory{out_of_memory and f': {out_of_memory}'}")
+
+        return guarded
+
+    return decorate
+
+
+def _of_file(error: OSError) -> str:
+    """An error of the file system: which file, what is wrong, and what helps."""
+    name = error.filename if error.filename2 is None else error.filename2
+    if name is None:
+        return str(error)
+    kind = "a folder" if os.path.isdir(name) else "a file"
+    there = f", where {kind} is" if os.path.exists(name) else ""
+    return f"{name}: {error.strerror}{there}; name another place, or make room there"
 
 
 def docstring_of(module: str) -> str:

@@ -47,7 +47,8 @@ def load_config(schema: type[T], path: str | Path | None = None, overrides: list
     except msgspec.ValidationError as error:
         if isinstance(error.__cause__, ValueError):  # from a `__post_init__`, which names what it is about
             raise error.__cause__ from None
-        raise ValueError(f"{path or 'config'}: {in_words(str(error))}") from error
+        where = f"{path or 'config'}{' and overrides' if overrides else ''}"
+        raise ValueError(f"{where}: {in_words(str(error))}") from error
 
 
 def _merge(values: dict, changes: dict) -> dict:

@@ -195,8 +195,10 @@ class Artist:
                 adapter where there is none.
             FloatingPointError: a score or latents that are not finite.
         """
-        if isinstance(prompts, str) or not len(prompts):
+        if isinstance(prompts, str) or not len(prompts) or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"prompts is {prompts!r}; it must be a list of texts, at least one")
+        if isinstance(seeds, Integral):
+            raise ValueError(f"seeds is {seeds}; it must be a list of whole numbers, one for each prompt")
         if len(seeds) != len(prompts):
             raise ValueError(f"seeds holds {len(seeds)}; {len(prompts)} prompts need as many")
         if wrong := [seed for seed in seeds if not isinstance(seed, Integral) or not 0 <= seed < SEED_LIMIT]:
@@ -242,7 +244,7 @@ class Artist:
         """
         kept, several = chosen.left.numbers[picture], sampling.candidates > 1
         corrected_from = sampling.correction_start
-        if several and not sampling.correct_candidates:
+        if several and not sampling.correct_candidates and not sampling.attend_and_excite:
             corrected_from = max(corrected_from, chosen.at / sampling.num_inference_steps)
         own = range(picture * sampling.candidates, (picture + 1) * sampling.candidates)
         candidates = [{"seed": seeds[n], "score": chosen.scores[n], "steps": chosen.steps[n]} for n in own if several]

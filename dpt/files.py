@@ -110,7 +110,10 @@ def read_json_lines(path: str | Path, schema: type[T]) -> list[T]:
     lines = read_bytes(path).split(b"\n")
     if is_cut_short(lines[-1]):
         lines.pop()
-    return [decode(line, schema, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    try:
+        return [decode(line, schema, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"{error}; mend that line, or remove it") from error
 
 
 def is_cut_short(line: bytes) -> bool:

@@ -24,11 +24,11 @@ FLAGS = {
     ),
     "correction_norm": (
         ("--correction_norm",),
-        "instead: the correction's length as a share of the latent's norm (default of shapes: 0.012)",
+        "instead: the correction's length as a share of the latent's norm (default: what the weights recommend)",
     ),
     "correction_target": (
         ("--correction_target",),
-        "what the correction moves (default: conditional, of shapes latent)",
+        "what the correction moves (default: what the weights recommend, else conditional)",
     ),
     "correction_start": (("--correction_start",), "first corrected step, as a fraction of the steps (default: 0)"),
     "correction_stop": (("--correction_stop",), "end of the corrected steps, as a fraction of the steps (default: 1)"),
@@ -69,9 +69,20 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(*names, **options)
 
 
-def given_sampling(args: argparse.Namespace) -> dict:
-    """The values of the flags by field; None for a flag that was not given."""
-    return {entry.name: getattr(args, entry.name) for entry in fields(Sampling)}
+def sampling_of(args: argparse.Namespace, recommended: Sampling) -> Sampling:
+    """What the flags ask for, and for the rest what is recommended.
+
+    Raises:
+        ValueError: flags that exclude each other, or have no effect without another one.
+    """
+    if args.correction_norm is not None and args.correction_factor is not None:
+        raise ValueError("--correction_factor and --correction_norm exclude each other: pass one of them")
+    given = {entry.name: getattr(args, entry.name) for entry in fields(Sampling)}
+    sampling = recommended.changed(**given)
+    for name in ("correction_target", "correction_start", "correction_stop"):
+        if given[name] is not None and not sampling.corrects:
+            raise ValueError(f"--{name} is of self-correction, which is off: add --correction_norm, or leave it out")
+    return sampling
 
 
 IN_THE_CONFIG = {

@@ -82,6 +82,10 @@ class Sampling:
         self._check_choosing()
         if self.attend_and_excite and self.corrects:
             raise ValueError("attend_and_excite and self-correction exclude each other: set one of them")
+        if self.attend_and_excite and (self.correction_start, self.correction_stop) != (0, 1):
+            raise ValueError(
+                "correction_start or correction_stop is set; Attend-and-Excite has steps of its own: leave them out"
+            )
         for name in ("attention_resolution", "attention_step"):
             if getattr(self, name) is not None and not self.attend_and_excite:
                 raise ValueError(f"{name} is set; it is for attend_and_excite, which is off")
@@ -155,6 +159,8 @@ class Sampling:
         """
         given = {name: value for name, value in given.items() if value is not None}
         new = values(self)
+        if {"correction_factor", "correction_norm"} <= given.keys():
+            raise ValueError("correction_factor and correction_norm exclude each other: pass one of them")
         if given.get("parity"):
             kept = ("guidance_scale", "num_inference_steps", "height", "width")
             new = values(Sampling()) | {name: new[name] for name in kept}
@@ -163,6 +169,7 @@ class Sampling:
             new |= {"correction_norm": None, "correction_target": Sampling.correction_target}
         if given.get("attend_and_excite"):
             new |= {"correction_factor": 0.0, "correction_norm": None, "correction_target": Sampling.correction_target}
+            new |= {"correction_start": 0.0, "correction_stop": 1.0}
         if given.get("candidates") == 1:
             new["choose_at"] = ()
         elif "candidates" in given and not new["choose_at"]:

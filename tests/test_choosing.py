@@ -67,6 +67,8 @@ def test_the_highest_scores_of_each_picture_are_kept():
         ({"candidates": 2.5, "choose_at": (0.25,)}, "candidates is 2.5; it must be a whole number"),
         ({"correct_candidates": True}, "needs candidates and a correction"),
         ({"attend_and_excite": True, "correction_factor": 1.0}, "exclude each other"),
+        ({"attend_and_excite": True, "correction_start": 0.5}, "Attend-and-Excite has steps of its own"),
+        ({"height": "128"}, "height is '128'; it must be a whole number"),
         ({"attention_step": 3.0}, "for attend_and_excite, which is off"),
         ({"parity": True, "correction_norm": 0.01}, "parity is the reference's sampling, which has no correction_norm"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
@@ -86,6 +88,8 @@ def test_settings_that_are_given_anew_take_along_what_belongs_to_them():
     assert shapes.changed(candidates=1) == Sampling(correction_norm=0.012, correction_target="latent")
     assert shapes.changed(attend_and_excite=True, candidates=1) == Sampling(attend_and_excite=True)
     assert Sampling().changed(candidates=4).choose_at == (0.25,)
+    with pytest.raises(ValueError, match="exclude each other"):
+        shapes.changed(correction_factor=1.0, correction_norm=0.01)
     everyone = shapes.changed(correct_candidates=True)
     for given in ({"candidates": 1}, {"correction_factor": 0.0}, {"correction_norm": 0.0}):
         assert not everyone.changed(**given).correct_candidates

@@ -90,7 +90,7 @@ def test_numbers_lists_and_parts_are_read_by_their_type(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["adapter.dim_feedforward=0"], "adapter.dim_feedforward is 0; it must be a finite number at least 1"),
+        (["adapter.dim_feedforward=0"], "adapter.dim_feedforward is 0; it must be a whole number at least 1"),
         (["adapter.enc_layers=10000000"], "adapter.enc_layers is 10000000"),
         (["optim.batch_size=1000000000"], "optim.batch_size is 1000000000"),
         (["optim.gradient_accumulation_steps=1000000000"], "at most 4096"),

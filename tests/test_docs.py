@@ -14,7 +14,7 @@ from dpt.base_models import CKPT_FOLDER, DPT_WEIGHTS, MODELS, config_beside, rec
 from dpt.command_line import ArgumentParser
 from dpt.config import load_config
 from dpt.evaluation.flags import BLIP_FOLDER, OPEN_CLIP_FOLDER
-from dpt.flags import given_sampling
+from dpt.flags import sampling_of
 from dpt.training.settings import TrainConfig, check_stage
 from dpt.typed_yaml import config_keys
 
@@ -233,7 +233,7 @@ def check_settings(script: str, args) -> None:
     """Reads the config that the command names with its overrides, or builds its `Sampling`; raises ValueError."""
     if script == "txt2img":
         weights = Path(args.dpt) if args.dpt and Path(args.dpt).exists() else DPT_WEIGHTS.get(args.model)
-        recommended(args.model, config_beside(weights) if weights else None).changed(**given_sampling(args))
+        sampling_of(args, recommended(args.model, config_beside(weights) if weights else None))
     elif script in ("train_probe", "train_tune"):
         config = load_config(TrainConfig, args.config, args.overrides)
         check_stage(config, script.removeprefix("train_"), sys.maxsize, goes_on=config.resume)

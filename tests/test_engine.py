@@ -418,6 +418,30 @@ def test_tune_goes_on_without_naming_its_probe_again(tmp_path, cache, capsys):
     assert "init_from is missing" in capsys.readouterr().err
 
 
+def test_another_start_is_not_resumed(tmp_path, cache, capsys):
+    assert run("tune", tmp_path, cache, "optim.steps=1") == 0
+    assert run("tune", tmp_path, cache, "resume=true", "init_from=ckpt/shapes-dpt/probe") == 2
+    assert "init_from" in capsys.readouterr().err
+    assert run("tune", tmp_path, cache, "resume=true", "init_from=null", "optim.steps=1") == 0
+    assert "nothing is left to train: the run is at step 1, and 1 are asked for" in capsys.readouterr().out
+    assert load_config(TrainConfig, tmp_path / "run/config.yaml").init_from == "new"
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path, cache, capsys, monkeypatch):
+    def interrupted(trainer):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dpt.training.trainer.Trainer.train", interrupted)
+    assert run("probe", tmp_path, cache) == 130
+    assert "interrupted; the same command with resume=true goes on" in capsys.readouterr().err
+
+
+def test_a_file_in_the_run_folder_s_place_is_named(tmp_path, cache, capsys):
+    (tmp_path / "run").write_text("mine")
+    assert run("probe", tmp_path, cache) == 2
+    assert "run folder" in capsys.readouterr().err
+
+
 def test_another_joint_batch_is_not_resumed(tmp_path, cache, capsys):
     assert run("probe", tmp_path, cache, "optim.steps=1") == 0
     state = tmp_path / "run/checkpoints/step_0000001/training_state/state.json"

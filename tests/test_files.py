@@ -69,7 +69,7 @@ class Settings:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"steps": 0}, "optim.steps is 0; it must be a finite number at least 1 and at most 500"),
+        ({"steps": 0}, "optim.steps is 0; it must be a whole number at least 1 and at most 500"),
         ({"gamma": float("inf")}, "optim.gamma is inf; it must be a finite number above 0"),
         ({"betas": [0.9, 1.0]}, "optim.betas is 1.0; it must be a finite number at least 0 and below 1"),
         ({"on_nan": "stop"}, "optim.on_nan is 'stop'; it must be raise or skip"),

@@ -191,6 +191,7 @@ def test_a_long_prompt_file_is_read_whole(tmp_path, capsys):
         (["--device", "cuda:99"], "--device 'cuda:99' is not usable here"),
         (["--device", "toaster"], "--device 'toaster' is not usable here"),
         (["--gpuid", "0", "--device", "cpu"], "exclude each other"),
+        (["--correction_target", "noise"], "--correction_target is of self-correction, which is off: add"),
         (["--from-file", "missing.txt"], "--from-file missing.txt cannot be read"),
         (["--outdir", "/dev/null/x"], "--outdir /dev/null/x cannot be written"),
     ],

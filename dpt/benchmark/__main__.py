@@ -22,12 +22,13 @@ import sys
 
 from dpt.benchmark import BATCH_SIZES, CORRECTED, TRAINING_KINDS
 from dpt.benchmark.startup import measure_startup
-from dpt.command_line import ArgumentParser, fail, heavy_imports, number
+from dpt.command_line import ArgumentParser, fail, heavy_imports, number, one_line_errors
 from dpt.results import LOG, markdown_table, page_of, record_section
 
 KINDS = {"sampling": ("plain", *CORRECTED, "whole", "feature"), "training": TRAINING_KINDS}
 
 
+@one_line_errors(out_of_memory="lower --batch_size")
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = ArgumentParser(description=__doc__)

@@ -10,10 +10,11 @@ loads with `pipe.load_lora_weights(FOLDER + "/lora")`.
 import sys
 from pathlib import Path
 
-from dpt.command_line import ArgumentParser, fail, heavy_imports, number
+from dpt.command_line import ArgumentParser, heavy_imports, number, one_line_errors
 from dpt.hub import check_there
 
 
+@one_line_errors()
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = ArgumentParser(description=__doc__)
@@ -34,18 +35,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     names = ("feature", "base_model", "num_queries_itm", "nheads", "fusion_size", "local_files_only")
     settings = {name: getattr(args, name) for name in names}
-    try:
-        check_there(path := args.path if args.command == "inspect" else args.input)
-        with heavy_imports():
-            from dpt.checkpoint.checkpoint import describe, load_checkpoint, save_checkpoint
+    check_there(path := args.path if args.command == "inspect" else args.input)
+    with heavy_imports():
+        from dpt.checkpoint.checkpoint import describe, load_checkpoint, save_checkpoint
 
-        checkpoint = load_checkpoint(path, **settings)
-        print(describe(checkpoint))
-        if args.command == "convert":
-            save_checkpoint(checkpoint, args.output)
-            print(f"written to {args.output}")
-    except (ValueError, OSError) as error:
-        return fail(error)
+    checkpoint = load_checkpoint(path, **settings)
+    print(describe(checkpoint))
+    if args.command == "convert":
+        save_checkpoint(checkpoint, args.output)
+        print(f"written to {args.output}")
     return 0
 
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from dpt.base_models import DTYPE_NAMES
-from dpt.command_line import ArgumentParser, fail, number
+from dpt.command_line import ArgumentParser, number, one_line_errors
 from dpt.data.needed_files import needed_files
 from dpt.data.settings import DataSettings
 
@@ -174,16 +174,11 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
+@one_line_errors("the same command goes on")
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = make_parser().parse_args(argv)
-    try:
-        return args.run(args)
-    except (ValueError, OSError) as error:
-        return fail(error)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
-        return 130
+    return args.run(args)
 
 
 if __name__ == "__main__":

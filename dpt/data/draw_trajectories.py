@@ -115,10 +115,12 @@ def make(settings: TrajectorySettings, *, device: torch.device | str) -> tuple[i
                 f"{len(both)} prompts of {settings.prompts} are in {other}, which is evaluated on, such as "
                 f"{both[0]!r}: leave them out"
             )
-    folder = Path(settings.output)
+    folder, judge = Path(settings.output), _judge(settings)  # what is missing is said before anything is drawn
     artist = Artist.load(settings.model, settings.dpt, dtype=DTYPES[settings.dtype], device=device)
     drawn = draw_missing(settings, artist, prompts, folder)
-    return drawn, 0 if settings.scorer == "none" else label_missing(settings, artist.sd, folder)
+    if settings.pictures:
+        save_pictures(artist.sd, folder)
+    return drawn, 0 if judge is None else label_missing(settings, artist.sd, folder, *judge)
 
 
 def _normal(text: str) -> str:
@@ -222,11 +224,32 @@ def _flat(about: Manifest) -> dict:
     return flat | flat.pop("sampling")
 
 
-def label_missing(settings: TrajectorySettings, sd, folder: Path) -> int:
-    """Judges pictures that the scorer has not judged yet; returns how many."""
+def picture_names(number: int, count: int) -> list[str]:
+    """Names of a prompt's pictures, by its number."""
+    return [f"{number:06d}_{k:03d}.png" for k in range(count)]
+
+
+def save_pictures(sd, folder: Path) -> None:
+    """Writes the finished pictures that are not there yet into `pictures/`."""
+    (folder / "pictures").mkdir(exist_ok=True)
+    for numbers, shard in numbered_shards(folder):
+        for number, final in zip(numbers, read_shard(folder, shard)["final"], strict=True):
+            paths = [folder / "pictures" / name for name in picture_names(number, len(final))]
+            if not all(path.exists() for path in paths):
+                for path, picture in zip(paths, to_images(sd.decode_latents(final)), strict=True):
+                    with replacing(path) as temporary:
+                        Image.fromarray(picture).save(temporary, "png")
+
+
+def label_missing(settings: TrajectorySettings, sd, folder: Path, name: str, judge) -> int:
+    """Judges pictures that the scorer has not judged yet; returns how many.
+
+    Args:
+        name, judge: as `_judge` gives them.
+    """
     path, judged = label_file(folder, settings.scorer), 0
     labels = read_labels(path) if path.exists() else []
-    known, (name, judge) = {(label.prompt, label.seed) for label in labels}, _judge(settings)
+    known = {(label.prompt, label.seed) for label in labels}
     if others := {label.judge for label in labels} - {name}:
         raise ValueError(f"{path} holds values by {others.pop()}; these would be by {name}: move that file away")
     shards = list(numbered_shards(folder))
@@ -235,11 +258,7 @@ def label_missing(settings: TrajectorySettings, sd, folder: Path) -> int:
             continue
         for number, prompt, final in zip(numbers, shard.prompts, read_shard(folder, shard)["final"], strict=True):
             pictures = list(to_images(sd.decode_latents(final)))
-            names = [f"{number:06d}_{k:03d}.png" for k in range(len(pictures))]
-            if settings.pictures:
-                (folder / "pictures").mkdir(exist_ok=True)
-                for file, picture in zip(names, pictures, strict=True):
-                    Image.fromarray(picture).save(folder / "pictures" / file)
+            names = picture_names(number, len(pictures))
             for seed, value in zip(prompt.seeds, judge(pictures, [prompt.text] * len(names), names), strict=True):
                 if (prompt.text, seed) not in known:
                     append_line(path, msgspec.to_builtins(Label(prompt.text, seed, value, name)))
@@ -248,7 +267,9 @@ def label_missing(settings: TrajectorySettings, sd, folder: Path) -> int:
 
 
 def _judge(settings: TrajectorySettings):
-    """The judge's name, and a function that maps (pictures, prompts, names) to values."""
+    """The judge's name, and a function that maps (pictures, prompts, names) to values; None for no scorer."""
+    if settings.scorer == "none":
+        return None
     if settings.scorer.endswith(".jsonl"):
         values = {row.picture: row.value for row in read_json_lines(settings.scorer, PictureValue)}
 

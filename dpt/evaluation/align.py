@@ -60,6 +60,17 @@ def score_folders(folders: list[Path], judges: list[Judge], *, batch_size: int =
     return {str(folder): {judge.name: score(folder, judge, batch_size) for judge in judges} for folder in folders}
 
 
+def _judged_alone(folder: Path, judge: Judge, image, record: dict) -> None:
+    """Raises ValueError naming the picture and its prompt where they cannot be judged."""
+    try:
+        judge.metric([image], [record["prompt"]])
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / record['file']} of the prompt {record['prompt']!r}: {error}; leave that prompt out, or name "
+            "other --metrics"
+        ) from error
+
+
 def score(folder: Path, judge: Judge, batch_size: int) -> int:
     """Adds the missing scores of a folder and returns their number."""
     records = pictures(folder)
@@ -71,8 +82,10 @@ def score(folder: Path, judge: Judge, batch_size: int) -> int:
         images = [read_image(folder / record["file"]) for record in batch]
         try:
             results = judge.metric(images, [record["prompt"] for record in batch])
-        except ValueError as error:
-            raise ValueError(f"{folder}, {batch[0]['file']} and the pictures after it: {error}") from error
+        except ValueError:
+            for image, record in zip(images, batch, strict=True):  # which of them it is
+                _judged_alone(folder, judge, image, record)
+            raise
         for record, result in zip(batch, results, strict=True):
             bad = [key for key, value in result.items() if isinstance(value, float) and not np.isfinite(value)]
             if bad:

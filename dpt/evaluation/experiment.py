@@ -23,10 +23,10 @@ from dpt.checkpoint.checkpoint import checkpoints
 from dpt.config import load_config
 from dpt.evaluation import align, frechet, generate, itm, plan, rec, table
 from dpt.evaluation.arms import Arm, differing_arms
-from dpt.evaluation.flags import EARLY_TIMESTEPS
 from dpt.evaluation.judges import make_judge
 from dpt.evaluation.pack import of_pictures, read_arm, read_packed
 from dpt.evaluation.plan import Experiment, Run, run_settings
+from dpt.evaluation.probes import Measurement
 from dpt.evaluation.prompts import load_prompt_set
 from dpt.files import read_text
 from dpt.results import markdown_table, page_of, record_section
@@ -154,10 +154,17 @@ def train(runs: dict[str, Run], experiment: Experiment, *, jobs: int = 1) -> Non
 
 def measure_checkpoints(experiment: Experiment, output: Path) -> None:
     """Runs `itm` and `rec` on the checkpoints of the experiment."""
-    for task, module in (("itm", itm), ("rec", rec)):
-        options = plan.measuring(task, experiment, output) | {"output": output, "timesteps": [*EARLY_TIMESTEPS]}
-        options["checkpoints"] = [Path(path) for path in options["checkpoints"]]
-        module.run(argparse.Namespace(**options))
+    measure, filled = experiment.measure, experiment.filled
+    what = Measurement(
+        [Path(filled(path)) for path in measure.checkpoints],
+        Path(measure.config),
+        output,
+        set=[filled(text) for text in measure.settings],
+        split=measure.split,
+        num_samples=measure.num_samples,
+    )
+    itm.measure(what, measure.negatives, zero_shot=measure.zero_shot)
+    rec.measure(what)
 
 
 def protocol_table(protocol: dict[str, str]) -> str:

@@ -11,6 +11,7 @@ again.
 """
 
 import argparse
+from collections.abc import Iterable
 
 import torch
 
@@ -20,7 +21,7 @@ from dpt.config import load_config
 from dpt.data.collate import sample_generator
 from dpt.data.sources import validation_samples
 from dpt.evaluation import probes
-from dpt.evaluation.probes import Measured
+from dpt.evaluation.probes import Measured, Measurement, measurement_of
 from dpt.tasks.itm import ImageTextMatching, wins
 from dpt.training.settings import TrainConfig
 from dpt.training.validation import PAPER_TIMESTEP, Samples, batches_to_measure
@@ -29,30 +30,40 @@ ZERO_SHOT = "denoising error"
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Measures and writes; returns the summary of `probes.summary`."""
-    variants = {name: [f"data.negatives={name}"] for name in args.negatives} or {"": []}
-    measured = probes.measure_all(args, "itm", variants)
-    if args.zero_shot:
-        measured.append(_zero_shot(args, variants))
+    """The command: see `measure`."""
+    return measure(measurement_of(args), args.negatives, zero_shot=args.zero_shot)
+
+
+def measure(what: Measurement, negatives: Iterable[str] = (), *, zero_shot: bool = False) -> dict:
+    """Measures and writes; returns the summary of `probes.summary`.
+
+    Args:
+        negatives: kinds of the shapes world, each a set of its own; none means the config's.
+        zero_shot: also by denoising error, without an adapter.
+    """
+    variants = {name: [f"data.negatives={name}"] for name in negatives} or {"": []}
+    measured = probes.measure_all(what, "itm", variants)
+    if zero_shot:
+        measured.append(_zero_shot(what, variants))
     measured = probes.split_by(measured, "kind")
-    result = probes.summary(measured, ["text", "image"], args.timesteps)
-    return probes.write(args, "itm", result, measured)
+    result = probes.summary(measured, ["text", "image"], what.timesteps)
+    return probes.write(what, "itm", result, measured)
 
 
-def _zero_shot(args: argparse.Namespace, variants: dict[str, list[str]]) -> Measured:
+def _zero_shot(what: Measurement, variants: dict[str, list[str]]) -> Measured:
     records = {}
     for label, overrides in variants.items():
-        config = load_config(TrainConfig, args.config, [*args.set, *overrides])
+        config = load_config(TrainConfig, what.config, [*what.set, *overrides])
         sd = probes.load_base(config)
 
         def compute(config=config, sd=sd):
-            sets = validation_samples(config.data, sd, num_samples=args.num_samples, split=args.split)
+            sets = validation_samples(config.data, sd, num_samples=what.num_samples, split=what.split)
             size = config.optim.batch_size
             with probes.autocast(config):
-                return {"": denoising_matches(sd, sets["itm"], args.timesteps, args.num_samples, size)}
+                return {"": denoising_matches(sd, sets["itm"], what.timesteps, what.num_samples, size)}
 
         name, weights = f"itm_zero-shot_{label or 'all'}", weights_fingerprint(sd.denoiser, sd.text_encoder)
-        records[label] = probes.kept(args, name, config, weights, compute)[""]
+        records[label] = probes.kept(what, name, config, weights, compute)[""]
     return Measured(ZERO_SHOT, "none", records)
 
 

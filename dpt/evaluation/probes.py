@@ -7,7 +7,7 @@ are checkpoints trained with `control=...` or `model.feature=latents`.
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Generic, TypedDict, TypeVar
@@ -23,6 +23,7 @@ from dpt.checkpoint.checkpoint import DPTCheckpoint, load_checkpoint
 from dpt.config import CONTROLS, load_config
 from dpt.data.sources import validation_samples
 from dpt.device import WEIGHT_DTYPES
+from dpt.evaluation.flags import EARLY_TIMESTEPS
 from dpt.evaluation.generate import process_state
 from dpt.files import read_json, write_text
 from dpt.metrics import Interval, crossed_bootstrap
@@ -65,6 +66,27 @@ class Kept(msgspec.Struct, Generic[Record]):
 
     identity: dict[str, str | int | list[int]]
     records: dict[str, list[Record]]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Which checkpoints are measured, on which samples, and where the figures go."""
+
+    checkpoints: list[Path]
+    config: Path
+    """a training config: model, data, precision"""
+    output: Path
+    set: list[str] = field(default_factory=list)
+    """changes of the config"""
+    split: str = "val"
+    num_samples: int = 500
+    timesteps: list[int] = field(default_factory=lambda: [*EARLY_TIMESTEPS])
+    """whose mean stands beside the paper's timestep"""
+
+
+def measurement_of(args: argparse.Namespace) -> Measurement:
+    """What the flags of `itm` and `rec` ask for."""
+    return Measurement(**{entry.name: getattr(args, entry.name) for entry in fields(Measurement)})
 
 
 @dataclass
@@ -116,7 +138,7 @@ def load_probe(checkpoint: DPTCheckpoint, config: TrainConfig) -> tuple[DPT, Sta
     return model, sd
 
 
-def measure_all(args: argparse.Namespace, task: str, variants: dict[str, list[str]]) -> list[Measured]:
+def measure_all(what: Measurement, task: str, variants: dict[str, list[str]]) -> list[Measured]:
     """Measures every checkpoint on the val sets of each variant of the config; records on disk are read instead.
 
     Args:
@@ -126,11 +148,11 @@ def measure_all(args: argparse.Namespace, task: str, variants: dict[str, list[st
         ValueError: a checkpoint or config that cannot be used, two checkpoints of one name, or another's files in
             the output folder.
     """
-    figures = [args.output / f"{task}.md", *args.output.glob(f"{task}_*.png")]
-    check_replaceable(args.output / f"{task}.json", partial(read_json, schema=Summary), *figures)
-    configs = {label: load_config(TrainConfig, args.config, [*args.set, *more]) for label, more in variants.items()}
+    figures = [what.output / f"{task}.md", *what.output.glob(f"{task}_*.png")]
+    check_replaceable(what.output / f"{task}.json", partial(read_json, schema=Summary), *figures)
+    configs = {label: load_config(TrainConfig, what.config, [*what.set, *more]) for label, more in variants.items()}
     found: dict[str, Measured] = {}
-    for path in args.checkpoints:
+    for path in what.checkpoints:
         name, checkpoint = _name(path), load_checkpoint(path)
         if name in found:
             raise ValueError(f"two checkpoints are named {name!r}; rename a folder")
@@ -139,7 +161,7 @@ def measure_all(args: argparse.Namespace, task: str, variants: dict[str, list[st
             control = "latents"
         found[name] = Measured(name, control, {})
         for label, config in configs.items():
-            records = _measure(args, task, name, label, config, checkpoint)
+            records = _measure(what, task, name, label, config, checkpoint)
             found[name].records |= {f"{label} {key}".strip(): rows for key, rows in records.items()}
     return list(found.values())
 
@@ -148,15 +170,15 @@ def _name(path: Path) -> str:
     return path.parent.parent.name if path.name.startswith("step_") else path.name
 
 
-def _measure(args, task, name, label, config, checkpoint) -> dict[str, list[dict]]:
+def _measure(what, task, name, label, config, checkpoint) -> dict[str, list[dict]]:
     model, sd = load_probe(checkpoint, config)
-    timesteps = check_timesteps(args.timesteps, sd)
+    timesteps = check_timesteps(what.timesteps, sd)
 
     def compute():
         rec_text = load_rec_text_encoder(
             config.model.rec_text_encoder, sd, with_model=False, local_files_only=config.model.local_files_only
         )
-        sets = validation_samples(config.data, sd, num_samples=args.num_samples, split=args.split)
+        sets = validation_samples(config.data, sd, num_samples=what.num_samples, split=what.split)
         with autocast(config):
             return {
                 key.removeprefix(f"{task}_").removeprefix(task): measure(
@@ -166,7 +188,7 @@ def _measure(args, task, name, label, config, checkpoint) -> dict[str, list[dict
                     samples,
                     task=task,
                     timesteps=timesteps,
-                    num_samples=args.num_samples,
+                    num_samples=what.num_samples,
                     batch_size=config.optim.batch_size,
                     control=checkpoint.config.control,
                 )
@@ -175,7 +197,7 @@ def _measure(args, task, name, label, config, checkpoint) -> dict[str, list[dict
             }
 
     weights = weights_fingerprint(*sd.parts.values(), model.adapter)
-    return kept(args, f"{task}_{name}_{label or 'all'}", config, weights, compute)
+    return kept(what, f"{task}_{name}_{label or 'all'}", config, weights, compute)
 
 
 def check_timesteps(timesteps: list[int], sd: StableDiffusion) -> list[int]:
@@ -187,17 +209,17 @@ def check_timesteps(timesteps: list[int], sd: StableDiffusion) -> list[int]:
     return sorted({*timesteps, PAPER_TIMESTEP})
 
 
-def kept(args: argparse.Namespace, name: str, config: TrainConfig, weights: str, compute: Callable[[], dict]) -> dict:
+def kept(what: Measurement, name: str, config: TrainConfig, weights: str, compute: Callable[[], dict]) -> dict:
     """The records that `compute` gives, from disk if they are there for the same weights, data and samples."""
     identity = {
         "weights": weights,
         "data": repr(config.data),
         "precision": config.optim.mixed_precision,
-        "split": args.split,
-        "num_samples": args.num_samples,
-        "timesteps": sorted(args.timesteps),
+        "split": what.split,
+        "num_samples": what.num_samples,
+        "timesteps": sorted(what.timesteps),
     }
-    path = args.output / "records" / f"{name}_{args.split}.json"
+    path = what.output / "records" / f"{name}_{what.split}.json"
     if path.exists():
         found = read_kept(path, name.partition("_")[0])
         if found.identity == identity:
@@ -291,11 +313,11 @@ def cell(figures: dict, label: str) -> str:
     return f"{mean:.1f} ({low:.1f} to {high:.1f}){against}"
 
 
-def write(args: argparse.Namespace, task: str, result: dict, measured: list[Measured]) -> dict:
+def write(what: Measurement, task: str, result: dict, measured: list[Measured]) -> dict:
     """Writes `<task>.json` and `<task>.md` into the output folder."""
     text = markdown(result, measured)
-    write_text(args.output / f"{task}.json", json.dumps(result, indent=1) + "\n")
-    write_text(args.output / f"{task}.md", text)
+    write_text(what.output / f"{task}.json", json.dumps(result, indent=1) + "\n")
+    write_text(what.output / f"{task}.md", text)
     print(text)
     return result
 
@@ -307,6 +329,6 @@ def split_by(measured: list[Measured], key: str) -> list[Measured]:
         records = dict(one.records)
         for name, rows in one.records.items():
             for value in sorted({row[key] for row in rows if row.get(key)}):
-                records[f"{name}: {value}"] = [row for row in rows if row[key] == value]
+                records[f"{name or 'all'}: {value}"] = [row for row in rows if row[key] == value]
         parts.append(replace(one, records=records))
     return parts

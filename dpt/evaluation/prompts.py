@@ -72,7 +72,8 @@ def _lines(path: Path) -> list[str]:
     try:
         lines = text_lines(read_text(path))
     except ValueError as error:
-        raise ValueError(f"prompts {error}; save it as UTF-8 text") from error
+        known = "save it as UTF-8 text" if path.exists() else f"name a text file, or {', '.join(READERS)} and a colon"
+        raise ValueError(f"prompts {error}; {known}") from error
     return [line.strip() for line in lines if line.strip()]
 
 

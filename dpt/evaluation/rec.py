@@ -29,22 +29,27 @@ NUM_SHOWN, NUM_PHRASES = 6, 8
 
 
 def run(args: argparse.Namespace) -> dict:
+    """The command: see `measure`."""
+    return measure(probes.measurement_of(args))
+
+
+def measure(what: probes.Measurement) -> dict:
     """Measures, draws and writes; returns the summary of `probes.summary`."""
-    measured = probes.measure_all(args, "rec", {"": []})
-    result = probes.summary(measured, [name for name in FIGURES if "precision" in name], args.timesteps)
-    probes.write(args, "rec", result, measured)
-    config = load_config(TrainConfig, args.config, args.set)
+    measured = probes.measure_all(what, "rec", {"": []})
+    result = probes.summary(measured, [name for name in FIGURES if "precision" in name], what.timesteps)
+    probes.write(what, "rec", result, measured)
+    config = load_config(TrainConfig, what.config, what.set)
     sd = probes.load_base(config)
-    sets = validation_samples(config.data, sd, num_samples=args.num_samples, split=args.split)
+    sets = validation_samples(config.data, sd, num_samples=what.num_samples, split=what.split)
     for one in measured:
         for key, records in one.records.items():
             grid = draw_boxes(sd, sets[f"rec_{key}"], records)
-            grid.save(args.output / f"rec_{one.name}_{key}.png")
+            grid.save(what.output / f"rec_{one.name}_{key}.png")
     if config.data.kind == "shapes":
-        for path, one in zip(args.checkpoints, measured, strict=True):
+        for path, one in zip(what.checkpoints, measured, strict=True):
             scorer, own = probes.load_scorer(load_checkpoint(path), config)
             grid = draw_phrases(Artist(own, scorer), sets["rec_shapes"])
-            grid.save(args.output / f"rec_{one.name}_phrases.png")
+            grid.save(what.output / f"rec_{one.name}_phrases.png")
     return result
 
 

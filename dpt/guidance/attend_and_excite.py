@@ -98,7 +98,7 @@ class AttendAndExcite:
         """
         rows, (height, width) = list(range(len(latents))) if rows is None else rows, latents.shape[-2:]
         if height != width:
-            raise ValueError(f"H and W are as {height} to {width}; Attend-and-Excite is for square pictures")
+            raise ValueError(f"H and W are in the ratio {height} to {width}; Attend-and-Excite needs equal ones")
         guidance, resolution = self.guidance, self.sampling.attention_resolution or width // 4
         latents = latents.detach().requires_grad_(True)
         with stored_attention(guidance.denoiser, resolution) as maps:

@@ -12,10 +12,11 @@ takes nothing of the oracle's verdicts along.
 import sys
 from pathlib import Path
 
-from dpt.command_line import ArgumentParser, fail, heavy_imports, number
+from dpt.command_line import ArgumentParser, heavy_imports, number, one_line_errors
 from dpt.shapes.settings import LABELLED_FOLDER
 
 
+@one_line_errors()
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = ArgumentParser(description=__doc__)
@@ -28,16 +29,13 @@ def main(argv: list[str] | None = None) -> int:
     for command in commands.choices.values():
         command.add_argument("--folder", type=Path, default=LABELLED_FOLDER, help="where the set lies")
     args = parser.parse_args(argv)
-    try:
-        with heavy_imports():
-            from dpt.shapes.labelled_pictures import collect_pictures, sheets
+    with heavy_imports():
+        from dpt.shapes.labelled_pictures import collect_pictures, sheets
 
-        if args.command == "collect":
-            collect_pictures(args.folders, args.count, args.folder)
-        else:
-            sheets(args.output, args.folder)
-    except (ValueError, OSError) as error:
-        return fail(error)
+    if args.command == "collect":
+        collect_pictures(args.folders, args.count, args.folder)
+    else:
+        sheets(args.output, args.folder)
     return 0
 
 

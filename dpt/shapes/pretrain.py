@@ -10,11 +10,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dpt.command_line import ArgumentParser, fail, heavy_imports
+from dpt.command_line import ArgumentParser, heavy_imports, one_line_errors
 from dpt.config import load_config
 from dpt.shapes.settings import STAGE_NAMES, PretrainConfig
 
 
+@one_line_errors("the same command goes on from the last saved step")
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = ArgumentParser(description=__doc__)
@@ -31,8 +32,8 @@ def main(argv: list[str] | None = None) -> int:
             from dpt.shapes.pretraining_stages import run
 
         run(config)
-    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
-        return fail(error)
+    except SafetensorError as error:
+        raise ValueError(error) from error
     return 0
 
 

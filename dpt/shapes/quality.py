@@ -9,11 +9,12 @@ import shlex
 import sys
 from pathlib import Path
 
-from dpt.command_line import ArgumentParser, fail, heavy_imports, number
+from dpt.command_line import ArgumentParser, heavy_imports, number, one_line_errors
 from dpt.results import LOG, page_of, record_section
 from dpt.shapes.settings import SEEDS_APART
 
 
+@one_line_errors()
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -33,16 +34,13 @@ def main(argv: list[str] | None = None) -> int:
     add("--run", type=Path, default=run, help="curve: the folder of the pretraining")
     args = parser.parse_args(argv)
     args.record = args.record and page_of(args.record, args.section)
-    try:
-        with heavy_imports():
-            from dpt.shapes.quality_tables import SECTIONS
+    with heavy_imports():
+        from dpt.shapes.quality_tables import SECTIONS
 
-        text = SECTIONS[args.section](args)
-        print(text)
-        if args.record:
-            record_section(args.record, args.section, f"python -m dpt.shapes.quality {shlex.join(argv)}", text)
-    except (ValueError, OSError) as error:
-        return fail(error)
+    text = SECTIONS[args.section](args)
+    print(text)
+    if args.record:
+        record_section(args.record, args.section, f"python -m dpt.shapes.quality {shlex.join(argv)}", text)
     return 0
 
 

@@ -7,13 +7,18 @@ from pathlib import Path
 import yaml
 
 from dpt.base_models import checkpoints
-from dpt.command_line import ArgumentParser, fail, heavy_imports, is_out_of_memory
+from dpt.command_line import ArgumentParser, fail, heavy_imports, one_line_errors
 from dpt.config import load_config
 from dpt.data.needed_files import needed_files
 from dpt.hub import check_there
 from dpt.training.settings import TrainConfig, check_stage
 
 
+@one_line_errors(
+    "the same command with resume=true goes on from the last checkpoint",
+    out_of_memory="lower optim.batch_size (and raise optim.gradient_accumulation_steps), set "
+    "optim.mixed_precision=bf16, or in tune model.gradient_checkpointing=true",
+)
 def run_stage(stage: str, argv: list[str] | None, description: str) -> int:
     """Runs a training script: config file and overrides in, exit code out."""
     parser = ArgumentParser(description=description)
@@ -30,40 +35,28 @@ def run_stage(stage: str, argv: list[str] | None, description: str) -> int:
             "train_stage1.py and train_stage2.py is"
         )
     args = parser.parse_args(words)
-    try:
-        config = load_config(TrainConfig, args.config, args.overrides)
-        goes_on = config.resume and bool(checkpoints(Path(config.output_folder) / config.run_name))
-        check_stage(config, stage, sys.maxsize, goes_on=goes_on)  # the model's timesteps are checked once it is there
-        if config.init_from not in (None, "new") and not goes_on:
-            check_there(config.init_from)
-        if args.dry_run:
-            print(yaml.safe_dump(asdict(config), sort_keys=False), flush=True)
-            with heavy_imports():
-                from dpt.training.dry_run import describe_run
-            print(describe_run(config, stage))
-            paths = needed_files(config.data)
-            lines = [f"{'found  ' if path.exists() else 'MISSING'}  {path}" for path in paths]
-            print("\n".join(lines or ["data: the shapes world, made on the fly"]))
-            missing = sum(not path.exists() for path in paths)
-            if missing:
-                raise ValueError(f"{missing} of these are missing; docs/data.md says where they come from")
-        else:
-            with heavy_imports():
-                from dpt.peak_memory import keep_freed_memory
-                from dpt.training.trainer import Trainer
+    config = load_config(TrainConfig, args.config, args.overrides)
+    goes_on = config.resume and bool(checkpoints(Path(config.output_folder) / config.run_name))
+    check_stage(config, stage, sys.maxsize, goes_on=goes_on)  # the model's timesteps are checked once it is there
+    if config.init_from not in (None, "new") and not goes_on:
+        check_there(config.init_from)
+    if args.dry_run:
+        print(yaml.safe_dump(asdict(config), sort_keys=False), flush=True)
+        with heavy_imports():
+            from dpt.training.dry_run import describe_run
+        print(describe_run(config, stage))
+        paths = needed_files(config.data)
+        lines = [f"{'found  ' if path.exists() else 'MISSING'}  {path}" for path in paths]
+        print("\n".join(lines or ["data: the shapes world, made on the fly"]))
+        missing = sum(not path.exists() for path in paths)
+        if missing:
+            raise ValueError(f"{missing} of these are missing; docs/data.md says where they come from")
+    else:
+        with heavy_imports():
+            from dpt.peak_memory import keep_freed_memory
+            from dpt.training.trainer import Trainer
 
-            if argv is None:  # a process of its own
-                keep_freed_memory()
-            Trainer(config, stage).train()
-    except (ValueError, FloatingPointError, OSError) as error:
-        # an error in a reading process arrives with that process's traceback; its last line is the error
-        message = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("ValueError: ")
-        return fail(message)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return fail(
-            "out of memory: lower optim.batch_size (and raise optim.gradient_accumulation_steps), set "
-            "optim.mixed_precision=bf16, or in tune model.gradient_checkpointing=true"
-        )
+        if argv is None:  # a process of its own
+            keep_freed_memory()
+        Trainer(config, stage).train()
     return 0

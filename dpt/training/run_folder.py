@@ -38,7 +38,9 @@ class TrainingState(TypedDict):
 
 
 def check_run(folder: Path, *, resume: bool) -> None:
-    """Raises ValueError where the run folder holds another run, or other files."""
+    """Raises ValueError where the run folder holds another run, or other files, or is none."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run folder {folder} is a file: choose another run_name or output_folder")
     config = folder / "config.yaml"
     if not resume and (config.exists() or checkpoints(folder)):
         raise ValueError(f"run folder {folder} exists: pass resume=true to go on with it, or another run_name")

@@ -242,7 +242,7 @@ def check_start(config: TrainConfig, wanted: AdapterConfig, found: DPTConfig, so
 JOINT_BATCH = ("optim.batch_size", "optim.gradient_accumulation_steps")
 """settings that may change when a run goes on, where its samples a step do not"""
 FREE_ON_RESUME = (
-    *("resume", "output_folder", "on_nan", "log_every", "tracker", "init_from"),
+    *("resume", "output_folder", "on_nan", "log_every", "tracker"),
     *("checkpoints.", "validation.", "samples.", "optim.steps", "optim.epochs", *JOINT_BATCH),
     *("data.num_workers", "data.cache_folder", "data.root", "model.local_files_only"),
 )
@@ -289,7 +289,7 @@ def check_resumption(config: TrainConfig, saved: TrainConfig) -> None:
 
 def check_finished(config: TrainConfig, saved: TrainConfig) -> None:
     """Raises ValueError where the weights of a finished run are not what this config would train."""
-    free = tuple(key for key in FREE_ON_RESUME if key not in ("init_from", "optim.steps", *JOINT_BATCH))
+    free = tuple(key for key in FREE_ON_RESUME if key not in ("optim.steps", *JOINT_BATCH))
     if differing := differing_settings(config, saved, free):
         raise ValueError(
             f"{config.run_name} is there, trained with {', '.join(differing)}; remove it, or choose another name"

@@ -109,6 +109,7 @@ class Trainer:
         if state["stage"] != self.stage:
             raise ValueError(f"{self.folder} is a {state['stage']}; resume it with train_{state['stage']}.py")
         saved = load_config(TrainConfig, self.folder / "config.yaml")
+        self.config.init_from = self.config.init_from or saved.init_from
         check_resumption(self.config, saved)
         self._check_joint_batch(state.get("samples_per_step"), saved.optim)
         return newest
@@ -208,6 +209,8 @@ class Trainer:
         config = self.config
         if config.tracker:
             self.accelerator.init_trackers("dpt", flatten(config))
+        if self.step >= self.steps:
+            self._say(f"nothing is left to train: the run is at step {self.step}, and {self.steps} are asked for")
         batches, seconds, first = self._batches(), 0.0, self.step
         bar = tqdm(total=self.steps, initial=self.step, desc=self.stage, disable=not self.log, mininterval=1)
         with bar:

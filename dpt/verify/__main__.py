@@ -9,11 +9,12 @@ Writes `report.json` and `pictures.png` to attach to a report; exit code 1 where
 import sys
 from pathlib import Path
 
-from dpt.command_line import ArgumentParser, fail, heavy_imports, number
+from dpt.command_line import ArgumentParser, heavy_imports, number, one_line_errors
 from dpt.files import check_text
 from dpt.hub import check_there
 
 
+@one_line_errors(out_of_memory="lower --num_pairs, or name another --device")
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = ArgumentParser(description=__doc__)
@@ -30,17 +31,14 @@ def main(argv: list[str] | None = None) -> int:
     add("--local_files_only", "--local-files-only", action="store_true", help="never ask the hub")
     add("--outdir", type=Path, default=Path("outputs/verify"))
     args = parser.parse_args(argv)
-    try:
-        if args.coco is not None and not args.coco.is_dir():
-            raise ValueError(f"--coco {args.coco} is no folder; docs/data.md shows what it should hold")
-        check_text("--model", args.model)
-        check_there(args.dpt)
-        with heavy_imports():
-            from dpt.verify.checks import run_checks
+    if args.coco is not None and not args.coco.is_dir():
+        raise ValueError(f"--coco {args.coco} is no folder; docs/data.md shows what it should hold")
+    check_text("--model", args.model)
+    check_there(args.dpt)
+    with heavy_imports():
+        from dpt.verify.checks import run_checks
 
-        checks = run_checks(args)
-    except (ValueError, OSError) as error:
-        return fail(error)
+    checks = run_checks(args)
     print(f"report: {args.outdir / 'report.json'}, {args.outdir / 'pictures.png'}")
     return 1 if any(check["passed"] is False for check in checks.values()) else 0
 

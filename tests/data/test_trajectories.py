@@ -116,8 +116,15 @@ def test_values_by_another_judge_are_refused(folder, prompts, capsys):
     assert "holds values by shapes-clip 0" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize("scorer", ["oracel", "nowhere.jsonl"])
+def test_a_scorer_that_is_none_is_named_before_anything_is_drawn(tmp_path, prompts, capsys, scorer):
+    assert draw(tmp_path / "new", prompts, scorer=scorer) == 2
+    assert scorer in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_values_of_one_s_own(folder, prompts):
-    assert draw(folder, prompts, pictures="true", scorer="oracle") == 0
+    assert draw(folder, prompts, pictures="true", scorer="none") == 0
     names = sorted(path.name for path in (folder / "pictures").iterdir())
     assert len(names) == 2 * len(PROMPTS)
     mine = folder.parent / "mine.jsonl"

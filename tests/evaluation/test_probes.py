@@ -172,7 +172,7 @@ def test_an_experiment_from_training_to_table(tmp_path, capsys):
     log = (tmp_path / "out/dpt-1/log.txt").read_text()
     assert evaluate.main(call) == 0  # nothing is left to do
     assert (tmp_path / "out/dpt-1/log.txt").read_text() == log
-    assert evaluate.main([*call, "runs.dpt.sampling_settings=[init_from=new, optim.steps=2]", "--steps", "train"]) == 2
+    assert evaluate.main([*call, "runs.dpt.settings=[init_from=new, optim.steps=2]", "--steps", "train"]) == 2
     error = capsys.readouterr().err
     assert "dpt-0 is there, trained with " in error
     assert "data.num_samples 8 (now 10000)" in error
