@@ -21,6 +21,7 @@ from dpt.base_models import (
     check_family,
     check_made_for,
     check_one_lora,
+    check_versions,
     config_beside,
     default_dtype,
     describe_size,
@@ -122,6 +123,7 @@ def choose_sampling(args: argparse.Namespace, weights: Path | None) -> Sampling:
         check_text(f"--{name}", getattr(args, name) or "")
     config = config_beside(weights) if weights else None
     sampling = sampling_of(args, recommended(args.model, config))
+    check_versions(args.model, revision=args.revision, variant=args.variant)
     if weights is None and (sampling.needs_adapter or args.trace):
         raise ValueError("self-correction, --candidates and --trace need an adapter: pass --dpt PATH")
     check_family(args.model, sampling, no_t5=args.no_t5)

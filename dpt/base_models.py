@@ -1,6 +1,7 @@
 """The base models that can be named, where their files come from, and how they draw. Imports nothing heavy."""
 
 import difflib
+import glob
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -117,6 +118,17 @@ def source_of(model: str, notice=lambda text: None) -> str:
         notice(f"{model} is no longer on the hub; using its mirror {MIRRORS[model]}")
         model = MIRRORS[model]
     return model
+
+
+def check_versions(model: str, *, revision: str | None, variant: str | None) -> None:
+    """Raises ValueError for a revision of a model that is local, and a variant that it has no weights of."""
+    path = Path(source_of(model))
+    for name, value in {"revision": revision, "variant": variant}.items():
+        if value is not None and (path.is_file() or (name == "revision" and path.exists())):
+            kind = "folder" if path.is_dir() else "file"
+            raise ValueError(f"{name} is {value!r}; {path} is a local {kind}, which has none: leave it out")
+    if variant is not None and path.is_dir() and not any(path.glob(f"*/*.{glob.escape(variant)}.*")):
+        raise ValueError(f"variant is {variant!r}; the folder has no weights of it: leave it out")
 
 
 def check_name(model: str) -> None:

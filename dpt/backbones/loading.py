@@ -29,7 +29,6 @@ from dpt.backbones.flow import FlowScheduler, FluxScheduler
 from dpt.backbones.flux import Flux
 from dpt.backbones.model_folder import (
     LOADING_ERRORS,
-    STEMS,
     check_folder,
     check_kind,
     check_weights,
@@ -55,6 +54,7 @@ from dpt.base_models import (
     SD_3,
     SD_XL,
     check_no_t5,
+    check_versions,
     pipeline_of,
     source_of,
 )
@@ -85,10 +85,7 @@ def load_stable_diffusion(
         ValueError: nothing usable there; the message says what to do.
     """
     source = source_of(model, notice)
-    for name, value in {"revision": revision, "variant": variant}.items():
-        if value is not None and (Path(source).is_file() or (name == "revision" and Path(source).exists())):
-            kind = "folder" if Path(source).is_dir() else "file"
-            raise ValueError(f"{name} is {value!r}; {source} is a local {kind}, which has none")
+    check_versions(model, revision=revision, variant=variant)
     if no_t5:
         check_no_t5(model)
     if Path(source).is_dir():
@@ -206,8 +203,6 @@ def _checked_variant(model: str, folder: Path, variant: str | None, notice) -> s
     """The variant of a local folder's weights, after a look at all that is there. Raises ValueError."""
     try:
         check_folder(folder)
-        if variant is not None and not any(variant in weight_files(folder / part) for part in STEMS):
-            raise ValueError(f"variant is {variant!r}; the folder has no weights of it: leave it out")
         if variant is None and (variant := choose_variant(folder)):
             notice(f"{model} has weights of the variant {variant} alone: they are taken")
         check_weights(folder, variant)
