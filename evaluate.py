@@ -33,7 +33,7 @@ def make_parser() -> ArgumentParser:
 
 
 @one_line_errors(
-    "the same command goes on from here",
+    "what is finished is kept: give the same command again",
     out_of_memory="lower --batch_size (of itm, rec and probe-map optim.batch_size)",
 )
 def main(argv: list[str] | None = None) -> int:

@@ -128,7 +128,7 @@ def check_versions(model: str, *, revision: str | None, variant: str | None) -> 
             kind = "folder" if path.is_dir() else "file"
             raise ValueError(f"{name} is {value!r}; {path} is a local {kind}, which has none: leave it out")
     if variant is not None and path.is_dir() and not any(path.glob(f"*/*.{glob.escape(variant)}.*")):
-        raise ValueError(f"variant is {variant!r}; the folder has no weights of it: leave it out")
+        raise ValueError(f"model {model!r}: variant is {variant!r}; the folder has no weights of it: leave it out")
 
 
 def check_name(model: str) -> None:

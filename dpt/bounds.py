@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
-from numbers import Real
+from numbers import Integral, Real
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Bounds:
         """Raises ValueError naming what is out of bounds, its value and the bounds.
 
         Args:
-            whole: for the message, whether it is a whole number.
+            whole: whether it must be a whole number.
         """
-        if value not in self:
+        if value not in self or (whole and (isinstance(value, bool) or not isinstance(value, Integral))):
             words = str(self).replace("a finite number", "a whole number") if whole else str(self)
-            raise ValueError(f"{name} is {value!r}; it must be {words}")
+            raise ValueError(f"{name} is {value if isinstance(value, Real) else repr(value)}; it must be {words}")
 
 
 def bounded(default, **limits: float):

@@ -3,10 +3,10 @@
 import argparse
 import ast
 import contextlib
+import errno
 import functools
 import gc
 import importlib.util
-import os
 import sys
 
 from dpt.bounds import Bounds
@@ -102,14 +102,16 @@ def one_line_errors(interrupted: str = "", *, out_of_memory: str = ""):
     return decorate
 
 
+ELSEWHERE, ROOM = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR), (errno.ENOSPC, errno.EDQUOT)
+
+
 def _of_file(error: OSError) -> str:
-    """An error of the file system: which file, what is wrong, and what helps."""
-    name = error.filename if error.filename2 is None else error.filename2
-    if name is None:
+    """An error of the file system: which file, what is wrong, and, where that is known, what helps."""
+    names = [name for name in (error.filename2, error.filename) if name is not None]
+    if not names or error.strerror is None:
         return str(error)
-    kind = "a folder" if os.path.isdir(name) else "a file"
-    there = f", where {kind} is" if os.path.exists(name) else ""
-    return f"{name}: {error.strerror}{there}; name another place, or make room there"
+    advice = "; name another place" if error.errno in ELSEWHERE else "; make room there" if error.errno in ROOM else ""
+    return f"{names[0]}: {error.strerror}{advice}"
 
 
 def docstring_of(module: str) -> str:

@@ -138,12 +138,10 @@ class Artist:
             timestep: at which the adapter reads the pictures.
 
         Raises:
-            ValueError: no adapter; other than one text a picture.
+            ValueError: no adapter, other than one text a picture, or pictures that the model cannot read.
         """
-        scorer = self._reader()
-        if len(images) != len(texts):
-            raise ValueError(f"texts holds {len(texts)}; {len(images)} pictures need as many")
-        return matching_scores(self.sd, scorer, to_pixels(images), texts, timestep=timestep).tolist()
+        pixels = self._readable(images, texts, timestep)
+        return matching_scores(self.sd, self.scorer, pixels, texts, timestep=timestep).tolist()
 
     def find(self, image: np.ndarray, phrase: str, *, count: int = 3, timestep: int = TIMESTEP) -> list[tuple]:
         """Where in a finished picture (H, W, 3) uint8 is what a phrase refers to? The surest boxes, the surest first.
@@ -155,15 +153,28 @@ class Artist:
             (sureness from 0 to 1, box) each; a box is (centre x, centre y, width, height), as shares of the picture's.
 
         Raises:
-            ValueError: no adapter.
+            ValueError: no adapter, or a picture that the model cannot read.
         """
-        scorer = self._reader()
-        return boxes_of_phrases(self.sd, scorer, to_pixels([image]), [phrase], timestep=timestep)[0][:count]
+        pixels = self._readable([image], [phrase], timestep)
+        return boxes_of_phrases(self.sd, self.scorer, pixels, [phrase], timestep=timestep)[0][:count]
 
-    def _reader(self) -> Scorer:
+    def _readable(self, images: list[np.ndarray], texts: list[str], timestep: int) -> torch.Tensor:
+        """The pictures' pixels (B, 3, H, W) in [-1, 1]. Raises ValueError where the adapter cannot read them."""
         if self.scorer is None:
             raise ValueError("reading pictures needs an adapter: load one as `weights`")
-        return self.scorer
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts) or not len(images):
+            raise ValueError(f"texts is {texts!r}; it must be a list of texts, one for each of at least one picture")
+        if len(images) != len(texts):
+            raise ValueError(f"texts holds {len(texts)}; {len(images)} pictures need as many")
+        shapes = {np.shape(image) for image in images}
+        shape = next(iter(shapes))
+        if len(shapes) > 1 or len(shape) != 3 or shape[2] != 3 or any(image.dtype != np.uint8 for image in images):
+            raise ValueError(
+                f"images are of the shapes {sorted(shapes)}; they must be uint8 arrays (H, W, 3) of one size"
+            )
+        self.sd.latent_shape(*shape[:2])
+        Bounds(at_least=0, below=self.sd.scheduler.config.num_train_timesteps).check("timestep", timestep, whole=True)
+        return to_pixels(images)
 
     def draw(
         self,

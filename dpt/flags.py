@@ -80,7 +80,8 @@ def sampling_of(args: argparse.Namespace, recommended: Sampling) -> Sampling:
     given = {entry.name: getattr(args, entry.name) for entry in fields(Sampling)}
     sampling = recommended.changed(**given)
     for name in ("correction_target", "correction_start", "correction_stop"):
-        if given[name] is not None and not sampling.corrects:
+        asked = args.correction_norm is not None or args.correction_factor is not None
+        if given[name] is not None and not asked and not sampling.corrects:
             raise ValueError(f"--{name} is of self-correction, which is off: add --correction_norm, or leave it out")
     return sampling
 

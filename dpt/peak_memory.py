@@ -4,7 +4,6 @@ import ctypes
 import sys
 from pathlib import Path
 
-import psutil
 import torch
 
 
@@ -24,6 +23,8 @@ def peak_mb(device: torch.device | str = "cpu") -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
     if not status.exists():
+        import psutil  # comes with accelerate
+
         memory = psutil.Process().memory_info()
         return getattr(memory, "peak_wset", memory.rss) / 2**20
     return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024

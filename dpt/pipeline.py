@@ -144,7 +144,9 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
         of_weights = {name: getattr(self._recommended, name) for name in correction if name != "correct_candidates"}
         choice = {"candidates": 1 if candidates is None else candidates, "choose_at": choose_at}
         steps = next((len(x) for x in (timesteps, sigmas) if x is not None and len(x)), num_inference_steps)
-        sampling = Sampling(**of_weights).changed(**choice, **correction, num_inference_steps=steps)
+        if choice["candidates"] > 1:
+            choice["num_inference_steps"] = int(steps)  # by which it is known where they are chosen from
+        sampling = Sampling(**of_weights).changed(**choice, **correction)
         self._guidance_scale, self._guidance_rescale, self._clip_skip = guidance_scale, guidance_rescale, clip_skip
         self._cross_attention_kwargs, self._interrupt = cross_attention_kwargs, False
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):

@@ -53,8 +53,7 @@ def matching_scores(
         options: those of `read_pictures`.
     """
     hs, conditioning = read_pictures(sd, scorer, pixels, texts, **options)
-    embeddings = scorer.adapter.itm_embeddings(hs, scorer.itm_layer)
-    return itm_score(embeddings, conditioning.pooled_prompt_embeds.float())
+    return itm_score(scorer.adapter.itm_embeddings(hs, scorer.itm_layer), conditioning.pooled_prompt_embeds.float())
 
 
 @torch.no_grad()

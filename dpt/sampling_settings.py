@@ -70,9 +70,6 @@ class Sampling:
         if not isinstance(self.choose_at, list | tuple):
             raise ValueError(f"choose_at is {self.choose_at!r}; it must be a list of fractions, such as [0.25]")
         object.__setattr__(self, "choose_at", tuple(self.choose_at))  # YAML gives lists
-        for name in ("candidates", "num_inference_steps"):
-            if not isinstance(getattr(self, name), int):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number")
         check_bounds(self)
         if self.correction_start > self.correction_stop:
             raise ValueError(

@@ -69,6 +69,7 @@ def test_the_highest_scores_of_each_picture_are_kept():
         ({"attend_and_excite": True, "correction_factor": 1.0}, "exclude each other"),
         ({"attend_and_excite": True, "correction_start": 0.5}, "Attend-and-Excite has steps of its own"),
         ({"height": "128"}, "height is '128'; it must be a whole number"),
+        ({"height": 128.5}, "height is 128.5; it must be a whole number"),
         ({"attention_step": 3.0}, "for attend_and_excite, which is off"),
         ({"parity": True, "correction_norm": 0.01}, "parity is the reference's sampling, which has no correction_norm"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan"),

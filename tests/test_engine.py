@@ -15,9 +15,10 @@ from dpt.backbones.loading import load_stable_diffusion
 from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.config import CONTROLS, load_config
 from dpt.data.loader import step_indices
+from dpt.lora import lora_state
 from dpt.model import DPT
 from dpt.training.settings import OptimSettings, TrainConfig
-from dpt.training.trainer import learning_rate_factor, make_accelerator, schedule_stretch
+from dpt.training.trainer import Trainer, learning_rate_factor, make_accelerator, schedule_stretch
 
 TINY = {
     "probe": "configs/shapes/probe.yaml",
@@ -427,6 +428,17 @@ def test_another_start_is_not_resumed(tmp_path, cache, capsys):
     assert load_config(TrainConfig, tmp_path / "run/config.yaml").init_from == "new"
 
 
+def test_a_run_from_a_lora_begins_with_it(tmp_path, cache):
+    assert run("tune", tmp_path, cache, "optim.steps=1") == 0
+    changes = ["run_name=more", f"init_from={tmp_path / 'run'}"]
+    trainer = Trainer(load_config(TrainConfig, tmp_path / "run/config.yaml", changes), "tune")
+    start, found = load_checkpoint(tmp_path / "run").lora, lora_state(trainer.sd.denoiser)
+    assert found.keys() == start.keys()
+    assert all(torch.equal(found[name].cpu(), tensor) for name, tensor in start.items())
+    trained = [name for name, p in trainer.sd.denoiser.named_parameters() if p.requires_grad]
+    assert len(trained) == len(start)
+
+
 def test_an_interrupt_says_how_to_go_on(tmp_path, cache, capsys, monkeypatch):
     def interrupted(trainer):
         raise KeyboardInterrupt
@@ -439,7 +451,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, cache, capsys, monkeypatch):
 def test_a_file_in_the_run_folder_s_place_is_named(tmp_path, cache, capsys):
     (tmp_path / "run").write_text("mine")
     assert run("probe", tmp_path, cache) == 2
-    assert "run folder" in capsys.readouterr().err
+    assert "is a file: choose another run_name" in capsys.readouterr().err
 
 
 def test_another_joint_batch_is_not_resumed(tmp_path, cache, capsys):

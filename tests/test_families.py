@@ -514,6 +514,7 @@ def test_half_precision_is_bfloat16_for_transformers(folders):
     assert {default_dtype(model, "cuda") for model in transformers} == {"bfloat16"}
     assert {default_dtype(model, "cuda") for model in ("shapes", "sdxl", "sd21-base")} == {"float16"}
     assert {default_dtype(model, "cpu") for model in (*transformers, "shapes")} == {"float32"}
+    assert default_dtype("shapes", "cpu", elsewhere="bfloat16") == "bfloat16"
 
 
 def test_noising_is_the_variance_preserving_form_of_the_flow():

@@ -1,4 +1,3 @@
-import resource
 import subprocess
 import sys
 
@@ -32,9 +31,7 @@ def test_freed_memory_is_kept_and_counts_in_no_later_peak(request):
 
     faults, peak = measured()
     kept_faults, kept_peak = measured("keep")
-    pages = 2**26 // resource.getpagesize()  # of one tensor
-    assert faults > 9 * pages
-    assert kept_faults < pages  # those of the first tensors (of 5 to 11 here) serve the last ten
+    assert kept_faults < faults / 10  # pages of the first tensors (of 5 to 11 here) serve the last ten
     assert kept_peak == pytest.approx(peak, abs=32)  # its 64 MB are given back before a peak is measured
     assert peak_mb() > 0
 

@@ -42,5 +42,15 @@ def test_what_cannot_be_read_is_named(artist):
     picture = render(EXAMPLES[0].scene)
     with pytest.raises(ValueError, match="texts holds 2; 1 pictures need as many"):
         artist.score([picture], ["a", "b"])
+    for images, texts, options, message in (
+        ([], [], {}, "one for each of at least one picture"),
+        ([picture] * 2, "ab", {}, "texts is 'ab'; it must be a list"),
+        ([picture, picture[:64]], ["a", "b"], {}, "they must be uint8 arrays"),
+        ([picture / 255], ["a"], {}, "they must be uint8 arrays"),
+        ([picture[:60, :60]], ["a"], {}, "H is 60"),
+        ([picture], ["a"], {"timestep": 1000}, "timestep is 1000; it must be a whole number at least 0 and below 1000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            artist.score(images, texts, **options)
     with pytest.raises(ValueError, match="needs an adapter"):
         dpt.Artist(artist.sd).find(picture, "a circle")

@@ -181,6 +181,10 @@ def test_a_trace_of_prompts_that_matplotlib_would_read_as_formulas(tmp_path, wei
     assert (tmp_path / "trace-0000.png").exists()
 
 
+def test_a_length_of_0_may_have_a_target(tmp_path, weights):
+    assert draw(tmp_path, *weights, "--correction_norm", "0", "--correction_target", "latent", "--dry-run") == 0
+
+
 def test_a_trace_s_data_are_written_before_its_figure(tmp_path, weights, monkeypatch):
     def fail(*args, **kwargs):
         raise ValueError("no figure")

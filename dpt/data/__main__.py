@@ -174,7 +174,7 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-@one_line_errors("the same command goes on")
+@one_line_errors("what is finished is kept: give the same command again")
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = make_parser().parse_args(argv)

@@ -40,8 +40,9 @@ def find(root: Path, pattern: str) -> list[Path]:
 
 
 def image_index(root: Path) -> dict[str, Path]:
-    """Every image file in the folder or up to two folders down, by its name."""
-    return {path.name: path for path in find(root, "*") if path.suffix.lower() in IMAGE_SUFFIXES}
+    """Every image file in the folder or up to two folders down, by its name; of one name the one that lies highest."""
+    deepest_first = sorted(find(root, "*"), key=lambda path: -len(path.parts))
+    return {path.name: path for path in deepest_first if path.suffix.lower() in IMAGE_SUFFIXES}
 
 
 def check_images(paths: list[Path], *, decode: bool = False) -> tuple[Findings, dict[str, tuple[int, int]]]:

@@ -134,9 +134,12 @@ def mine(
     # of each text so many that enough are left without an image's own texts, or without the text's own images
     limits = {"block": block, "device": device}
     of_none, all_texts, all_images = (np.full((len(x), 1), k) for k, x in enumerate((texts, texts, files)))
-    most_own, most_shown = max(map(len, own)), max(map(len, shown))
+    most_own = max(map(len, own))
     texts_near = most_similar(text_rows, of_none, text_rows, all_texts, num_texts + most_own, **limits)
-    images_near = most_similar(text_rows, of_none, image_rows, all_images, num_images + most_shown, **limits)
+    images_near = list(most_similar(text_rows, of_none, image_rows, all_images, num_images + 1, **limits))
+    for text in (k for k, images in enumerate(shown) if len(images) > 1):  # few texts are of several images
+        rows, groups, count = text_rows[[text]], of_none[[text]], num_images + len(shown[text])
+        (images_near[text],) = most_similar(rows, groups, image_rows, all_images, count, **limits)
     items = {}
     for k, (caption, text, image) in enumerate(zip(captions, text_of.tolist(), image_of.tolist(), strict=True)):
         others = [texts[i] for i in texts_near[text] if i >= 0 and i not in own[image]]

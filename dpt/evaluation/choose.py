@@ -281,7 +281,7 @@ def as_markdown(tables: dict) -> str:
     return (
         f"{tables['prompts']} prompts x {tables['candidates']} candidates. "
         f"{'Percent that the judge finds correct' if tables['verdicts'] else 'Means of what the judge says'} "
-        "(95 % intervals over prompts), and of choosers the gain to a random choice, paired by prompt; cost in "
+        "(95 % intervals over prompts), and of choosers the gain over a random choice, paired by prompt; cost in "
         "passes of one plain picture.\n\n"
         + markdown_table(["candidates", "choose_at", "cost", *choosers, RANDOM, CEILING], grid)
         + "\nArea under the curve within prompts, after so many steps:\n\n"

@@ -46,7 +46,6 @@ from dpt.images import (
 from dpt.peak_memory import peak_mb, reset_peak
 from dpt.reading import matching_scores
 
-CHOICE_TIMESTEP = 200  # at which best-of-n reads the score of finished pictures
 OWN_NAME = re.compile(r"\d{5,}_\d{6,}_\d+\.png|.+_\d{6,}\.png|\.[0-9a-f]{32}\.tmp", re.DOTALL)
 ASIDE = "unrecorded"  # begins the names of folders for pictures that a kill left without their record
 
@@ -144,9 +143,8 @@ class ArmArtist:
 
     def _score(self, drawn: list[Drawing], prompts: list[str]) -> torch.Tensor:
         """The matching score of finished pictures, (B,)."""
-        options = {"timestep": CHOICE_TIMESTEP, "distilled_guidance": self.arm.distilled_guidance}
-        pixels = to_pixels([drawing.image for drawing in drawn])
-        return matching_scores(self.sd, self.artist.scorer, pixels, prompts, **options).cpu()
+        pixels, guidance = to_pixels([drawing.image for drawing in drawn]), self.arm.distilled_guidance
+        return matching_scores(self.sd, self.artist.scorer, pixels, prompts, distilled_guidance=guidance).cpu()
 
 
 def generate(

@@ -62,7 +62,7 @@ def _zero_shot(what: Measurement, variants: dict[str, list[str]]) -> Measured:
             with probes.autocast(config):
                 return {"": denoising_matches(sd, sets["itm"], what.timesteps, what.num_samples, size)}
 
-        name, weights = f"itm_zero-shot_{label or 'all'}", weights_fingerprint(sd.denoiser, sd.text_encoder)
+        name, weights = f"itm_zero-shot_{label or 'all'}", weights_fingerprint(*sd.parts.values())
         records[label] = probes.kept(what, name, config, weights, compute)[""]
     return Measured(ZERO_SHOT, "none", records)
 

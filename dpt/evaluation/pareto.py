@@ -100,7 +100,7 @@ def draw_points(points: dict[str, dict], path: Path) -> None:
             mean, low, high = (100 * value for value in p["correct"])
             style = {"color": f"C{k % 10}", "fmt": "osD^v"[k // 10 % 5], "capsize": 3}
             axis.errorbar(p[unit], mean, [[mean - low], [high - mean]], label=f"{name}: {mean:.1f}", **style)
-        axis.set(xlabel=f"{'U-Net ' if unit == 'passes' else ''}{unit} a picture", xscale="log")
+        axis.set(xlabel=f"{unit} a picture", xscale="log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter(NullFormatter())

@@ -32,6 +32,9 @@ class Memo(dict):
         super().__init__()
         self.function = function
 
+    def __reduce__(self):
+        return Memo, (self.function,)  # without the results
+
     def __missing__(self, index: int):
         self[index] = self.function(index)
         return self[index]

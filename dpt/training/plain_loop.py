@@ -3,6 +3,7 @@
 Weights, their average, optimiser and step are all there is to save: a run that is killed goes on exactly.
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -95,39 +96,41 @@ def train_stage(
     start = _restore(state_path, stateful)
     if start:
         drop_metrics_after(metrics_path, start)
-    threads = max(1, torch.get_num_threads() // parts)
+    all_threads = torch.get_num_threads()
+    threads = max(1, all_threads // parts)
     gradients_of = partial(_losses_and_gradients, losses_at, parameters, precision, threads)
-    pool, all_threads = ThreadPoolExecutor(parts), torch.get_num_threads()
-    bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=5)
-    began = time.perf_counter()
-    for step in bar:
-        model.train()
-        for group in optimizer.param_groups:
-            group["lr"] = lr * schedule(step, steps=steps, warmup=warmup, decay=decay)
-        results = list(pool.map(gradients_of, range(step * parts, (step + 1) * parts)))
-        losses = {key: sum(of_part[key] for of_part, _ in results) / parts for key in results[0][0]}
-        if not math.isfinite(sum(losses.values())):
-            raise FloatingPointError(f"{name}: loss is {sum(losses.values())} at step {step}: lower lr (now {lr})")
-        for parameter, *of_parts in zip(parameters, *(gradients for _, gradients in results), strict=True):
-            parameter.grad = None if of_parts[0] is None else sum(of_parts) / parts
-        grad_norm = max(nn.utils.clip_grad_norm_(group, max_grad_norm) for group in clip_groups or [parameters])
-        optimizer.step()
-        optimizer.zero_grad()
-        update_average(average, model, min(ema, (1 + step) / (10 + step)))
-        record = {"step": step + 1, "grad_norm": grad_norm.item()} | losses
-        if step % 10 == 9:
-            record["seconds"] = time.perf_counter() - began
-            bar.set_postfix({k: f"{v:.4g}" for k, v in losses.items()})
-        if evaluate_every and (step + 1) % evaluate_every == 0:
-            record |= evaluate(average, step + 1)
-        if len(record) > 2 + len(losses):
-            with metrics_path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-        if (step + 1) % save_every == 0 or step + 1 == steps:
-            with replacing(state_path) as temporary:
-                torch.save({key: part.state_dict() for key, part in stateful.items()} | {"step": step + 1}, temporary)
-    pool.shutdown()
-    torch.set_num_threads(all_threads)
+    with ThreadPoolExecutor(parts) as pool, contextlib.ExitStack() as ended:
+        ended.callback(torch.set_num_threads, all_threads)
+        bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=5)
+        began = time.perf_counter()
+        for step in bar:
+            model.train()
+            for group in optimizer.param_groups:
+                group["lr"] = lr * schedule(step, steps=steps, warmup=warmup, decay=decay)
+            results = list(pool.map(gradients_of, range(step * parts, (step + 1) * parts)))
+            losses = {key: sum(of_part[key] for of_part, _ in results) / parts for key in results[0][0]}
+            if not math.isfinite(sum(losses.values())):
+                raise FloatingPointError(f"{name}: loss is {sum(losses.values())} at step {step}: lower lr (now {lr})")
+            for parameter, *of_parts in zip(parameters, *(gradients for _, gradients in results), strict=True):
+                parameter.grad = None if of_parts[0] is None else sum(of_parts) / parts
+            grad_norm = max(nn.utils.clip_grad_norm_(group, max_grad_norm) for group in clip_groups or [parameters])
+            optimizer.step()
+            optimizer.zero_grad()
+            update_average(average, model, min(ema, (1 + step) / (10 + step)))
+            record = {"step": step + 1, "grad_norm": grad_norm.item()} | losses
+            if step % 10 == 9:
+                record["seconds"] = time.perf_counter() - began
+                bar.set_postfix({k: f"{v:.4g}" for k, v in losses.items()})
+            if evaluate and evaluate_every and (step + 1) % evaluate_every == 0:
+                record |= evaluate(average, step + 1)
+            if len(record) > 2 + len(losses):
+                with metrics_path.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+            if (step + 1) % save_every == 0 or step + 1 == steps:
+                with replacing(state_path) as temporary:
+                    torch.save(
+                        {key: part.state_dict() for key, part in stateful.items()} | {"step": step + 1}, temporary
+                    )
     return average
 
 

@@ -289,7 +289,7 @@ def check_resumption(config: TrainConfig, saved: TrainConfig) -> None:
 
 def check_finished(config: TrainConfig, saved: TrainConfig) -> None:
     """Raises ValueError where the weights of a finished run are not what this config would train."""
-    free = tuple(key for key in FREE_ON_RESUME if key not in ("optim.steps", *JOINT_BATCH))
+    free = tuple(key for key in FREE_ON_RESUME if key not in ("optim.steps", "optim.epochs", *JOINT_BATCH))
     if differing := differing_settings(config, saved, free):
         raise ValueError(
             f"{config.run_name} is there, trained with {', '.join(differing)}; remove it, or choose another name"

@@ -110,6 +110,7 @@ class Trainer:
             raise ValueError(f"{self.folder} is a {state['stage']}; resume it with train_{state['stage']}.py")
         saved = load_config(TrainConfig, self.folder / "config.yaml")
         self.config.init_from = self.config.init_from or saved.init_from
+        saved.init_from = saved.init_from or self.config.init_from  # runs of before do not know it
         check_resumption(self.config, saved)
         self._check_joint_batch(state.get("samples_per_step"), saved.optim)
         return newest
@@ -209,7 +210,7 @@ class Trainer:
         config = self.config
         if config.tracker:
             self.accelerator.init_trackers("dpt", flatten(config))
-        if self.step >= self.steps:
+        if self.step >= self.steps or self._out_of_patience():
             self._say(f"nothing is left to train: the run is at step {self.step}, and {self.steps} are asked for")
         batches, seconds, first = self._batches(), 0.0, self.step
         bar = tqdm(total=self.steps, initial=self.step, desc=self.stage, disable=not self.log, mininterval=1)

@@ -9,6 +9,7 @@ Writes `report.json` and `pictures.png` to attach to a report; exit code 1 where
 import sys
 from pathlib import Path
 
+from dpt.base_models import check_versions
 from dpt.command_line import ArgumentParser, heavy_imports, number, one_line_errors
 from dpt.files import check_text
 from dpt.hub import check_there
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--coco {args.coco} is no folder; docs/data.md shows what it should hold")
     check_text("--model", args.model)
     check_there(args.dpt)
+    check_versions(args.model, revision=None, variant=args.variant)
     with heavy_imports():
         from dpt.verify.checks import run_checks
 

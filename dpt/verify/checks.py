@@ -116,9 +116,9 @@ class Verification:
             batch = pairs[start : start + 8]
             own = [caption for _, caption in batch]
             others = [pairs[(start + k + len(pairs) // 2) % len(pairs)][1] for k in range(len(batch))]
-            pixels, at = torch.stack([pixels for pixels, _ in batch]), {"timestep": TIMESTEP}
-            scores = [matching_scores(self.sd, self.scorer, pixels, texts, **at) for texts in (own, others)]
-            right += (scores[0] > scores[1]).tolist()
+            pixels = torch.stack([pixels for pixels, _ in batch] * 2)  # each under its own caption and another's
+            scores = matching_scores(self.sd, self.scorer, pixels, own + others, timestep=TIMESTEP)
+            right += (scores[: len(batch)] > scores[len(batch) :]).tolist()
         mean, low, high = bootstrap_interval(right)
         return low > 0.5, {"accuracy": mean, "interval": [low, high], "pairs": len(pairs), "chance": 0.5}
 
