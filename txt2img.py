@@ -30,7 +30,7 @@ from dpt.base_models import (
     recommended,
 )
 from dpt.choosing_rules import CANDIDATES_APART
-from dpt.command_line import ArgumentParser, fail, heavy_imports, is_out_of_memory, number
+from dpt.command_line import ArgumentParser, heavy_imports, number, one_line_errors
 from dpt.files import check_text, read_text, text_lines
 from dpt.flags import add_sampling_flags, refuse_reference_flags, sampling_of
 from dpt.hub import fetch_weights, is_hub_id
@@ -162,20 +162,8 @@ def main(argv: list[str] | None = None) -> int:
     refuse_reference_flags(parser, argv)
     args = parser.parse_args(argv)
     finished = f"finished pictures are in {args.outdir / 'samples'}"
-    try:
-        return run(args)
-    except (ValueError, FloatingPointError) as error:
-        return fail(error)
-    except OSError as error:  # such as a full disk
-        return fail(f"{error}; {finished}")
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {finished}", file=sys.stderr)
-        return 130
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        advice = f"lower --batch_size (now {args.batch_size}), --H and --W, or use --dtype float16"
-        return fail(f"out of memory: {advice}; {finished}")
+    less = f"lower --batch_size (now {args.batch_size}), --H and --W, or use --dtype float16"
+    return one_line_errors(finished, out_of_memory=less, kept=finished)(run)(args)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -70,7 +70,7 @@ def fail(error: object) -> int:
     return 2
 
 
-def one_line_errors(interrupted: str = "", *, out_of_memory: str = ""):
+def one_line_errors(interrupted: str = "", *, out_of_memory: str = "", kept: str = ""):
     """A decorator of a command line's main function: it returns the exit code, and says errors in one line.
 
     Bad input is 2, an interrupt 130. Errors of the program itself pass through.
@@ -78,7 +78,11 @@ def one_line_errors(interrupted: str = "", *, out_of_memory: str = ""):
     Args:
         interrupted: how the command is gone on with after Ctrl-C.
         out_of_memory: what takes less memory.
+        kept: where finished work is, said behind errors of files and memory.
     """
+
+    def joined(*parts: str) -> str:
+        return "; ".join(filter(None, parts))
 
     def decorate(main):
         @functools.wraps(main)
@@ -86,16 +90,16 @@ def one_line_errors(interrupted: str = "", *, out_of_memory: str = ""):
             try:
                 return main(*args, **options)
             except OSError as error:
-                return fail(_of_file(error))
+                return fail(joined(_of_file(error), kept))
             except (ValueError, FloatingPointError) as error:
                 return fail(error)
             except KeyboardInterrupt:
-                print(f"\ninterrupted{interrupted and f'; {interrupted}'}", file=sys.stderr)
+                print(f"\n{joined('interrupted', interrupted)}", file=sys.stderr)
                 return 130
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                return fail(f"out of memory{out_of_memory and f': {out_of_memory}'}")
+                return fail(joined(f"out of memory{out_of_memory and f': {out_of_memory}'}", kept))
 
         return guarded
 

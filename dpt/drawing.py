@@ -29,7 +29,7 @@ from dpt.guidance.attend_and_excite import subject_tokens
 from dpt.images import to_images, to_pixels
 from dpt.lora import load_external_lora
 from dpt.matching_score import ScoreReader
-from dpt.reading import TIMESTEP, boxes_of_phrases, matching_scores
+from dpt.reading import TIMESTEP, boxes_of_phrases, matching_scores, rec_outputs
 from dpt.sampling import ClassifierFreeGuidance, Guidance, initial_noise
 from dpt.sampling_settings import SEED_LIMIT, Sampling
 from dpt.schedulers import make_scheduler, set_timesteps
@@ -156,7 +156,7 @@ class Artist:
             ValueError: no adapter, or a picture that the model cannot read.
         """
         pixels = self._readable([image], [phrase], timestep)
-        return boxes_of_phrases(self.sd, self.scorer, pixels, [phrase], timestep=timestep)[0][:count]
+        return boxes_of_phrases(rec_outputs(self.sd, self.scorer, pixels, [phrase], timestep=timestep))[0][:count]
 
     def _readable(self, images: list[np.ndarray], texts: list[str], timestep: int) -> torch.Tensor:
         """The pictures' pixels (B, 3, H, W) in [-1, 1]. Raises ValueError where the adapter cannot read them."""
@@ -269,7 +269,7 @@ class Artist:
         shape = sd.latent_shape(sampling.height, sampling.width)
         set_timesteps(scheduler, sampling.num_inference_steps, sd.device, shape=shape)
         noise = initial_noise(seeds, shape).to(sd.device)
-        size = (sampling.height or sd.default_size, sampling.width or sd.default_size)
+        size = sd.picture_size(sampling.height, sampling.width)
         conditioning = sd.condition(texts, size=size).with_guidance(sampling.distilled_guidance)
         negative = sd.condition([sampling.negative_prompt] * len(texts), size=size, negative=True)
         negative = negative.with_guidance(sampling.distilled_guidance)

@@ -66,6 +66,10 @@ class StableDiffusion:
         """Height and width in pixels that the denoiser was made for."""
         return self.denoiser.config.sample_size * self.vae_scale_factor
 
+    def picture_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width in pixels; what is None is the model's own."""
+        return (height or self.default_size, width or self.default_size)
+
     @property
     def latent_channels(self) -> int:
         """C of a latent."""

@@ -11,7 +11,7 @@ from concurrent.futures import CancelledError, Future
 from pathlib import Path
 
 from dpt.base_models import DPT_WEIGHTS, check_name, known_name
-from dpt.command_line import ArgumentParser, fail, number
+from dpt.command_line import ArgumentParser, fail, number, one_line_errors
 from dpt.files import check_text
 from dpt.hub import is_hub_id
 from dpt.sampling_settings import CORRECTION_TARGETS, DEFAULT_CHOOSE_AT
@@ -86,6 +86,7 @@ def make_page(model: str, opening: Future):
     return page.queue(max_size=20)
 
 
+@one_line_errors()
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = ArgumentParser(description=__doc__)
@@ -122,11 +123,6 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         packages = "requirements.txt" if page else "requirements-demo.txt"
         return fail(f"{error.name} is missing: pip install -r {packages}")
-    except (ValueError, OSError) as error:
-        return fail(error)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
     finally:
         opening.cancel()  # if nothing came of it: whoever waits need not
         if page:

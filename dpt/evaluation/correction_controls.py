@@ -49,7 +49,7 @@ def another_prompt(sd: StableDiffusion, scorer: Scorer, texts: list[str]) -> Met
     another = dict(zip(texts, texts[len(texts) // 2 :] + texts[: len(texts) // 2], strict=True))
 
     def method(guidance, sampling, prompts, seeds, trace):
-        size = (sampling.height or sd.default_size, sampling.width or sd.default_size)
+        size = sd.picture_size(sampling.height, sampling.width)
         conditioning = sd.condition([another[prompt] for prompt in prompts], size=size)
         conditioning = conditioning.with_guidance(sampling.distilled_guidance)
         return SelfCorrection(guidance, scorer, sampling, trace, conditioning)

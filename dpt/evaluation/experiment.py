@@ -154,16 +154,10 @@ def train(runs: dict[str, Run], experiment: Experiment, *, jobs: int = 1) -> Non
 
 def measure_checkpoints(experiment: Experiment, output: Path) -> None:
     """Runs `itm` and `rec` on the checkpoints of the experiment."""
-    measure, filled = experiment.measure, experiment.filled
-    what = Measurement(
-        [Path(filled(path)) for path in measure.checkpoints],
-        Path(measure.config),
-        output,
-        set=[filled(text) for text in measure.settings],
-        split=measure.split,
-        num_samples=measure.num_samples,
-    )
-    itm.measure(what, measure.negatives, zero_shot=measure.zero_shot)
+    options = plan.measuring("rec", experiment, output) | {"output": output}
+    checkpoints, config = [Path(path) for path in options.pop("checkpoints")], Path(options.pop("config"))
+    what = Measurement(checkpoints, config, **options)
+    itm.measure(what, experiment.measure.negatives, zero_shot=experiment.measure.zero_shot)
     rec.measure(what)
 
 

@@ -19,10 +19,10 @@ from dpt.device import DTYPES, usable_device
 from dpt.drawing import Artist
 from dpt.images import make_grid, to_pixels
 from dpt.lora import lora_state
-from dpt.matching_score import score_gradient
+from dpt.matching_score import matching_score, score_gradient
 from dpt.metrics import bootstrap_interval
 from dpt.peak_memory import peak_mb, reset_peak
-from dpt.reading import matching_scores, read_pictures
+from dpt.reading import noised, rec_outputs
 from dpt.sampling import initial_noise
 from dpt.shapes.scenes import render
 from dpt.shapes.world import Example, ShapesWorld
@@ -116,9 +116,13 @@ class Verification:
             batch = pairs[start : start + 8]
             own = [caption for _, caption in batch]
             others = [pairs[(start + k + len(pairs) // 2) % len(pairs)][1] for k in range(len(batch))]
-            pixels = torch.stack([pixels for pixels, _ in batch] * 2)  # each under its own caption and another's
-            scores = matching_scores(self.sd, self.scorer, pixels, own + others, timestep=TIMESTEP)
-            right += (scores[: len(batch)] > scores[len(batch) :]).tolist()
+            noisy, at = noised(self.sd, torch.stack([pixels for pixels, _ in batch]), TIMESTEP)
+            with torch.no_grad():
+                true, false = (
+                    matching_score(self.sd.denoiser, self.scorer, noisy, at, self.sd.condition(texts))
+                    for texts in (own, others)
+                )
+            right += (true > false).tolist()
         mean, low, high = bootstrap_interval(right)
         return low > 0.5, {"accuracy": mean, "interval": [low, high], "pairs": len(pairs), "chance": 0.5}
 
@@ -151,8 +155,7 @@ class Verification:
         for start in tqdm(range(0, len(expressions), 8), desc="rec", leave=False):
             batch = expressions[start : start + 8]
             pixels, texts = torch.stack([pixels for pixels, _, _ in batch]), [text for _, text, _ in batch]
-            hs, _ = read_pictures(self.sd, self.scorer, pixels, texts, timestep=TIMESTEP)
-            outputs = self.scorer.adapter.rec_outputs(hs)
+            outputs = rec_outputs(self.sd, self.scorer, pixels, texts, timestep=TIMESTEP)
             predicted.append({name: value.float().cpu() for name, value in outputs.items()})
             truth += [box for _, _, box in batch]
         logits, boxes = (torch.cat([p[name] for p in predicted]) for name in ("pred_logits", "pred_boxes"))
