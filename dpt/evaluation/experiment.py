@@ -19,7 +19,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dpt.checkpoint.checkpoint import checkpoints
 from dpt.config import load_config
 from dpt.evaluation import align, frechet, generate, itm, plan, rec, table
 from dpt.evaluation.arms import Arm, differing_arms
@@ -30,7 +29,8 @@ from dpt.evaluation.probes import Measurement
 from dpt.evaluation.prompts import load_prompt_set
 from dpt.files import read_text
 from dpt.results import markdown_table, page_of, record_section
-from dpt.training.settings import TrainConfig, check_finished
+from dpt.training.run_folder import is_finished
+from dpt.training.settings import TrainConfig
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -131,10 +131,7 @@ def train(runs: dict[str, Run], experiment: Experiment, *, jobs: int = 1) -> Non
         for seed in one.seeds:
             settings = [*run_settings(name, one, experiment, seed), "resume=true"]
             config = load_config(TrainConfig, one.config, settings)
-            folder = Path(experiment.folder) / config.run_name
-            newest = checkpoints(folder) if config.optim.epochs is None else []  # else training knows how many steps
-            if newest and int(newest[0].name.removeprefix("step_")) >= config.optim.steps:
-                check_finished(config, load_config(TrainConfig, folder / "config.yaml"))
+            if is_finished(config):
                 continue
             if generate.process_state().num_processes > 1:
                 raise ValueError(

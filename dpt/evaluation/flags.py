@@ -15,7 +15,6 @@ OPEN_CLIP_FOLDER, BLIP_FOLDER = CKPT_FOLDER / "open_clip", CKPT_FOLDER / "blip-i
 OPEN_CLIP_MODEL = "ViT-H-14"
 EARLY_TIMESTEPS = (50, 100, 200, 300)
 MAP_TIMESTEPS = (50, 200, 350, 500, 650, 800, 950)
-SAME_FEATURES = ("constant_text", "shuffled_labels")  # controls that read what the probe reads
 MAP_CONTROLS = ("constant_text", "empty_prompt")
 
 COUNT, SCALE = number(int, at_least=1), number(float, at_least=0, below=1000)
@@ -124,7 +123,7 @@ def _add_itm(add: Callable) -> None:
 
 
 def _add_probe_map(add: Callable) -> None:
-    controls = {"default": MAP_CONTROLS, "choices": ("random_unet", "empty_prompt", *SAME_FEATURES)}
+    controls = {"default": MAP_CONTROLS, "choices": ("random_unet", "empty_prompt", "constant_text", "shuffled_labels")}
     add("config", type=Path, help="a training config")
     add("overrides", nargs="*", metavar="key=value")
     add("--controls", nargs="*", **controls, help="(default: constant_text empty_prompt)")

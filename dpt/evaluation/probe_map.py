@@ -2,15 +2,14 @@
 
     python evaluate.py probe-map configs/shapes/probe_map.yaml --output outputs/probe-map
 
-Trains an adapter on each of the nine blocks in one run, from one pass of the frozen U-Net a step, and beside each the
-controls of --controls; then measures ITM accuracy (mean of both sides, chance 50 %), its selectivity (minus the best
-control's) and REC precision, block by block and timestep by timestep. Writes probe_map.json, .md and .png; after a
-kill the same command goes on. The config is a training config: model, adapter, data, optim.
+Trains a probe on each block of the denoiser, and beside each the controls of --controls: ordinary runs of
+`train_probe.py`, in <output>/runs/<control>_<block>. Then measures ITM accuracy (mean of both sides, chance 50 %), its
+selectivity (minus the best control's) and REC precision, block by block and timestep by timestep. Writes
+probe_map.json, .md and .png; after a kill the same command goes on.
 """
 
 import argparse
 import json
-import math
 import shlex
 import shutil
 from dataclasses import replace
@@ -19,36 +18,20 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
-from torch import nn
 
-from dpt.adapter.adapter import DiscriminativeAdapter
 from dpt.backbones.blocks import parse_feature
-from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.config import AdapterConfig, load_config, save_config
-from dpt.data.collate import as_latents, encode_batch
-from dpt.data.loader import micro_batches
-from dpt.data.sources import training_samples, validation_samples
-from dpt.device import WEIGHT_DTYPES
-from dpt.evaluation.flags import SAME_FEATURES
-from dpt.evaluation.generate import process_state
-from dpt.evaluation.probes import autocast, cell, check_timesteps, load_base
+from dpt.config import load_config
+from dpt.evaluation.probes import Measured, Measurement, cell, check_timesteps, load_base, measure_all
 from dpt.files import read_json, write_text
 from dpt.metrics import Interval, bootstrap_interval
-from dpt.model import DPT
-from dpt.rec_text import load_rec_text_encoder
 from dpt.results import check_replaceable, figure_beside, markdown_table, page_of, record_section
-from dpt.tasks.task import passes_of
-from dpt.training.assembly import adapter_config, encode_options
-from dpt.training.controls import control_batch, control_inputs, control_unet
-from dpt.training.plain_loop import train_stage
+from dpt.training.run_folder import is_finished
 from dpt.training.settings import ModelSettings, TrainConfig
-from dpt.training.validation import PAPER_TIMESTEP, batches_to_measure
+from dpt.training.trainer import Trainer
+from dpt.training.validation import PAPER_TIMESTEP
 
 SECTION = "probe map"
-DECAY = {"constant": 0.0, "linear": 1.0}
-"""schedule -> share of the steps over which the learning rate falls to zero"""
 CONTROL_NAMES = {
     "none": "the probe",
     "constant_text": "a constant vector for the pooled text",
@@ -73,7 +56,7 @@ def run(args: argparse.Namespace) -> dict:
     """Trains what is left to train, measures, draws; returns control -> block -> timestep -> figures.
 
     Raises:
-        ValueError: a config that cannot be used, a folder begun with another, or another's files in it.
+        ValueError: a config that cannot be used, runs of other settings, or another's files in the folder.
     """
     schema, figures = dict[str, dict[str, dict[str, Cell]]], [args.output / f"probe_map.{end}" for end in ("md", "png")]
     check_replaceable(args.output / "probe_map.json", partial(read_json, schema=schema), *figures)
@@ -81,33 +64,17 @@ def run(args: argparse.Namespace) -> dict:
         figure_beside(page_of(args.record, SECTION), "probe_map.png")
     config = load_config(TrainConfig, args.config, args.overrides)
     check_settings(config)
-    _claim(args, config)
-    probes = ProbeMap(config, tuple(args.controls))
-    check_timesteps(args.timesteps, probes.sd)
-    samples = training_samples(config.data, probes.sd, seed=config.seed)
-    optim = config.optim
-    steps = optim.steps if optim.epochs is None else math.ceil(optim.epochs * len(samples) / optim.batch_size)
-    train_stage(
-        "probe_map",
-        args.output,
-        probes.adapters,
-        partial(_losses_at, probes, samples),
-        steps=steps,
-        lr=optim.lr,
-        warmup=optim.warmup_steps,
-        decay=DECAY[optim.schedule],
-        ema=0.0,
-        weight_decay=optim.weight_decay,
-        betas=tuple(optim.betas),
-        max_grad_norm=optim.max_grad_norm,
-        precision=WEIGHT_DTYPES[optim.mixed_precision],
-        clip_groups=[list(adapter.parameters()) for adapter in probes.adapters.values()],
-        save_every=config.checkpoints.every,
+    sd = load_base(config)
+    timesteps, blocks = check_timesteps(args.timesteps, sd), parse_feature("all", sd.denoiser.config)
+    what = Measurement(
+        checkpoints=[train(config, args.output / "runs", c, b) for c in ("none", *args.controls) for b in blocks],
+        config=args.config,
+        output=args.output,
+        set=args.overrides,
+        num_samples=args.num_samples,
+        timesteps=timesteps,
     )
-    sets = validation_samples(config.data, probes.sd, num_samples=args.num_samples)
-    rec_name = next(name for name in sets if name.startswith("rec_"))
-    tasks = {"itm": sets["itm"], "rec": sets[rec_name]}
-    result = probes.measure(tasks, list(args.timesteps), num_samples=args.num_samples)
+    result = summary(measure_all(what, "itm", {"": []}), measure_all(what, "rec", {"": []}), args.timesteps)
     write_text(args.output / "probe_map.json", json.dumps(result, indent=1) + "\n")
     write_text(args.output / "probe_map.md", markdown(result))
     draw_maps(result, args.output / "probe_map.png")
@@ -115,6 +82,16 @@ def run(args: argparse.Namespace) -> dict:
     if args.record:
         record(args, result)
     return result
+
+
+def train(config: TrainConfig, folder: Path, control: str, block: str) -> Path:
+    """Trains the probe of one block under one control, as far as it is not; returns its run folder."""
+    name, model = f"{control}_{block}", replace(config.model, feature=block)
+    config = replace(config, run_name=name, output_folder=str(folder), control=control, model=model)
+    if not is_finished(config):
+        config.resume = (folder / name).exists()
+        Trainer(config, "probe").train()
+    return folder / name
 
 
 def record(args: argparse.Namespace, result: dict) -> None:
@@ -127,142 +104,39 @@ def record(args: argparse.Namespace, result: dict) -> None:
 
 
 def check_settings(config: TrainConfig) -> None:
-    """Raises ValueError at settings that this training does not take."""
-    optim = config.optim
+    """Raises ValueError at settings that a map sets itself."""
     refused = {
-        "control": (config.control, ("none",), "--controls names the controls"),
-        "init_from": (config.init_from, (None,), "adapters of all blocks begin untrained"),
-        "model.feature": (config.model.feature, (ModelSettings.feature,), "all blocks are probed"),
-        "adapter.normalize_features": (config.adapter.normalize_features, (False,), "features are not measured first"),
-        "data.trajectories": (config.data.trajectories, (None,), "trajectories have no hard negatives to match"),
-        "optim.mixed_precision": (optim.mixed_precision, ("no", "bf16"), "losses are not scaled, as fp16 needs"),
-        "optim.schedule": (optim.schedule, tuple(DECAY), "the learning rate falls on a line, or not at all"),
-        "optim.gradient_accumulation_steps": (optim.gradient_accumulation_steps, (1,), "a step is one batch"),
+        "control": (config.control, "none", "--controls names the controls"),
+        "init_from": (config.init_from, None, "the probes of all blocks begin untrained"),
+        "model.feature": (config.model.feature, ModelSettings.feature, "all blocks are probed"),
     }
     for name, (value, possible, reason) in refused.items():
-        if value not in possible:
-            raise ValueError(f"{name} is {value}; probe-map takes {' or '.join(map(str, possible))}: {reason}")
+        if value != possible:
+            raise ValueError(f"{name} is {value}; probe-map takes {possible}: {reason}")
+    if config.data.kind == "trajectories":
+        raise ValueError("data.kind is trajectories, which have no hard negatives to match; probe-map takes another")
 
 
-def _claim(args: argparse.Namespace, config: TrainConfig) -> None:
-    path = args.output / "config.yaml"
-    config = replace(config, run_name=" ".join(args.controls) or "none")
-    if path.exists() and load_config(TrainConfig, path) != config:
-        raise ValueError(f"{args.output} was begun with other settings; choose another --output")
-    args.output.mkdir(parents=True, exist_ok=True)
-    save_config(config, path)
-
-
-class ProbeMap(nn.Module):
-    """An adapter for each control ("none" is the probe itself) and block."""
-
-    def __init__(self, config: TrainConfig, controls: tuple[str, ...]):
-        super().__init__()
-        self.config, self.sd = config, load_base(config)
-        self.blocks = parse_feature("all", self.sd.denoiser.config)
-        self.rec_text = load_rec_text_encoder(
-            config.model.rec_text_encoder,
-            self.sd,
-            with_model=bool(config.loss.weights.contrastive_align),
-            local_files_only=config.model.local_files_only,
-        )
-        self.adapters = nn.ModuleDict()
-        self.readers: dict[str, DPT] = {}
-        self.bases: dict[str, StableDiffusion] = {}
-        for control in ("none", *controls):
-            self.bases[control] = replace(self.sd)
-            control_unet(control, self.bases[control])
-            for block in self.blocks:
-                torch.manual_seed(config.seed)  # blocks and controls differ in nothing but what they are given
-                self.adapters[f"{control} {block}"] = DiscriminativeAdapter(self._adapter_config(block))
-            self.readers[control] = self._reader(control, self.adapters[f"{control} {self.blocks[0]}"], self.blocks)
-        self.adapters.to(process_state().device)
-
-    def _adapter_config(self, block: str) -> AdapterConfig:
-        return adapter_config(
-            replace(self.config, model=replace(self.config.model, feature=block)),
-            self.sd.denoiser.config,
-            text_dim=self.sd.pooled_width,
-            rec_text_dim=self.rec_text.width,
-        )
-
-    def _reader(self, control: str, adapter: DiscriminativeAdapter, blocks: tuple[str, ...]) -> DPT:
-        denoiser, scheduler = self.bases[control].denoiser, self.sd.scheduler
-        return DPT(denoiser, adapter, blocks, scheduler, train_denoiser=False, loss=self.config.loss)
-
-    def _inputs(self, batch, *, training: bool, timesteps: tuple[int, int] | None = None):
-        """For each control: the inputs of its adapters, and what the maps of its passes are read from."""
-        options = encode_options(self.config, self.sd) if training else {"seed": 0, "timesteps": timesteps}
-        batch = replace(batch, images=as_latents(batch.images, self.sd))  # once for all controls
-        for control, sd in self.bases.items():
-            given = control_batch(control, batch, sd)
-            inputs = encode_batch(given, sd, self.rec_text, **options)
-            yield control, control_inputs(control, inputs, given, sd, training=training)
-
-    def _each_map(self, batch, passes: list, *, training: bool, timesteps: tuple[int, int] | None = None):
-        """(control, block, a DPT of that adapter, its map of all passes, inputs), from as few U-Net passes as go."""
-        maps = {}
-        for control, inputs in self._inputs(batch, training=training, timesteps=timesteps):
-            source = "none" if control in SAME_FEATURES else control
-            if source not in maps:
-                maps[source] = self.readers[source].features(inputs, passes, with_full=False)[0]
-            for block, feature in zip(self.blocks, maps[source], strict=True):
-                model = self._reader(control, self.adapters[f"{control} {block}"], (block,))
-                yield control, block, model, feature, inputs
-
-    def losses(self, batch, left_out: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
-        """The weighted sum of each adapter's losses, but for those of the tasks that are left out."""
-        weights, without = self.config.loss.weights, {"left_out": left_out}
-        passes = passes_of(self.readers["none"].active(without))
-        return {
-            f"loss_{control}_{block}": weights.total(model.losses([feature], None, passes, inputs | without))
-            for control, block, model, feature, inputs in self._each_map(batch, passes, training=True)
-        }
-
-    def measure(self, tasks: dict, timesteps: list[int], *, num_samples: int) -> dict:
-        """Figures on val samples, by control, block and timestep: means with 95 % intervals."""
-        self.eval()
-        records: dict[tuple, list[dict]] = {}
-        sizes = {"num_samples": num_samples, "batch_size": self.config.optim.batch_size}
-        for name, samples in tasks.items():
-            task = self.readers["none"].task(name)
-            passes = list(task.measured)
-            for _, of_batch, batch in batches_to_measure(samples, self.sd, task, **sizes):
-                for timestep in timesteps:
-                    with autocast(self.config):
-                        for control, block, model, feature, inputs in self._each_map(
-                            batch, passes, training=False, timesteps=(timestep, timestep)
-                        ):
-                            hs = model.read([feature], passes, inputs["timesteps"])
-                            found = task.records(model.adapter, hs, inputs, of_batch)
-                            records.setdefault((control, block, timestep, name), []).extend(found)
-        return self._summary(records, timesteps)
-
-    def _summary(self, records: dict, timesteps: list[int]) -> dict:
-        result: dict = {}
-        for control in self.bases:
-            for block in self.blocks:
-                cells = result.setdefault(control, {}).setdefault(block, {})
-                for timestep in timesteps:
-                    itm = [(r["text"] + r["image"]) / 2 for r in records[control, block, timestep, "itm"]]
-                    rec = [r["precision_at_1"] for r in records[control, block, timestep, "rec"]]
-                    cells[str(timestep)] = {
-                        "itm": bootstrap_interval(np.array(itm)),
-                        "rec": bootstrap_interval(np.array(rec, float)),
-                    }
-        controls = [control for control in self.bases if control != "none"]
-        for block, cells in result["none"].items():
-            for timestep, figures in cells.items() if controls else ():
-                best = max(result[control][block][timestep]["itm"][0] for control in controls)
-                figures["selectivity"] = figures["itm"][0] - best
-        return result
-
-
-def _losses_at(probes: ProbeMap, samples, step: int) -> dict[str, torch.Tensor]:
-    optim, left_out = probes.config.optim, () if step % probes.config.loss.itm_every == 0 else ("itm",)
-    batches = micro_batches(samples, step, batch_size=optim.batch_size, accumulation=1, seed=probes.config.seed)
-    torch.manual_seed(step)  # dropout
-    return probes.losses(next(batches), left_out)
+def summary(itm: list[Measured], rec: list[Measured], timesteps: list[int]) -> dict:
+    """control -> block -> timestep -> figures, from the records of runs named <control>_<block>."""
+    result: dict = {}
+    for of_itm, of_rec in zip(itm, rec, strict=True):
+        (matches,), boxes = of_itm.records.values(), next(iter(of_rec.records.values()))
+        control, block = of_itm.name.rsplit("_", 1)
+        cells = result.setdefault(control, {}).setdefault(block, {})
+        for timestep in timesteps:
+            right = [(r["text"] + r["image"]) / 2 for r in matches if r["timestep"] == timestep]
+            hits = [r["precision_at_1"] for r in boxes if r["timestep"] == timestep]
+            cells[str(timestep)] = {
+                "itm": bootstrap_interval(np.array(right)),
+                "rec": bootstrap_interval(np.array(hits, float)),
+            }
+    controls = [control for control in result if control != "none"]
+    for block, cells in result["none"].items():
+        for timestep, figures in cells.items() if controls else ():
+            best = max(result[control][block][timestep]["itm"][0] for control in controls)
+            figures["selectivity"] = figures["itm"][0] - best
+    return result
 
 
 def grids(result: dict) -> dict[str, np.ndarray]:

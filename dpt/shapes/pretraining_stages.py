@@ -22,6 +22,7 @@ from dpt.files import read_json, write_text
 from dpt.images import numbered
 from dpt.shapes import clip as clips
 from dpt.shapes.oracle import LABELS
+from dpt.shapes.pretraining_loop import read_state, train_stage
 from dpt.shapes.quality_tables import judge_prompts
 from dpt.shapes.settings import IMAGE_SIZE, Optimization, PretrainConfig
 from dpt.shapes.unet import denoising_losses, make_scheduler, make_unet, validation_losses
@@ -36,7 +37,6 @@ from dpt.shapes.vae import (
 )
 from dpt.shapes.world import PROMPT_CATEGORIES, ShapesWorld, load_prompts
 from dpt.training.curves import plot_curves
-from dpt.training.plain_loop import read_state, train_stage
 
 
 def run_clip(config: PretrainConfig, folder: Path) -> None:

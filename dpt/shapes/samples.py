@@ -153,7 +153,7 @@ def validation_samples(
     data: DataSettings, sd: StableDiffusion, *, num_samples: int, split: str
 ) -> dict[str, ShapesSamples]:
     """The scenes of val or test, for both tasks."""
-    options = {"num_samples": num_samples, "negatives": data.negatives, "split": split}
+    options = {"num_samples": max(2, num_samples), "negatives": data.negatives, "split": split}  # one is negative
     samples = ShapesSamples(sd, Path(data.cache_folder), **options)
     return {"itm": samples, "rec_shapes": samples}
 

@@ -22,7 +22,7 @@ from dpt.config import load_config
 from dpt.files import read_json
 from dpt.images import numbered
 from dpt.training.curves import drop_metrics_after, plot_curves
-from dpt.training.settings import TrainConfig
+from dpt.training.settings import TrainConfig, check_finished
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
@@ -50,6 +50,20 @@ def check_run(folder: Path, *, resume: bool) -> None:
     for name in ("log.txt", "metrics.jsonl", "curves.png"):  # a run writes them after its config
         if (folder / name).exists():
             raise ValueError(f"run folder {folder} holds {name} but no run's config.yaml: choose another run_name")
+
+
+def is_finished(config: TrainConfig) -> bool:
+    """Whether the run has its last checkpoint; of a length in epochs, training alone knows.
+
+    Raises:
+        ValueError: it has, with other settings.
+    """
+    folder = Path(config.output_folder) / config.run_name
+    newest = checkpoints(folder) if config.optim.epochs is None else []
+    if not newest or int(newest[0].name.removeprefix("step_")) < config.optim.steps:
+        return False
+    check_finished(config, load_config(TrainConfig, folder / "config.yaml"))
+    return True
 
 
 def set_damaged_aside(folder: Path, notice=print) -> None:

@@ -32,7 +32,7 @@ TINY = [
     "data.num_workers=0",
 ]
 
-MAP = ["optim.steps=1", "optim.mixed_precision=bf16", "optim.schedule=linear", "optim.gradient_accumulation_steps=1"]
+MAP = ["optim.steps=1", "optim.mixed_precision=bf16"]
 
 PRETRAIN = ["stages=[clip]", "threads=1", "clip.width=32", "clip.layers=1", "clip.heads=2", "clip.train.steps=1"]
 PRETRAIN += ["clip.train.batch_size=8"]
@@ -174,7 +174,7 @@ def make_run(root: Path) -> None:
 
 
 def make_map(root: Path) -> None:
-    """A map of probes, begun: its state after one step."""
+    """A map of probes, of one step each."""
     given(root, "coco")
     words = ["probe-map", REPOSITORY / "configs/sd21/probe.yaml", *of_coco(root), *MAP]
     more = ["--controls", "constant_text", "--num_samples", "2", "--timesteps", "500", "--output", root / "map"]

@@ -157,7 +157,7 @@ OTHER_FILES: dict[str, tuple[tuple[Callable, tuple[str, ...]], ...]] = {
 }
 # Files that are read, of which any damage to the whole is tried; in those of True, any text is one.
 WHOLE: dict[str, dict[str, bool]] = {
-    "evaluate probe-map": {"map/probe_map.pt": False, "map/config.yaml": False},
+    "evaluate probe-map": {"map/runs/none_mid/config.yaml": False},
     "dpt.shapes.pretrain, going on": {"pretrained/clip.pt": False, "pretrained/clip.yaml": False},
     "dpt.checkpoint inspect": {"dpt/config.yaml": False},
     "evaluate experiment": {"arms/experiment.yaml": False},

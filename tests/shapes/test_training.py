@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from dpt.shapes.pretraining_loop import read_state, train_stage
 from dpt.shapes.pretraining_stages import save_folder
-from dpt.training.plain_loop import read_state, train_stage
 
 OPTIONS = {"steps": 1, "lr": 1e-3, "warmup": 0, "decay": 1.0, "ema": 0.0}
 

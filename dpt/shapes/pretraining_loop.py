@@ -1,4 +1,4 @@
-"""A training loop for models whose batch is a function of the step number alone.
+"""The training loop of the shapes world's own model, whose batch is a function of the step number alone.
 
 Weights, their average, optimiser and step are all there is to save: a run that is killed goes on exactly.
 """
@@ -63,10 +63,6 @@ def train_stage(
     warmup: int,
     decay: float,
     ema: float,
-    weight_decay: float = 0.01,
-    betas: tuple[float, float] = (0.9, 0.999),
-    max_grad_norm: float = 1.0,
-    precision: torch.dtype = torch.bfloat16,
     clip_groups: list[list[nn.Parameter]] | None = None,
     parts: int = 1,
     save_every: int = 200,
@@ -79,8 +75,7 @@ def train_stage(
         name: names the stage's files in `folder`: `{name}.pt` (state) and `{name}.metrics.jsonl`.
         losses_at: maps a batch's number to named losses; the mean of their sums over a step's batches is minimised.
         ema: decay of the weights' average, warmed up as (1 + step) / (10 + step).
-        precision: of autocast; float32 turns it off.
-        clip_groups: parameters whose gradients are clipped together, to length `max_grad_norm`; by default all.
+        clip_groups: parameters whose gradients are clipped together, to length 1; by default all.
         parts: batches a step. They are computed side by side, each on a thread of its own: on two cores 1.2 times as
             fast as one batch of the joint size on both.
         evaluate: maps the averaged model and the step to figures for the metrics file.
@@ -90,7 +85,7 @@ def train_stage(
     folder.mkdir(parents=True, exist_ok=True)
     state_path, metrics_path = folder / f"{name}.pt", folder / f"{name}.metrics.jsonl"
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, fused=True)
     average = copy.deepcopy(model).eval()
     stateful = {"model": model, "average": average, "optimizer": optimizer}
     start = _restore(state_path, stateful)
@@ -98,7 +93,7 @@ def train_stage(
         drop_metrics_after(metrics_path, start)
     all_threads = torch.get_num_threads()
     threads = max(1, all_threads // parts)
-    gradients_of = partial(_losses_and_gradients, losses_at, parameters, precision, threads)
+    gradients_of = partial(_losses_and_gradients, losses_at, parameters, threads)
     with ThreadPoolExecutor(parts) as pool, contextlib.ExitStack() as ended:
         ended.callback(torch.set_num_threads, all_threads)
         bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=5)
@@ -113,7 +108,7 @@ def train_stage(
                 raise FloatingPointError(f"{name}: loss is {sum(losses.values())} at step {step}: lower lr (now {lr})")
             for parameter, *of_parts in zip(parameters, *(gradients for _, gradients in results), strict=True):
                 parameter.grad = None if of_parts[0] is None else sum(of_parts) / parts
-            grad_norm = max(nn.utils.clip_grad_norm_(group, max_grad_norm) for group in clip_groups or [parameters])
+            grad_norm = max(nn.utils.clip_grad_norm_(group, 1.0) for group in clip_groups or [parameters])
             optimizer.step()
             optimizer.zero_grad()
             update_average(average, model, min(ema, (1 + step) / (10 + step)))
@@ -150,15 +145,13 @@ def _restore(path: Path, stateful: dict) -> int:
 def _losses_and_gradients(
     losses_at: Callable[[int], dict[str, torch.Tensor]],
     parameters: list[nn.Parameter],
-    precision: torch.dtype,
     threads: int,
     batch: int,
 ) -> tuple[dict[str, float], tuple[torch.Tensor | None, ...]]:
     """A batch's losses, and the gradients of their sum by the parameters, on so many threads of torch."""
     torch.set_num_threads(threads)
-    device, lower = parameters[0].device.type, precision != torch.float32
     # autocast's cache of weights is one for all threads: which graph a weight's cast belongs to would be chance
-    with torch.autocast(device, precision, enabled=lower, cache_enabled=False):
+    with torch.autocast(parameters[0].device.type, torch.bfloat16, cache_enabled=False):
         losses = losses_at(batch)
     gradients = torch.autograd.grad(sum(losses.values()), parameters, allow_unused=True)
     return {name: loss.item() for name, loss in losses.items()}, gradients
