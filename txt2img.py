@@ -14,10 +14,9 @@ from dpt.base_models import (
     DEFAULT_MODEL,
     DPT_WEIGHTS,
     DTYPE_NAMES,
-    FLUX,
     MODELS,
     OFFLOADS,
-    SD_3,
+    TRANSFORMERS,
     check_family,
     check_made_for,
     check_one_lora,
@@ -184,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
     if args.gpuid is not None and device.type == "cpu":
         print("no CUDA device here: drawing on the CPU")
     if args.dry_run:
-        scheduler = "flow Euler" if pipeline_of(args.model) in (SD_3, FLUX) else sampling.scheduler.upper()
+        scheduler = "flow Euler" if pipeline_of(args.model) in TRANSFORMERS else sampling.scheduler.upper()
         steps = f"{sampling.num_inference_steps} {scheduler} steps"
         print(f"{steps}, guidance scale {sampling.guidance_scale}, seeds from {args.seed}, into {args.outdir}")
         print(describe_size(args.model, sampling.height, sampling.width))

@@ -31,6 +31,8 @@ class BaseModel:
 
 SD_XL, SD_3, FLUX = "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"
 """pipelines of the other families"""
+TRANSFORMERS = (SD_3, FLUX)
+"""those whose denoiser is a transformer"""
 _SHAPES = Sampling(guidance_scale=5.0, num_inference_steps=20)  # chosen on its val prompts
 _FLUX = Sampling(guidance_scale=1.0, num_inference_steps=28)  # distilled: guided by an input, not by two passes
 MODELS = {
@@ -176,7 +178,7 @@ def check_family(model: str, sampling: Sampling, *, no_t5: bool = False) -> None
         raise ValueError(
             f"distilled_guidance is {sampling.distilled_guidance:g}; {model} takes none: it is for FLUX.1-dev"
         )
-    if pipeline in (SD_3, FLUX):
+    if pipeline in TRANSFORMERS:
         check_flow(parity=sampling.parity, scheduler=sampling.scheduler)
         if sampling.attend_and_excite:
             raise ValueError(
@@ -205,7 +207,7 @@ def pipeline_of(model: str) -> str:
         return MODELS[name].pipeline
     if index.is_file():
         named = read_json(index, dict).get("_class_name")
-        return named if named in (SD_XL, SD_3, FLUX) else BaseModel.pipeline
+        return named if named in (SD_XL, *TRANSFORMERS) else BaseModel.pipeline
     if Path(model).is_file():
         from dpt.backbones.single_file import named_alike  # imports diffusers
 
@@ -220,7 +222,7 @@ def default_dtype(model: str, device_type: str, *, elsewhere: str = "float32") -
     """The precision that a model draws in: half on CUDA, bfloat16 of transformers, whose T5 overflows in float16."""
     if device_type != "cuda":
         return elsewhere
-    return "bfloat16" if pipeline_of(model) in (SD_3, FLUX) else "float16"
+    return "bfloat16" if pipeline_of(model) in TRANSFORMERS else "float16"
 
 
 def recommended(model: str, weights: DPTConfig | None = None) -> Sampling:
@@ -254,6 +256,6 @@ def describe_size(model: str, height: int | None, width: int | None) -> str:
             if Path(model).exists():
                 raise
             return str(error)
-    factor = VAE_SCALE_FACTOR * (2 if pipeline_of(model) in (SD_3, FLUX) else 1)  # a transformer's token is 2 x 2
+    factor = VAE_SCALE_FACTOR * (2 if pipeline_of(model) in TRANSFORMERS else 1)  # a transformer's token is 2 x 2
     height, width = (check_size(name, value or side, factor) for name, value in (("H", height), ("W", width)))
     return f"{height} x {width} pixels"

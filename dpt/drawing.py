@@ -206,15 +206,7 @@ class Artist:
                 adapter where there is none.
             FloatingPointError: a score or latents that are not finite.
         """
-        if isinstance(prompts, str) or not len(prompts) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(f"prompts is {prompts!r}; it must be a list of texts, at least one")
-        if isinstance(seeds, Integral):
-            raise ValueError(f"seeds is {seeds}; it must be a list of whole numbers, one for each prompt")
-        if len(seeds) != len(prompts):
-            raise ValueError(f"seeds holds {len(seeds)}; {len(prompts)} prompts need as many")
-        if wrong := [seed for seed in seeds if not isinstance(seed, Integral) or not 0 <= seed < SEED_LIMIT]:
-            raise ValueError(f"seeds holds {wrong[0]!r}; each must be a whole number from 0 to below 2**62")
-        prompts, seeds = [str(prompt) for prompt in prompts], [int(seed) for seed in seeds]  # of numpy's types
+        prompts, seeds = _checked(prompts, seeds)
         Bounds(at_least=1).check("batch_size", 1 if batch_size is None else batch_size)
         if (sampling.needs_adapter or trace) and self.scorer is None:
             raise ValueError("self-correction, choosing and traces read the matching score: they need an adapter")
@@ -290,6 +282,23 @@ class Artist:
             subjects = lambda: [subject_tokens(self.sd, prompt) for prompt in prompts]  # noqa: E731
             denoise = guided(guidance, sampling, scorer=self.scorer, subjects=subjects, trace=log)
         return ScoreReader(denoise, guidance, self.scorer, log, read) if read else denoise
+
+
+def _checked(prompts: list[str], seeds: list[int]) -> tuple[list[str], list[int]]:
+    """Prompts and seeds in Python's own types, not numpy's.
+
+    Raises:
+        ValueError: no prompts, other than one seed a prompt, or a seed that is none.
+    """
+    if isinstance(prompts, str) or not len(prompts) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"prompts is {prompts!r}; it must be a list of texts, at least one")
+    if isinstance(seeds, Integral):
+        raise ValueError(f"seeds is {seeds}; it must be a list of whole numbers, one for each prompt")
+    if len(seeds) != len(prompts):
+        raise ValueError(f"seeds holds {len(seeds)}; {len(prompts)} prompts need as many")
+    if wrong := [seed for seed in seeds if not isinstance(seed, Integral) or not 0 <= seed < SEED_LIMIT]:
+        raise ValueError(f"seeds holds {wrong[0]!r}; each must be a whole number from 0 to below 2**62")
+    return [str(prompt) for prompt in prompts], [int(seed) for seed in seeds]
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from dpt.adapter.adapter import Scorer
 from dpt.backbones.conditioning import Conditioning
 from dpt.backbones.stable_diffusion import StableDiffusion
-from dpt.base_models import FLUX, SD_3, SD_XL, check_size, pipeline_of, recommended
+from dpt.base_models import SD_XL, TRANSFORMERS, check_size, pipeline_of, recommended
 from dpt.bounds import Bounds
 from dpt.checkpoint.checkpoint import load_checkpoint
 from dpt.choosing import Candidates, draw_and_choose
@@ -49,7 +49,7 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path, **options) -> "SelfCorrectionPipeline":
         """As `StableDiffusionPipeline.from_pretrained`. Raises ValueError for a model of another family."""
         kind = pipeline_of(str(pretrained_model_name_or_path))
-        if kind in (SD_XL, SD_3, FLUX):
+        if kind in (SD_XL, *TRANSFORMERS):
             raise ValueError(
                 f"{pretrained_model_name_or_path} is of {kind}; SelfCorrectionPipeline is of Stable Diffusion 1 and 2 "
                 "alone: draw with dpt.Artist.load"

@@ -315,6 +315,12 @@ def test_other_kinds_of_models_are_named(golden, tmp_path, capfd, file, values, 
     assert "supported is Stable Diffusion 1, 2 or XL" in error
 
 
+@pytest.mark.parametrize("value", [[], {}, 3])
+def test_a_class_that_is_no_name_is_named(golden, tmp_path, capfd, value):
+    change(copy_of(golden, tmp_path) / "model_index.json", _class_name=value)
+    assert f"model_index.json: _class_name is {value}; it must be the name" in refused(tmp_path, capfd)
+
+
 def lfs_pointer(path):
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234\n")
 

@@ -17,13 +17,10 @@ from dpt.backbones.model_folder import (
     TextConfig,
     check_folder,
     choose_variant,
-    is_flux,
-    is_sdxl,
-    is_transformer,
-    read_index,
+    read_pipeline,
     weight_files,
 )
-from dpt.base_models import CKPT_FOLDER, FLUX, MODELS, SD_3, source_of
+from dpt.base_models import CKPT_FOLDER, FLUX, MODELS, SD_3, SD_XL, TRANSFORMERS, source_of
 from dpt.files import read_json
 from dpt.weights import read_shapes
 
@@ -179,14 +176,14 @@ def architecture(model: str, *, no_t5: bool = False) -> Architecture:
 
 def _of_folder(folder: Path, no_t5: bool) -> Architecture:
     check_folder(folder)
-    index = read_index(folder)
+    pipeline = read_pipeline(folder)
     part, defaults = "unet", UNET
-    if is_transformer(index):
-        part, defaults = "transformer", TRANSFORMER_FLUX if is_flux(index) else TRANSFORMER_3
+    if pipeline in TRANSFORMERS:
+        part, defaults = "transformer", TRANSFORMER_FLUX if pipeline == FLUX else TRANSFORMER_3
     config = Config(defaults | read_json(folder / part / "config.json", dict))
     if part == "transformer":
         width = config.pooled_projection_dim
-    elif is_sdxl(index):
+    elif pipeline == SD_XL:
         width = read_json(folder / "text_encoder_2/config.json", TextConfig).projection_dim
     else:
         width = read_json(folder / "text_encoder/config.json", TextConfig).hidden_size

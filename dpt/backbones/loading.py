@@ -33,17 +33,13 @@ from dpt.backbones.model_folder import (
     check_kind,
     check_weights,
     choose_variant,
-    is_flux,
-    is_sd3,
-    is_sdxl,
-    is_transformer,
-    read_index,
+    read_pipeline,
     weight_files,
     without_marks,
 )
 from dpt.backbones.sd3 import StableDiffusion3
 from dpt.backbones.sdxl import StableDiffusionXL
-from dpt.backbones.single_file import configs_of, is_xl, load_single_file, named_alike
+from dpt.backbones.single_file import configs_of, load_single_file, named_alike
 from dpt.backbones.stable_diffusion import StableDiffusion
 from dpt.base_models import (
     CKPT_FOLDER,
@@ -53,6 +49,7 @@ from dpt.base_models import (
     MODELS,
     SD_3,
     SD_XL,
+    TRANSFORMERS,
     check_no_t5,
     check_versions,
     pipeline_of,
@@ -94,84 +91,87 @@ def load_stable_diffusion(
     try:
         with _quiet(), without_marks(source) as files:
             if Path(source).is_file():
-                pipeline, index = _of_single_file(model, Path(source), where, dtype=dtype, notice=notice)
+                pipeline, kind = _of_single_file(model, Path(source), where, dtype=dtype, notice=notice)
             else:
-                index = read_index(Path(source)) if Path(source).is_dir() else _hub_index(source, **where)
-                pipeline = _stock_pipeline(Path(source), files, index, no_t5, variant=variant, dtype=dtype, **where)
-        scheduler = _scheduler(pipeline.scheduler.config, index)
+                kind = read_pipeline(Path(source)) if Path(source).is_dir() else _hub_pipeline(source, **where)
+                pipeline = _stock_pipeline(Path(source), files, kind, no_t5, variant=variant, dtype=dtype, **where)
+        scheduler = _scheduler(pipeline.scheduler.config, kind)
     except Exception as error:
         if (
             isinstance(error, (*LOADING_ERRORS, SingleFileComponentError)) or type(error) is Exception
         ):  # as the tokenizers library raises it
             raise ValueError(_missing(model, source, error)) from error
         raise
-    if not is_transformer(index):
-        check_kind(f"model {model!r}", pipeline.unet.config, pipeline.vae.config, is_xl=is_sdxl(index))
+    if kind not in TRANSFORMERS:
+        check_kind(f"model {model!r}", pipeline.unet.config, pipeline.vae.config, is_xl=kind == SD_XL)
     if lacking := _lacking(pipeline):
         raise ValueError(_missing(model, source, ValueError(lacking)))
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             module.to(device).eval().requires_grad_(False)
-    if dtype == torch.float16 and is_sdxl(index) and pipeline.vae.config.force_upcast:
+    if dtype == torch.float16 and kind == SD_XL and pipeline.vae.config.force_upcast:
         pipeline.vae.float()  # its activations are beyond float16; madebyollin/sdxl-vae-fp16-fix has none such
     common = {"name": model, "source": source, "scheduler": scheduler}
-    return _of_pipeline(pipeline, index, common)
+    return _of_pipeline(pipeline, kind, common)
 
 
 def _of_single_file(model: str, file: Path, where: dict, *, dtype: torch.dtype, notice) -> tuple:
-    """The pipeline of a single file, and the `model_index.json` of the named model that it is taken for."""
+    """The pipeline of a single file, and the class that the named model names which it is taken for."""
     alike = named_alike(file)
     configs = configs_of(alike)
     notice(f"{model} is taken for a model like {alike}; its configs are those of {configs}")
-    index = read_index(Path(configs)) if Path(configs).is_dir() else _hub_index(configs, **where)
+    kind = read_pipeline(Path(configs)) if Path(configs).is_dir() else _hub_pipeline(configs, **where)
     options = {"dtype": dtype, "local_files_only": where["local_files_only"]}
-    return load_single_file(file, configs, is_xl=is_xl(alike), **options), index
+    return load_single_file(file, configs, is_xl=kind == SD_XL, **options), kind
 
 
-def _scheduler(config, index: dict):
+def _scheduler(config, kind: str | None):
     """DDIM, or flow matching's own Euler, with a folder's settings."""
-    if is_transformer(index):
-        return (FluxScheduler if is_flux(index) else FlowScheduler).from_config(config)
+    if kind in TRANSFORMERS:
+        return (FluxScheduler if kind == FLUX else FlowScheduler).from_config(config)
     # A config without clip_sample means none; DDIM's own default would clip the latents.
     return DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
 
 
-def _of_pipeline(pipeline: DiffusionPipeline, index: dict, common: dict) -> StableDiffusion:
+def _of_pipeline(pipeline: DiffusionPipeline, kind: str | None, common: dict) -> StableDiffusion:
     """The model of a loaded pipeline, by its family."""
     common |= {"tokenizer": pipeline.tokenizer, "text_encoder": pipeline.text_encoder, "vae": pipeline.vae}
-    if is_transformer(index):
-        return (Flux if is_flux(index) else StableDiffusion3)(
-            **common, denoiser=pipeline.transformer, pipeline=pipeline
-        )
+    if kind in TRANSFORMERS:
+        return (Flux if kind == FLUX else StableDiffusion3)(**common, denoiser=pipeline.transformer, pipeline=pipeline)
     common["denoiser"] = pipeline.unet
-    if not is_sdxl(index):
+    if kind != SD_XL:
         return StableDiffusion(**common)
     second = {"tokenizer_2": pipeline.tokenizer_2, "text_encoder_2": pipeline.text_encoder_2}
     return StableDiffusionXL(**common, **second, zeros_for_empty_prompt=pipeline.config.force_zeros_for_empty_prompt)
 
 
-def _hub_index(source: str, *, revision: str | None, local_files_only: bool) -> dict:
-    """The `model_index.json` of a hub id, of the cache where it is there. Raises OSError, at once without a network."""
+def _hub_pipeline(source: str, *, revision: str | None, local_files_only: bool) -> str | None:
+    """The class that a hub id's `model_index.json` names, of the cache where it is there.
+
+    Raises:
+        OSError: it cannot be had; without a network at once.
+    """
     with contextlib.suppress(OSError):
-        return DiffusionPipeline.load_config(source, revision=revision, local_files_only=True)
+        return DiffusionPipeline.load_config(source, revision=revision, local_files_only=True).get("_class_name")
     if not local_files_only:
         try:
             model_info(source, revision=revision)  # where reading a file would try again for half a minute
         except Exception as error:  # of the hub's or of the network's library
             raise OSError(f"{source}: {' '.join(str(error).split())}") from error
-    return DiffusionPipeline.load_config(source, revision=revision, local_files_only=local_files_only)
+    index = DiffusionPipeline.load_config(source, revision=revision, local_files_only=local_files_only)
+    return index.get("_class_name")
 
 
-def _stock_pipeline(source: Path, files, index: dict, no_t5: bool, **options) -> DiffusionPipeline:
-    """The pipeline of diffusers that a `model_index.json` is of."""
+def _stock_pipeline(source: Path, files, kind: str | None, no_t5: bool, **options) -> DiffusionPipeline:
+    """The pipeline of diffusers of that class; Stable Diffusion 1's and 2's where it is another."""
     options |= {"feature_extractor": None, "image_encoder": None}
-    if is_flux(index):
+    if kind == FLUX:
         return FluxPipeline.from_pretrained(files, **options)
-    if is_sd3(index):
+    if kind == SD_3:
         if no_t5 or (source.is_dir() and not (source / "text_encoder_3").is_dir()):
             options |= {"text_encoder_3": None, "tokenizer_3": None}
         return StableDiffusion3Pipeline.from_pretrained(files, **options)
-    if is_sdxl(index):
+    if kind == SD_XL:
         return StableDiffusionXLPipeline.from_pretrained(files, add_watermarker=False, **options)
     options |= {"safety_checker": None, "requires_safety_checker": False}
     return StableDiffusionPipeline.from_pretrained(files, **options)
@@ -240,10 +240,8 @@ def _quiet():
 
 def _broken_part(folder: Path) -> str:
     """The first component of a folder whose config is of no model, or not of its weights'; "" where none is found."""
-    index = read_index(folder)
-    denoiser = ("unet", UNet2DConditionModel)
-    if is_transformer(index):
-        denoiser = ("transformer", FluxTransformer2DModel if is_flux(index) else SD3Transformer2DModel)
+    others = {SD_3: ("transformer", SD3Transformer2DModel), FLUX: ("transformer", FluxTransformer2DModel)}
+    denoiser = others.get(read_pipeline(folder), ("unet", UNet2DConditionModel))
     for part, kind in (denoiser, ("vae", AutoencoderKL)):
         try:
             with torch.device("meta"):
@@ -264,7 +262,7 @@ def _missing(model: str, source: str, error: Exception) -> str:
             f"the embedded model is missing: {source} should be part of the repository; restore it with git ({reason})"
         )
     mirrors = ", ".join(sorted({mirror for old, mirror in MIRRORS.items() if "stable-diffusion-2" in old}))
-    of_sd2 = "" if pipeline_of(model) in (SD_XL, SD_3, FLUX) else f" (SD 2.1 is mirrored as {mirrors})"
+    of_sd2 = "" if pipeline_of(model) in (SD_XL, *TRANSFORMERS) else f" (SD 2.1 is mirrored as {mirrors})"
     others = f"{of_sd2}, or draw without any weights: --model shapes"
     if Path(source).is_dir():
         reason = f"{_broken_part(Path(source))}{reason}); fetch what is missing{others}"

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from msgspec import Meta, Struct, field
 
+from dpt.base_models import FLUX, SD_3, SD_XL
 from dpt.files import read_bytes, read_json, write_bytes
 from dpt.weights import read_shapes
 
@@ -35,9 +36,9 @@ CLASSES_FLUX = {
     "text_encoder_2": "T5EncoderModel",
 }
 FAMILIES = {
-    "StableDiffusionXLPipeline": ("Stable Diffusion XL", CLASSES_XL),
-    "StableDiffusion3Pipeline": ("Stable Diffusion 3", CLASSES_SD3),
-    "FluxPipeline": ("FLUX", CLASSES_FLUX),
+    SD_XL: ("Stable Diffusion XL", CLASSES_XL),
+    SD_3: ("Stable Diffusion 3", CLASSES_SD3),
+    FLUX: ("FLUX", CLASSES_FLUX),
 }
 """kind of a `model_index.json` -> its name, and the classes of its parts; others are Stable Diffusion 1 and 2"""
 STEMS = {part: ("diffusion_pytorch_model",) * 2 for part in ("unet", "transformer", "vae")}
@@ -127,34 +128,22 @@ CONFIGS = {
 
 
 def read_index(folder: Path) -> dict[str, object]:
-    """A folder's `model_index.json`; empty where there is none."""
+    """A folder's `model_index.json`; empty where there is none. Raises ValueError where it names no class as text."""
     path = folder / "model_index.json"
-    return read_json(path, dict[str, object]) if path.exists() else {}
+    index = read_json(path, dict[str, object]) if path.exists() else {}
+    if not isinstance(kind := index.get("_class_name"), str | None):
+        raise ValueError(f"{path}: _class_name is {kind!r}; it must be the name of a pipeline of diffusers")
+    return index
 
 
-def is_sdxl(index: dict[str, object]) -> bool:
-    """Whether a `model_index.json` is that of Stable Diffusion XL."""
-    return index.get("_class_name") == "StableDiffusionXLPipeline"
-
-
-def is_sd3(index: dict[str, object]) -> bool:
-    """Whether a `model_index.json` is that of Stable Diffusion 3 or 3.5."""
-    return index.get("_class_name") == "StableDiffusion3Pipeline"
-
-
-def is_flux(index: dict[str, object]) -> bool:
-    """Whether a `model_index.json` is that of FLUX.1."""
-    return index.get("_class_name") == "FluxPipeline"
-
-
-def is_transformer(index: dict[str, object]) -> bool:
-    """Whether the denoiser of a `model_index.json` is a transformer."""
-    return is_sd3(index) or is_flux(index)
+def read_pipeline(folder: Path) -> str | None:
+    """The pipeline of diffusers that a folder's `model_index.json` names; None where it names none."""
+    return read_index(folder).get("_class_name")
 
 
 def _configs(folder: Path) -> dict:
     """The configs of a folder that are there, read; T5's is left to transformers."""
-    t5 = "text_encoder_2/config.json" if is_flux(read_index(folder)) else None
+    t5 = "text_encoder_2/config.json" if read_pipeline(folder) == FLUX else None
     return {
         part: read_json(folder / part, kind)
         for part, kind in CONFIGS.items()
@@ -173,7 +162,7 @@ def check_folder(folder: Path) -> None:
         family, wanted_parts = FAMILIES.get(kind, ("", CLASSES))
         if kind is not None and not family and ("unet" not in index or "text_encoder_2" in index):
             raise ValueError(f"{folder} is of {kind}; {SUPPORTED}")
-        if is_sdxl(index) and index.get("text_encoder", [None]) == [None, None]:
+        if kind == SD_XL and index.get("text_encoder", [None]) == [None, None]:
             raise ValueError(f"{folder} is Stable Diffusion XL's refiner, which has no text_encoder; {SUPPORTED}")
         for part, wanted in wanted_parts.items():
             if family and not (folder / part).is_dir():
@@ -186,7 +175,7 @@ def check_folder(folder: Path) -> None:
     configs = _configs(folder)
     unet, vae, text, text_2 = (configs.get(f"{part}/config.json") for part in CLASSES_XL)
     if unet is not None:
-        check_kind(folder, unet, vae or VaeConfig(block_out_channels=[1]), is_xl=is_sdxl(read_index(folder)))
+        check_kind(folder, unet, vae or VaeConfig(block_out_channels=[1]), is_xl=read_pipeline(folder) == SD_XL)
         widths = [unet.cross_attention_dim] if isinstance(unet.cross_attention_dim, int) else unet.cross_attention_dim
         sizes = [encoder.hidden_size for encoder in (text, text_2) if encoder is not None]
         if text is not None and {*widths} != {sum(sizes)}:
@@ -225,7 +214,7 @@ def check_weights(folder: Path, variant: str | None) -> None:
             shapes |= read_shapes(file)
         if not part.startswith("text_encoder") or not shapes:  # diffusers compares the others'
             continue
-        is_t5 = part == "text_encoder_3" or (part == "text_encoder_2" and is_flux(read_index(folder)))
+        is_t5 = part == "text_encoder_3" or (part == "text_encoder_2" and read_pipeline(folder) == FLUX)
         _check_text_encoder(folder / part, shapes, is_t5=is_t5)  # transformers makes up what is missing
 
 

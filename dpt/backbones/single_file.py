@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
 from dpt.backbones.model_folder import SUPPORTED
-from dpt.base_models import CKPT_FOLDER, MODELS, SD_XL
+from dpt.base_models import CKPT_FOLDER, MODELS
 from dpt.weights import is_safetensors, read_pickle, read_shapes
 
 KINDS = {"v1": "sd15", "v2": "sd21-base", "xl_base": "sdxl"}
@@ -57,8 +57,3 @@ def load_single_file(file: Path, configs: str, *, is_xl: bool, dtype: torch.dtyp
     if is_xl:
         return StableDiffusionXLPipeline.from_single_file(str(file), add_watermarker=False, **options)
     return StableDiffusionPipeline.from_single_file(str(file), safety_checker=None, **options)
-
-
-def is_xl(name: str) -> bool:
-    """Whether a named model is of Stable Diffusion XL."""
-    return MODELS[name].pipeline == SD_XL

@@ -5,7 +5,6 @@ Weights, their average, optimiser and step are all there is to save: a run that 
 
 import contextlib
 import copy
-import json
 import math
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dpt.files import replacing
+from dpt.files import append_line, replacing
 from dpt.training.curves import drop_metrics_after
 from dpt.weights import read_pickle
 
@@ -112,15 +111,14 @@ def train_stage(
             optimizer.step()
             optimizer.zero_grad()
             update_average(average, model, min(ema, (1 + step) / (10 + step)))
-            record = {"step": step + 1, "grad_norm": grad_norm.item()} | losses
+            figures = {}
             if step % 10 == 9:
-                record["seconds"] = time.perf_counter() - began
+                figures["seconds"] = time.perf_counter() - began
                 bar.set_postfix({k: f"{v:.4g}" for k, v in losses.items()})
             if evaluate and evaluate_every and (step + 1) % evaluate_every == 0:
-                record |= evaluate(average, step + 1)
-            if len(record) > 2 + len(losses):
-                with metrics_path.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+                figures |= evaluate(average, step + 1)
+            if figures:
+                append_line(metrics_path, {"step": step + 1, "grad_norm": grad_norm.item()} | losses | figures)
             if (step + 1) % save_every == 0 or step + 1 == steps:
                 with replacing(state_path) as temporary:
                     torch.save(

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dpt.checkpoint.checkpoint import DPTCheckpoint, checkpoints, load_checkpoint, read_tensors, save_checkpoint
 from dpt.config import load_config
-from dpt.files import read_json
+from dpt.files import append_line, read_json
 from dpt.images import numbered
 from dpt.training.curves import drop_metrics_after, plot_curves
 from dpt.training.settings import TrainConfig, check_finished
@@ -179,8 +179,7 @@ class RunLog:
 
     def record(self, step: int, figures: dict[str, float]) -> None:
         """Adds a line of figures."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps({"step": step} | figures) + "\n")
+        append_line(self.metrics, {"step": step} | figures)
 
     def plot(self) -> None:
         """Draws the curves so far."""
