@@ -31,8 +31,8 @@ from dpt.base_models import (
 from dpt.choosing_rules import CANDIDATES_APART
 from dpt.command_line import ArgumentParser, heavy_imports, number, one_line_errors
 from dpt.files import check_text, read_text, text_lines
-from dpt.flags import add_sampling_flags, refuse_reference_flags, sampling_of
 from dpt.hub import fetch_weights, is_hub_id
+from dpt.sampling_flags import add_sampling_flags, refuse_reference_flags, sampling_of
 from dpt.sampling_settings import SEED_LIMIT, Sampling
 
 MAX_PICTURES = 10_000_000  # of a run, months on a GPU

@@ -14,7 +14,7 @@ from dpt.base_models import CKPT_FOLDER, DPT_WEIGHTS, MODELS, config_beside, rec
 from dpt.command_line import ArgumentParser
 from dpt.config import load_config
 from dpt.evaluation.flags import BLIP_FOLDER, OPEN_CLIP_FOLDER
-from dpt.flags import sampling_of
+from dpt.sampling_flags import sampling_of
 from dpt.training.settings import TrainConfig, check_stage
 from dpt.typed_yaml import config_keys
 

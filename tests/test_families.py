@@ -22,7 +22,7 @@ import train_probe
 import train_tune
 import txt2img
 from dpt.adapter.adapter import DiscriminativeAdapter, Scorer
-from dpt.backbones import transformer, unet
+from dpt.backbones import diffusion_transformer, unet
 from dpt.backbones.architecture import architecture
 from dpt.backbones.blocks import block_channels, block_names, block_prefix, is_transformer, parse_feature
 from dpt.backbones.features import denoiser_features
@@ -167,7 +167,7 @@ def test_features_equal_a_hook_s_capture_and_stop_there(sd, family, state):
     if state == "gradient checkpointing":
         sd.denoiser.enable_gradient_checkpointing()
         sd.denoiser.train()
-    kind = transformer if is_transformer(sd.denoiser.config) else unet
+    kind = diffusion_transformer if is_transformer(sd.denoiser.config) else unet
     modules, first_is_map = kind.block_modules(sd.denoiser), kind is unet
     conditioning, timestep = sd.condition(PROMPTS), torch.tensor(500.0)
     z = initial_noise([0, 1], sd.latent_shape(64, 96)).requires_grad_()

@@ -1,8 +1,8 @@
 """Feature maps of a denoiser, from a pass that stops after the last block needed.
 
-A feature is a block, several joined by "+", or of a U-Net `all`; `dpt.backbones.blocks` has their names. In what
-denoisers differ, the modules `unet` and `transformer` say by the same four functions: `block_modules`, `block_map`,
-`truncated` and `predict`.
+A feature is a block, several joined by "+", or of a U-Net `all`; `dpt.backbones.blocks` has their names. The
+modules `unet` and `diffusion_transformer` hold how the two kinds of denoisers differ, in four functions of the same
+names: `block_modules`, `block_map`, `truncated` and `predict`.
 
 Shapes: B batch, C latent channels, (h, w) latent size.
 """
@@ -10,7 +10,7 @@ Shapes: B batch, C latent channels, (h, w) latent size.
 import torch
 from diffusers import FluxTransformer2DModel, ModelMixin, SD3Transformer2DModel, UNet2DConditionModel
 
-from dpt.backbones import transformer, unet
+from dpt.backbones import diffusion_transformer, unet
 from dpt.backbones.blocks import LATENTS, is_flux, is_transformer
 from dpt.backbones.conditioning import Conditioning
 
@@ -47,7 +47,7 @@ def denoiser_features(
     """
     if blocks == (LATENTS,) and not with_noise_pred:
         return [noisy_latents], None
-    kind = transformer if is_transformer(denoiser.config) else unet
+    kind = diffusion_transformer if is_transformer(denoiser.config) else unet
     captured: dict[str, torch.Tensor] = {LATENTS: noisy_latents}
 
     def keep(block):

@@ -28,9 +28,9 @@ from dpt.data.trajectories import (
     MANIFEST,
     SHARDS,
     DrawnPrompt,
-    Label,
-    Manifest,
+    JudgedPicture,
     Shard,
+    TrajectoriesManifest,
     label_file,
     numbered_shards,
     read_labels,
@@ -141,7 +141,7 @@ def draw_missing(settings: TrajectorySettings, artist: Artist, prompts: list, fo
     scheduler = make_scheduler(sd.scheduler, sampling.scheduler, parity=sampling.parity)
     shape = sd.latent_shape(sampling.height, sampling.width)
     set_timesteps(scheduler, sampling.num_inference_steps, "cpu", shape=shape)
-    about = Manifest(
+    about = TrajectoriesManifest(
         model=settings.model,
         weights=weights_fingerprint(*sd.parts.values()),
         sampling=msgspec.to_builtins(values(sampling)),
@@ -205,10 +205,10 @@ def _mixed(prompts: list) -> list:
     return [prompts[k] for k in sorted(range(len(prompts)), key=ranks.__getitem__)]
 
 
-def _check_or_write(folder: Path, about: Manifest) -> None:
+def _check_or_write(folder: Path, about: TrajectoriesManifest) -> None:
     """Raises ValueError where the folder's trajectories are others; a new folder gets its manifest."""
     if (folder / MANIFEST).exists():
-        before, now = (_flat(manifest) for manifest in (read_json(folder / MANIFEST, Manifest), about))
+        before, now = (_flat(manifest) for manifest in (read_json(folder / MANIFEST, TrajectoriesManifest), about))
         if differing := differences(before, now):
             raise ValueError(f"{folder} holds trajectories of {'; '.join(differing)}: choose another output")
         return
@@ -217,7 +217,7 @@ def _check_or_write(folder: Path, about: Manifest) -> None:
     write_text(folder / MANIFEST, json.dumps(msgspec.to_builtins(about), indent=1) + "\n")
 
 
-def _flat(about: Manifest) -> dict:
+def _flat(about: TrajectoriesManifest) -> dict:
     """A manifest's values by name, but for the prompt set: others may follow."""
     flat = msgspec.json.decode(msgspec.json.encode(about))
     del flat["prompts"]
@@ -261,7 +261,7 @@ def label_missing(settings: TrajectorySettings, sd, folder: Path, name: str, jud
             names = picture_names(number, len(pictures))
             for seed, value in zip(prompt.seeds, judge(pictures, [prompt.text] * len(names), names), strict=True):
                 if (prompt.text, seed) not in known:
-                    append_line(path, msgspec.to_builtins(Label(prompt.text, seed, value, name)))
+                    append_line(path, msgspec.to_builtins(JudgedPicture(prompt.text, seed, value, name)))
                     judged += 1
     return judged
 

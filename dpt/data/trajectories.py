@@ -29,7 +29,7 @@ from dpt.files import read_bytes, read_json, read_json_lines
 MANIFEST, SHARDS = "trajectories.json", "shards.jsonl"
 
 
-class Manifest(Struct):
+class TrajectoriesManifest(Struct):
     """The model and settings that all trajectories of a folder depend on."""
 
     model: str
@@ -61,7 +61,7 @@ class Shard(Struct):
     prompts: list[DrawnPrompt]
 
 
-class Label(Struct):
+class JudgedPicture(Struct):
     """A line of labels_NAME.jsonl."""
 
     prompt: str
@@ -100,9 +100,9 @@ def read_shard(folder: Path, shard: Shard) -> dict[str, torch.Tensor]:
     return load(content)
 
 
-def read_labels(path: Path) -> list[Label]:
+def read_labels(path: Path) -> list[JudgedPicture]:
     """A scorer's values. Raises ValueError naming a line that cannot be read, or whose value is not finite."""
-    labels = read_json_lines(path, Label)
+    labels = read_json_lines(path, JudgedPicture)
     for n, label in enumerate(labels, 1):
         if not np.isfinite(label.value):
             raise ValueError(f"{path}, record {n}: value is {label.value}; it must be a finite number")
@@ -153,7 +153,7 @@ class RankedPrompts:
             raise ValueError(
                 f"data.trajectories {folder} holds no {MANIFEST}; `python -m dpt.data trajectories` makes it"
             )
-        self.about = read_json(folder / MANIFEST, Manifest)
+        self.about = read_json(folder / MANIFEST, TrajectoriesManifest)
         if (known_name(self.about.model) or self.about.model) != (known_name(model) or model):
             raise ValueError(f"{folder} holds trajectories of {self.about.model}; model.name is {model}")
         path = label_file(folder, scorer)

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dpt.config import load_config
-from dpt.evaluation import align, frechet, generate, itm, plan, rec, table
+from dpt.evaluation import align, frechet, generate, measure_itm, measure_rec, plan, table
 from dpt.evaluation.arms import Arm, differing_arms
 from dpt.evaluation.judges import make_judge
 from dpt.evaluation.pack import of_pictures, read_arm, read_packed
@@ -154,8 +154,8 @@ def measure_checkpoints(experiment: Experiment, output: Path) -> None:
     options = plan.measuring("rec", experiment, output) | {"output": output}
     checkpoints, config = [Path(path) for path in options.pop("checkpoints")], Path(options.pop("config"))
     what = Measurement(checkpoints, config, **options)
-    itm.measure(what, experiment.measure.negatives, zero_shot=experiment.measure.zero_shot)
-    rec.measure(what)
+    measure_itm.measure(what, experiment.measure.negatives, zero_shot=experiment.measure.zero_shot)
+    measure_rec.measure(what)
 
 
 def protocol_table(protocol: dict[str, str]) -> str:

@@ -33,7 +33,7 @@ class Run:
 
 
 @dataclass
-class Measurement:
+class MeasureSettings:
     """Checkpoints measured by `itm` and `rec`, controls beside probes."""
 
     config: str = "configs/shapes/probe.yaml"
@@ -63,7 +63,7 @@ class Experiment:
     data: str = "DATA"
     """what "{data}" stands for in settings and prompts: the folder of users' files"""
     runs: dict[str, Run] = field(default_factory=dict)
-    measure: Measurement | None = None
+    measure: MeasureSettings | None = None
     arms: list[str] = field(default_factory=list)
     """files of `dpt.evaluation.arms`, or FILE:NAME"""
     more_arms: dict[str, Arm] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """Guidance methods: a file each, with a callable around classifier-free guidance; settings are fields of `Sampling`.
 
 To add one: write its file; add its settings to `dpt.sampling_settings.Sampling`, with what they exclude, and their
-flags to `dpt.flags.FLAGS`; add a line to `guided`. It is then a flag of txt2img.py and a key of arms.
+flags to `dpt.sampling_flags.FLAGS`; add a line to `guided`. It is then a flag of txt2img.py and a key of arms.
 """
 
 from dpt.guidance.attend_and_excite import AttendAndExcite

@@ -14,7 +14,7 @@ from dpt.checkpoint.checkpoint import LORA_FILE, DPTCheckpoint, load_checkpoint,
 from dpt.config import load_config
 from dpt.evaluation.experiment import published_table
 from dpt.evaluation.flags import METRICS
-from dpt.evaluation.itm import denoising_matches
+from dpt.evaluation.measure_itm import denoising_matches
 from dpt.evaluation.plan import Experiment, arms_of, run_settings
 from dpt.evaluation.probes import Measured, summary
 from dpt.lora import load_external_lora

@@ -17,7 +17,7 @@ from dpt.backbones.conditioning import Conditioning
 from dpt.backbones.flow import variance_scale
 from dpt.backbones.offload import own_forward
 
-Transformer = SD3Transformer2DModel | FluxTransformer2DModel
+MMDiT = SD3Transformer2DModel | FluxTransformer2DModel
 
 
 class _Stop(Exception):
@@ -29,7 +29,7 @@ class _Stopping(nn.Module):
         raise _Stop
 
 
-def block_modules(transformer: Transformer) -> dict[str, nn.Module]:
+def block_modules(transformer: MMDiT) -> dict[str, nn.Module]:
     """The blocks by name, in the order in which they are run."""
     single = getattr(transformer, "single_transformer_blocks", ())
     return {f"block{i}": block for i, block in enumerate(transformer.transformer_blocks)} | {
@@ -37,13 +37,13 @@ def block_modules(transformer: Transformer) -> dict[str, nn.Module]:
     }
 
 
-def block_map(transformer: Transformer, output: tuple[torch.Tensor, ...], noisy_latents: torch.Tensor) -> torch.Tensor:
+def block_map(transformer: MMDiT, output: tuple[torch.Tensor, ...], noisy_latents: torch.Tensor) -> torch.Tensor:
     """The map (B, D, h / p, w / p) of a block's output, (text tokens, image tokens)."""
     cells = [side // patch_size(transformer.config) for side in noisy_latents.shape[-2:]]
     return output[-1].transpose(1, 2).unflatten(2, cells)
 
 
-def truncated(transformer: Transformer, blocks: list[str], noisy_latents: torch.Tensor) -> Transformer:
+def truncated(transformer: MMDiT, blocks: list[str], noisy_latents: torch.Tensor) -> MMDiT:
     """A twin that shares the blocks up to the last of these and stops behind it."""
     twin = copy.copy(transformer)
     twin._modules = dict(transformer._modules)  # a shallow copy shares this table
@@ -58,7 +58,7 @@ def truncated(transformer: Transformer, blocks: list[str], noisy_latents: torch.
 
 
 def predict(
-    transformer: Transformer, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    transformer: MMDiT, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
 ) -> torch.Tensor | None:
     """The velocity (B, C, h, w); None of a twin that stops early. FLUX gets packed latents, four cells a token."""
     batch, channels, height, width = noisy_latents.shape
