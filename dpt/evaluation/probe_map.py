@@ -22,7 +22,15 @@ from matplotlib.figure import Figure
 
 from dpt.backbones.blocks import parse_feature
 from dpt.config import load_config
-from dpt.evaluation.probes import Measured, Measurement, cell, check_timesteps, load_base, measure_all
+from dpt.evaluation.probes import (
+    Measured,
+    Measurement,
+    cell,
+    check_has_val_sets,
+    check_timesteps,
+    load_base,
+    measure_all,
+)
 from dpt.files import read_json, write_text
 from dpt.metrics import Interval, bootstrap_interval
 from dpt.results import check_replaceable, figure_beside, markdown_table, page_of, record_section
@@ -113,8 +121,7 @@ def check_settings(config: TrainConfig) -> None:
     for name, (value, possible, reason) in refused.items():
         if value != possible:
             raise ValueError(f"{name} is {value}; probe-map takes {possible}: {reason}")
-    if config.data.kind == "trajectories":
-        raise ValueError("data.kind is trajectories, which have no hard negatives to match; probe-map takes another")
+    check_has_val_sets(config)
 
 
 def summary(itm: list[Measured], rec: list[Measured], timesteps: list[int]) -> dict:

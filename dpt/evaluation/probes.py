@@ -99,6 +99,12 @@ class Measured:
     records: dict[str, list[dict]]
 
 
+def check_has_val_sets(config: TrainConfig) -> None:
+    """Raises ValueError where a config has no samples that ITM and REC could be measured on."""
+    if config.data.kind == "trajectories":
+        raise ValueError("data.kind is trajectories, which have neither hard negatives nor boxes: name another")
+
+
 def load_base(config: TrainConfig) -> StableDiffusion:
     """The config's model, in its precision."""
     return load_stable_diffusion(
@@ -151,6 +157,8 @@ def measure_all(what: Measurement, task: str, variants: dict[str, list[str]]) ->
     figures = [what.output / f"{task}.md", *what.output.glob(f"{task}_*.png")]
     check_replaceable(what.output / f"{task}.json", partial(read_json, schema=Summary), *figures)
     configs = {label: load_config(TrainConfig, what.config, [*what.set, *more]) for label, more in variants.items()}
+    for config in configs.values():
+        check_has_val_sets(config)
     found: dict[str, Measured] = {}
     for path in what.checkpoints:
         name, checkpoint = _name(path), load_checkpoint(path)

@@ -87,6 +87,14 @@ def test_rec_with_boxes_drawn(folders, tmp_path):
     assert (output / "rec_probe_shapes.png").exists()
 
 
+@pytest.mark.parametrize("task", ["itm", "rec"])
+def test_trajectories_are_nothing_to_measure_on(task, folders, tmp_path, capsys):
+    call = command(task, folders[:1], tmp_path / "out", "data={kind: trajectories, trajectories: x}")
+    assert evaluate.main(call) == 2
+    assert "data.kind is trajectories" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_selectivity_is_paired_by_sample():
     def measured(name, control, hits):
         rows = [{"id": k, "timestep": t, "text": float(hit)} for k, hit in enumerate(hits) for t in (100, 500)]
