@@ -17,13 +17,13 @@ def save_array(path: Path, array: np.ndarray) -> None:
 def read_array(
     path: Path, shape: tuple[int | None, ...] | None = None, *, remedy: str = "remove it, and it is made again"
 ) -> np.ndarray:
-    """The array of floats or integers in a `.npy` file, memory-mapped: what its head says takes no memory.
+    """The array of floats or integers in a `.npy` file, memory-mapped: a false size in its head takes no memory.
 
     Args:
-        shape: that it must have; None in it stands for any length.
+        shape: the expected shape; None in it stands for any length.
 
     Raises:
-        ValueError: the file holds no such array; it is named, and what to do.
+        ValueError: the file holds no such array; the message names the file and the remedy.
     """
     try:
         array = np.lib.format.open_memmap(path, mode="r")

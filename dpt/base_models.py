@@ -69,13 +69,13 @@ MAX_SIDE = 8192  # of a picture, in pixels: one of that size takes a hundred tim
 
 
 OFFLOADS = ("model", "sequential")
-"""What of a model may stay out of the accelerator's memory while it is not needed: networks, or layers."""
+"""The parts of a model that stay out of the accelerator's memory while they are not needed: networks, or layers."""
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
 """Precisions of weights that draw."""
 
 
 def check_size(name: str, value: int, factor: int = VAE_SCALE_FACTOR) -> int:
-    """The value, if it is a size in pixels that an autoencoder of that factor takes; else ValueError."""
+    """The value. Raises ValueError unless it is a size in pixels that an autoencoder of that factor takes."""
     if value <= 0 or value % factor or value > MAX_SIDE:
         raise ValueError(f"{name} is {value}; it must be a positive multiple of {factor}, at most {MAX_SIDE}")
     return value
@@ -134,7 +134,7 @@ def check_versions(model: str, *, revision: str | None, variant: str | None) -> 
 
 
 def check_name(model: str) -> None:
-    """Raises ValueError for a model that is no name, nothing on this machine, and cannot be on the hub either."""
+    """Raises ValueError for a model that is no known name, no path of this machine, and no possible hub id."""
     if model in MODELS or Path(model).exists() or re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         return
     close = difflib.get_close_matches(model, MODELS, n=1, cutoff=0.85)
@@ -193,7 +193,7 @@ def check_no_t5(model: str) -> None:
 
 
 def check_flow(*, parity: bool, scheduler: str) -> None:
-    """Raises ValueError for what flow matching has not."""
+    """Raises ValueError for settings that flow matching does not have."""
     if parity or scheduler == "dpm++":
         wrong = "parity" if parity else "scheduler 'dpm++'"
         raise ValueError(f"{wrong} is not for flow matching, which steps by the model's own Euler: leave it out")
@@ -219,16 +219,16 @@ def pipeline_of(model: str) -> str:
 
 
 def default_dtype(model: str, device_type: str, *, elsewhere: str = "float32") -> str:
-    """The precision that a model draws in: half on CUDA, bfloat16 of transformers, whose T5 overflows in float16."""
+    """The precision to draw in: on CUDA float16, or bfloat16 for transformers, whose T5 overflows in float16."""
     if device_type != "cuda":
         return elsewhere
     return "bfloat16" if pipeline_of(model) in TRANSFORMERS else "float16"
 
 
 def recommended(model: str, weights: DPTConfig | None = None) -> Sampling:
-    """How a base model draws where nothing else is asked for: alone, or with the adapter of a config.
+    """The sampling settings of a base model where none are asked for: alone, or with the adapter of a config.
 
-    A model without a name draws as the first of its family that has one; of Stable Diffusion 1 and 2 as sd21-base.
+    A model without a name takes those of the first named model of its family; of SD 1 and 2 those of sd21-base.
     """
     name = known_name(model)
     if name is None:
@@ -243,7 +243,7 @@ def recommended(model: str, weights: DPTConfig | None = None) -> Sampling:
 
 
 def describe_size(model: str, height: int | None, width: int | None) -> str:
-    """In words: how large pictures would be. Raises ValueError for a size or folder that cannot be drawn with."""
+    """The size of the pictures, in words. Raises ValueError for a size or a folder that cannot be used."""
     name = known_name(model)
     side = MODELS[name].side if name else None
     if side is None:

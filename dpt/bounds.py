@@ -44,7 +44,7 @@ class Bounds:
 
 
 def bounded(default, **limits: float):
-    """A dataclass field with bounds. A list's hold for each entry; None passes where it is the default."""
+    """A dataclass field with bounds. They hold for each entry of a list; None passes where it is the default."""
     metadata = {"bounds": Bounds(**limits)}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -57,7 +57,7 @@ def one_of(default: str, *choices: str):
 
 
 def check_bounds(settings, prefix: str = "") -> None:
-    """Checks the fields of a dataclass, and of those that it consists of; called in its `__post_init__`.
+    """Checks the fields of a dataclass and of dataclasses in it; called in its `__post_init__`.
 
     Fields are made with `bounded` and `one_of`; others are not looked at.
 

@@ -57,7 +57,7 @@ class Candidates:
 
 @dataclass
 class Chosen:
-    """What is left of candidates when all steps are done."""
+    """The candidates that are left when all steps are done."""
 
     left: Candidates
     """one a picture, in the pictures' order"""
@@ -85,7 +85,7 @@ def draw_and_choose(
     on_step: Callable[[int, dict | None], None] | None = None,
     on_choice: Callable[[int, np.ndarray, np.ndarray, np.ndarray, torch.Tensor], None] | None = None,
 ) -> Chosen:
-    """Goes all steps, and after some of them keeps the candidates of highest score of each picture.
+    """Runs all steps; after some of them, keeps the candidates of highest score of each picture.
 
     Args:
         candidates: at their first step, those of a picture in a row: `sampling.candidates` for each.
@@ -149,7 +149,7 @@ def _noting_clean(denoise: Guidance, scheduler, at: int, clean: list[torch.Tenso
 
 
 def _parts(candidates: Candidates, batch_size: int | None) -> int:
-    """How many batches the candidates are drawn in."""
+    """The number of batches that the candidates are drawn in."""
     return 1 if batch_size is None else math.ceil(len(candidates.numbers) / batch_size)
 
 

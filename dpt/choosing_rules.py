@@ -1,7 +1,7 @@
 """Keeping the best of several noises, on the way or at the end.
 
-The score of a half-drawn picture tells early which noise will draw its prompt right. Candidates share the first steps'
-cost; those of the highest score go on.
+The score of a half-drawn picture tells early which noise will draw its prompt right. All candidates take the first
+steps; those of the highest score go on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Round:
 
 
 def stop_of(fraction: float, num_steps: int) -> int:
-    """After how many steps a fraction of them is, at least one."""
+    """The number of steps that a fraction of them means, at least one."""
     return max(1, round(fraction * num_steps))
 
 

@@ -1,4 +1,4 @@
-"""Command lines: the parser, types of flags, errors in one line. Imports nothing heavy, and says when others do."""
+"""Command lines: the parser, types of flags, errors in one line. Imports nothing heavy."""
 
 import argparse
 import ast
@@ -76,9 +76,9 @@ def one_line_errors(interrupted: str = "", *, out_of_memory: str = "", kept: str
     Bad input is 2, an interrupt 130. Errors of the program itself pass through.
 
     Args:
-        interrupted: how the command is gone on with after Ctrl-C.
-        out_of_memory: what takes less memory.
-        kept: where finished work is, said behind errors of files and memory.
+        interrupted: how to go on after Ctrl-C.
+        out_of_memory: settings that take less memory.
+        kept: where finished work is; it follows errors of files and memory.
     """
 
     def joined(*parts: str) -> str:
@@ -110,7 +110,7 @@ ELSEWHERE, ROOM = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR), (errno.ENOSPC, er
 
 
 def _of_file(error: OSError) -> str:
-    """An error of the file system: which file, what is wrong, and, where that is known, what helps."""
+    """The text of an error of the file system: the file, the fault and, where it is known, the remedy."""
     names = [name for name in (error.filename2, error.filename) if name is not None]
     if not names or error.strerror is None:
         return str(error)
@@ -126,7 +126,7 @@ def docstring_of(module: str) -> str:
 
 @contextlib.contextmanager
 def heavy_imports():
-    """Spares the imports within it the garbage collector, and it those imports, later and at exit: seconds of both."""
+    """Turns the garbage collector off during imports, and keeps their objects out of its later runs: saves seconds."""
     if "diffusers" in sys.modules or not gc.isenabled():  # what a process has made since is not to be kept
         yield
         return

@@ -155,7 +155,7 @@ class AdapterConfig(AdapterSettings):
 
 @dataclass
 class DPTConfig:
-    """The weights of a checkpoint: their parts and their base model."""
+    """The config beside a checkpoint's weights: their parts and their base model."""
 
     base_model: str = "sd21-base"
     feature: str = "up1"
@@ -186,7 +186,7 @@ class DPTConfig:
 
 @dataclass
 class LossSettings:
-    """Weights, and how targets are made."""
+    """Settings of the losses: their weights, and how targets are made."""
 
     weights: LossWeights = field(default_factory=LossWeights)
     snr_gamma: float | None = bounded(None, above=0)

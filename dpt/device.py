@@ -1,4 +1,4 @@
-"""Where, and in which precision, to compute. Imports torch alone."""
+"""Devices and precisions. Imports torch alone."""
 
 import torch
 
@@ -8,7 +8,7 @@ WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloa
 
 
 def usable_device(name: str | None = None) -> torch.device:
-    """The device of that name; without one the first accelerator, or the CPU where there is none.
+    """The device of a name; by default the first accelerator, or the CPU where there is none.
 
     Raises:
         ValueError: this machine has none of that name that keeps values.

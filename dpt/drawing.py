@@ -1,4 +1,4 @@
-"""The artist: prompts and seeds to pictures, with their scores, what choosing kept, and what they cost.
+"""The artist: draws pictures of prompts and seeds, with their scores, their candidates and their cost.
 
 Shapes: N candidates of all pictures together, C latent channels, (h, w) latent size.
 """
@@ -37,7 +37,7 @@ from dpt.schedulers import make_scheduler, set_timesteps
 
 @dataclass
 class Drawing:
-    """A picture and how it came about."""
+    """A picture, with its scores, candidates and cost."""
 
     image: np.ndarray
     """(H, W, 3) uint8"""
@@ -61,7 +61,7 @@ Method = Callable[[ClassifierFreeGuidance, Sampling, list[str], list[int], list[
 
 
 class Artist:
-    """A model of any family and, where there is one, what reads its matching score.
+    """A model of any family and, where there is one, the adapter that reads its matching score.
 
     artist = Artist.load("sd35-medium", "outputs/sd35-tune", device="cuda", dtype=torch.bfloat16)
     drawn = artist.draw(["two dogs and a cat"] * 4, [0, 1, 2, 3], artist.sampling.changed(candidates=4))
@@ -93,7 +93,7 @@ class Artist:
 
         Args:
             model: a name, local folder, single file or hub id.
-            weights: a checkpoint, as `--dpt` takes it; None for none, the model's default too.
+            weights: a checkpoint, as `--dpt` takes it; None for no adapter, not even the model's default.
             lora: another method's LoRA, beside an adapter that has none; its layouts are those of
                 `dpt.checkpoint.lora_files`.
             controls: which weights are taken; see `DPTCheckpoint.attach`.
@@ -120,7 +120,7 @@ class Artist:
         return artist
 
     def offload(self, how: str, device: torch.device | str) -> None:
-        """Computes on a device and keeps on the CPU, where the model lies, what does not compute.
+        """Computes on a device, and keeps the parts that are not computing on the CPU, where the model is.
 
         Args:
             how: "model" or "sequential"; see `dpt.backbones.offload`.
@@ -132,7 +132,7 @@ class Artist:
             self.scorer.adapter.to(device)
 
     def score(self, images: list[np.ndarray], texts: list[str], *, timestep: int = TIMESTEP) -> list[float]:
-        """How well finished pictures (H, W, 3) uint8 of one size match their texts: larger is better.
+        """Matching scores of finished pictures (H, W, 3) uint8, of one size, and their texts: larger is better.
 
         Args:
             timestep: at which the adapter reads the pictures.
@@ -144,7 +144,7 @@ class Artist:
         return matching_scores(self.sd, self.scorer, pixels, texts, timestep=timestep).tolist()
 
     def find(self, image: np.ndarray, phrase: str, *, count: int = 3, timestep: int = TIMESTEP) -> list[tuple]:
-        """Where in a finished picture (H, W, 3) uint8 is what a phrase refers to? The surest boxes, the surest first.
+        """Boxes of what a phrase refers to in a finished picture (H, W, 3) uint8, the surest first.
 
         Args:
             timestep: at which the adapter reads the picture.
@@ -240,7 +240,7 @@ class Artist:
         return [self._drawing(picture, image, chosen, every, sampling, cost) for picture, image in enumerate(images)]
 
     def _drawing(self, picture: int, image, chosen: Chosen, seeds: list[int], sampling: Sampling, cost) -> Drawing:
-        """One picture with all that is to be said of it.
+        """One picture with its record.
 
         Args:
             picture: its number; seeds: of all candidates of all pictures.

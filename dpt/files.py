@@ -69,7 +69,7 @@ def text_lines(text: str) -> list[str]:
 
 
 def check_text(name: str, text: str) -> str:
-    """The text, if it can be written as UTF-8; else ValueError. Other bytes of a command line cannot."""
+    """The text. Raises ValueError where it is no UTF-8, as some bytes of a command line are not."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -88,7 +88,7 @@ def decode(text: str | bytes, schema: type[T], where: str) -> T:
 
 
 def in_words(message: str) -> str:
-    """msgspec's message, the field first: "Expected `str`, got `int` - at `$.title`" -> "title: expected str, ..."."""
+    """msgspec's message, field first: "Expected `str`, got `int` - at `$.title`" -> "title: expected str, ..."."""
     reason, _, path = message.partition(" - at `$")
     path = re.sub(r"\[\.\.\.\]", "[]", path.rstrip("`")).lstrip(".")
     reason = reason.replace("`", "")
@@ -129,7 +129,7 @@ def is_cut_short(line: bytes) -> bool:
 
 
 def append_line(path: Path, record: dict) -> None:
-    """Adds a record to a file of JSON lines, in one write; what a kill left of the record before is cut off."""
+    """Appends a record to a file of JSON lines, in one write; an earlier record that a kill cut short is removed."""
     line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
     with path.open("ab") as file:
         with contextlib.suppress(ImportError, OSError):  # a system, or a file system, without such locks
@@ -145,7 +145,7 @@ def append_line(path: Path, record: dict) -> None:
 
 
 def _last_line(path: Path) -> bytes:
-    """The bytes behind a file's last line end."""
+    """The bytes after the last line end of a file."""
     if path.stat().st_size == 0:
         return b""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:

@@ -1,4 +1,4 @@
-"""A folder of pictures that txt2img.py draws: files with their records in them, what is there already, grids."""
+"""The output folder of txt2img.py: pictures with their records in them, jobs already done, grids."""
 
 import argparse
 import itertools
@@ -28,7 +28,7 @@ GRID_ROWS, GRID_COLUMNS = 12, 8
 def open_artist(
     args: argparse.Namespace, weights: Path | None, sampling: Sampling, device, dtype: str
 ) -> tuple[Artist, dict]:
-    """The artist that txt2img.py's arguments name, and what every picture's record says of models and sampling.
+    """The artist that txt2img.py's arguments name, and the part of records that is common.
 
     Raises:
         ValueError: weights that cannot be used, or a size that the model cannot draw.
@@ -75,12 +75,12 @@ class Gallery:
         self.versions["dpt"] = dpt.__version__
 
     def key(self, record: dict) -> str:
-        """A text that two records share when they are of the same drawing."""
+        """A text that is equal for records of the same drawing."""
         settings = asdict(Sampling()) | record["settings"]  # a setting that is new has its default in older records
         return json.dumps([record["prompt"], record["seed"], settings], sort_keys=True)
 
     def keys(self) -> set[str]:
-        """The keys of what is there. Raises ValueError naming a line of the metadata file that is damaged."""
+        """The keys of the pictures that are there. Raises ValueError naming a damaged line of the metadata file."""
         return {self.key(record) for record in read_metadata(self.folder)}
 
     def save(self, job: dict, drawing: Drawing) -> None:

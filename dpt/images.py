@@ -39,7 +39,7 @@ Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class Picture(TypedDict, total=False):
-    """A record of a metadata file, as far as it is read; paths are relative to the file's folder."""
+    """The part of a metadata record that is read; paths are relative to the metadata file's folder."""
 
     file: Required[str]
     prompt: Required[str]
@@ -155,7 +155,7 @@ def read_records(folder: Path) -> list[dict]:
 
 
 def text_chunks(path: Path) -> dict[str, str]:
-    """The text that `save_new` wrote into a PNG; empty where there is none, or no PNG."""
+    """The text chunks that `save_new` wrote into a PNG; empty where there are none, or the file is no PNG."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             return dict(image.info)
@@ -164,7 +164,7 @@ def text_chunks(path: Path) -> dict[str, str]:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Any mode turned into RGB of 8 bits, EXIF rotation applied.
+    """The picture as 8-bit RGB, whatever its mode, EXIF rotation applied.
 
     Raises:
         ValueError: numbers of unknown range.
@@ -201,12 +201,12 @@ def _letters() -> tuple[str, frozenset[int]]:
 
 
 def without_glyph(text: str) -> str:
-    """The characters, each once and in order, that a label cannot show."""
+    """The characters of a text that a label cannot show, each once and in order."""
     return "".join(c for c in dict.fromkeys(text) if ord(c) not in _letters()[1] and not c.isspace())
 
 
 def legible(text: str) -> str:
-    """A text in one line, what DejaVu Sans lacks written as \\uXXXX."""
+    """The text in one line; characters that DejaVu Sans lacks are written as \\uXXXX."""
     lacking = {c: c.encode("unicode_escape").decode() for c in without_glyph(text)}
     return "".join(lacking.get(c, c) for c in " ".join(text.split()))
 

@@ -125,7 +125,7 @@ def load_external_lora(sd: StableDiffusion, path: Path, notice=print) -> None:
 
 @contextlib.contextmanager
 def collected_warnings(messages: list[str]):
-    """Adds what diffusers, transformers and PEFT warn of while the context lasts to the list, and prints nothing."""
+    """Collects warnings of diffusers, transformers and PEFT in the list while the context lasts; none is printed."""
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "peft")]

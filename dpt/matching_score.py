@@ -1,4 +1,4 @@
-"""The matching score s(z_t, y) of noisy latents: alone, with its gradient, or read off a sampling pass for nothing.
+"""The matching score s(z_t, y) of noisy latents: alone, with its gradient, or read off a sampling pass at no cost.
 
 Shapes: B images, C latent channels, (h, w) latent size, P pooled text width.
 """
@@ -69,7 +69,7 @@ def gradient_of(score: torch.Tensor, noisy_latents: torch.Tensor, dtype: torch.d
 
 
 class ScoreReader:
-    """A `Guidance` that records the matching score of the features which the pass that it wraps computes anyway.
+    """A `Guidance` that records the matching score, from the features that the pass it wraps computes anyway.
 
     Args:
         guidance: the pass; denoise: what calls it, a guidance method or the pass itself.

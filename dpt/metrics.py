@@ -59,7 +59,7 @@ def resampled_means(
 def bootstrap_p(values: np.ndarray, prompts: np.ndarray, other: np.ndarray) -> float:
     """Two-sided p of no difference between arms, by `crossed_bootstrap`'s resamples: twice the smaller tail.
 
-    So few prompts that resamples say nothing have at least the p of a sign test that they all agree in.
+    With very few prompts, p is at least that of a sign test in which all of them agree.
     """
     _, means = resampled_means(values, prompts, other, num_resamples=10_000)
     tail = min(np.mean(means <= 0), np.mean(means >= 0))
@@ -67,7 +67,7 @@ def bootstrap_p(values: np.ndarray, prompts: np.ndarray, other: np.ndarray) -> f
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:
-    """p values adjusted for there being several (Holm 1979): below 0.05 then all hold together at 5 %."""
+    """p values adjusted for several tests (Holm 1979): all of those below 0.05 hold together at 5 %."""
     adjusted, largest = {}, 0.0
     for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p))

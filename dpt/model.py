@@ -27,7 +27,7 @@ class DPT(nn.Module):
 
     Args:
         blocks: the probed blocks; see `dpt.backbones.blocks`.
-        scheduler: says what timesteps mean to the denoising loss.
+        scheduler: the noise schedule of the denoising loss.
         train_denoiser: whether gradients reach the denoiser (tune) or stop at its features (probe).
         loss: settings of the losses; by default the paper's.
         itm_layer: the decoder layer that ITM reads.
@@ -67,7 +67,7 @@ class DPT(nn.Module):
                 It may stand alone. `reward` holds the arguments of `reward_loss`.
 
         Returns:
-            Named losses, unweighted, those whose weight is 0 left out.
+            Named losses, unweighted, without those whose weight is 0.
         """
         ranked = self._ranking(batch["ranked"]) if "ranked" in batch else {}
         if "noisy_latents" not in batch:

@@ -31,7 +31,7 @@ def peak_mb(device: torch.device | str = "cpu") -> float:
 
 
 def keep_freed_memory() -> None:
-    """Lets a process that computes on a CPU keep what tensors free for those to come; without glibc nothing.
+    """Lets a process on a CPU keep freed memory for later tensors; does nothing without glibc.
 
     By default every large tensor's pages are returned to the system and cleared anew.
     """

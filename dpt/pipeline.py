@@ -110,7 +110,7 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
     ) -> StableDiffusionPipelineOutput | tuple:
         """Draws prompts; the arguments are `StableDiffusionPipeline`'s, and fields of `Sampling`.
 
-        What is not said of the correction is as the weights recommend: see `dpt.base_models.recommended`.
+        Arguments of the correction that are None are as the weights recommend: see `dpt.base_models.recommended`.
         Without a correction the pictures are `StableDiffusionPipeline`'s, whose documentation describes its arguments.
         Three things are taken that it refuses or ignores: height or width alone, one negative prompt for several
         prompts, and a callback that returns None.
@@ -193,7 +193,7 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
         return self._finish(sd, latents, output_type, return_dict, tensors["prompt_embeds"].dtype)
 
     def _finish(self, sd: StableDiffusion, latents, output_type: str, return_dict: bool, dtype: torch.dtype):
-        """What a call returns, of finished latents."""
+        """The result of a call, from finished latents."""
         images, flagged = latents, None
         if output_type != "latent":
             images, flagged = self._decode(sd, latents, output_type, dtype)
@@ -238,7 +238,7 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
     def _check_texts(
         self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images_per_prompt, names
     ) -> None:
-        """Raises ValueError for texts that exclude each other and tensors of a callback that there are not."""
+        """Raises ValueError for texts that exclude each other, and for unknown names of a callback's tensors."""
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("pass either prompt or prompt_embeds")
         if negative_prompt is not None and negative_prompt_embeds is not None:
@@ -369,7 +369,7 @@ class SelfCorrectionPipeline(StableDiffusionPipeline):
         return denoise
 
     def _changed_tensors(self, changed: dict | None, tensors: dict, count: int) -> dict[str, torch.Tensor]:
-        """What a callback returned, checked."""
+        """The tensors that a callback returned, checked."""
         if changed is None:
             return {}
         if not isinstance(changed, dict):

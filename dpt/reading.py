@@ -1,4 +1,4 @@
-"""What the adapter reads off finished pictures: do they match a text, and where is what a phrase refers to?
+"""The adapter on finished pictures: their match with a text, and the boxes that a phrase refers to.
 
 Pictures are encoded and noised to a timestep, all alike, since the adapter reads half-drawn pictures. Shapes: B
 pictures, (H, W) their size.

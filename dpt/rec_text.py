@@ -1,4 +1,4 @@
-"""The frozen text encoder whose token states REC is aligned with: RoBERTa (the paper's), or the base model's own CLIP.
+"""The frozen text encoder with whose token states REC is aligned: RoBERTa (the paper's), or the base model's own CLIP.
 
 Shapes: B texts, T tokens, R width.
 """
@@ -23,7 +23,7 @@ ENCODER_ERRORS = (*UNPICKLING_ERRORS, SafetensorError, StrictDataclassError)
 
 @dataclass
 class RecTextEncoder:
-    """A tokenizer, which class targets need, and a model, which contrastive alignment alone needs (else None)."""
+    """A tokenizer, for the class targets, and a model, for contrastive alignment (None without it)."""
 
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel | None

@@ -1,4 +1,4 @@
-"""The pages of docs/log: each section is written by a command and says which."""
+"""The pages of docs/log: a command writes each section and is named in it."""
 
 import re
 import subprocess
@@ -44,7 +44,7 @@ def markdown_table(header: list[str], rows: Iterable[Iterable]) -> str:
 
 
 def narrowed(text: str) -> str:
-    """The text with several tables for each of more than nine columns; columns that tell its rows apart are in all."""
+    """The text with tables of more than nine columns split; the columns that tell rows apart are repeated."""
     parts = re.split(r"((?:^\|.*\|\n)+)", text, flags=re.MULTILINE)
     return "".join(_narrow_tables(part) if part.startswith("|") else part for part in parts)
 

@@ -1,4 +1,4 @@
-"""The denoising loop, and classifier-free guidance, the simplest guidance that it calls.
+"""The denoising loop, and classifier-free guidance, the simplest guidance.
 
 A guidance asks the denoiser, a U-Net or a transformer, and may wrap another guidance; the loop never learns of it. It
 returns the noise prediction together with the latents that the scheduler steps on from, which it may have moved.

@@ -1,4 +1,4 @@
-"""Flags of `Sampling`'s fields, the same for every script that draws, and where flags of the reference went."""
+"""The flags of `Sampling`'s fields, for every script that draws, and the places of the reference's flags."""
 
 import argparse
 from dataclasses import fields
@@ -70,7 +70,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_of(args: argparse.Namespace, recommended: Sampling) -> Sampling:
-    """What the flags ask for, and for the rest what is recommended.
+    """The settings that the flags ask for, and the recommended ones for the rest.
 
     Raises:
         ValueError: flags that exclude each other, or have no effect without another one.

@@ -16,7 +16,7 @@ CORRECTION_TARGETS = ("conditional", "latent", "noise")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn; the defaults are the paper's sampling without self-correction."""
+    """The settings that pictures are drawn with; the defaults are the paper's sampling without self-correction."""
 
     guidance_scale: float = bounded(7.5, at_least=0, below=1000)
     """of classifier-free guidance; up to 1 the negative prompt is not evaluated"""
@@ -151,8 +151,8 @@ class Sampling:
     def changed(self, **given) -> "Sampling":
         """These settings with some of them given anew; None stands for a setting that is not given.
 
-        What belongs together gives way together: with a `correction_factor` goes a recommended `correction_norm`, and
-        the target that was chosen for it; with `parity` goes everything that the reference does not have.
+        A new value also removes the recommended ones it excludes: a `correction_factor` removes `correction_norm`, and
+        the target that was chosen for it; `parity` removes everything that the reference does not have.
         """
         given = {name: value for name, value in given.items() if value is not None}
         new = values(self)

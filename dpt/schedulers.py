@@ -1,4 +1,4 @@
-"""Noise schedules by name, the reference's among them, and what is done to their state when images of a batch go."""
+"""Noise schedules by name, the reference's among them, and their state when images leave a batch."""
 
 import copy
 
@@ -39,7 +39,7 @@ class ReferenceDDIMScheduler(DDIMScheduler):
 
 
 def make_scheduler(base: SchedulerMixin, name: str, *, parity: bool = False) -> SchedulerMixin:
-    """A scheduler of its own by name, with the noise levels of a model's.
+    """A new scheduler by name, with the noise levels of a model's scheduler.
 
     Raises:
         ValueError: `parity` with a model that does not predict epsilon, or what flow matching has not.
@@ -78,7 +78,7 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int | None, de
 
 
 def predicted_clean(scheduler: SchedulerMixin, noise_pred, timestep, latents: torch.Tensor) -> torch.Tensor:
-    """The clean latents that a prediction means, (B, C, h, w). The scheduler stays as it is.
+    """The clean latents that a prediction implies, (B, C, h, w). The scheduler stays as it is.
 
     From a scheduler that names none (dpm++), the half-drawn latents after its step.
     """

@@ -21,7 +21,7 @@ def trace_of(job: dict, drawings: dict[str, Drawing]) -> dict:
 
 
 def write_traces(outdir: Path, traces: list[dict]) -> None:
-    """trace-NNNN.json with all images, and then a figure of the first six beside it."""
+    """Writes trace-NNNN.json with all images, and a figure of the first six beside it."""
     for path in numbered(outdir, "trace-{:04d}.json"):
         with contextlib.suppress(FileExistsError), path.open("x") as file:
             json.dump(traces, file, indent=1)

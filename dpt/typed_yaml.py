@@ -1,4 +1,4 @@
-"""YAML read along a schema of dataclasses: where the schema has text, a scalar is text as it is typed.
+"""YAML read along a schema of dataclasses: a scalar is text, as it is typed, where the schema has text.
 
 So `run_name: 007` is "007" and not 7, and `2024_05_01` no number. YAML's own rules would make numbers, dates and truth
 values of words; here they hold for nothing but null, and numbers are Python's.
@@ -30,7 +30,7 @@ def config_keys(schema: type, prefix: str = "") -> list[str]:
 def read_document(text: str, schema: type) -> object:
     """A YAML document as plain data: dicts, lists, and scalars of the types that the schema has there.
 
-    Lists and mappings where the schema has none are left to whoever builds the dataclasses.
+    Lists and mappings where the schema has none are left to the building of the dataclasses.
 
     Raises:
         ValueError: no YAML, an unknown key (with a suggestion), or a scalar of another type; the key is named.

@@ -1,4 +1,4 @@
-"""Files of weights: looked through before memory is taken for what they say, and never run as code."""
+"""Files of weights: checked before memory is allocated for their contents, and never run as code."""
 
 import pickle
 import pickletools

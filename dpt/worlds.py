@@ -1,4 +1,4 @@
-"""Knowledge of the prompts of a base model: the grammar of the embedded one, nothing of the others."""
+"""The prompts that a base model knows: those of a grammar for the embedded model; of others nothing is known."""
 
 from dpt.base_models import known_name
 from dpt.shapes.grammar import parse
@@ -6,7 +6,7 @@ from dpt.shapes.scenes import SHAPES
 
 
 def grammar_note(model: str, prompts: list[str]) -> str | None:
-    """In words, the first of the prompts that the model does not know; None where it knows all, or nothing is known."""
+    """A note on the first prompt that the model does not know; None where it knows all, or where nothing is known."""
     if known_name(model) != "shapes":
         return None
     for prompt in prompts:
@@ -18,5 +18,5 @@ def grammar_note(model: str, prompts: list[str]) -> str | None:
 
 
 def is_subject(model: str, word: str) -> bool:
-    """Whether a word of a prompt is known to name something that is to be in the picture."""
+    """Whether a word of a prompt is known to name an object."""
     return known_name(model) == "shapes" and (word.removesuffix("es") in SHAPES or word.removesuffix("s") in SHAPES)

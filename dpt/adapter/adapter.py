@@ -18,7 +18,7 @@ from dpt.tasks import tasks_of
 
 
 class FeatureFusion(nn.Module):
-    """Each map through its own 1x1 convolution, resized (nearest) to one size, summed."""
+    """Sums feature maps, each behind its own 1x1 convolution and resized (nearest) to one size."""
 
     def __init__(self, in_channels: list[int], dim: int, size: int):
         super().__init__()
@@ -32,7 +32,7 @@ class FeatureFusion(nn.Module):
 
 
 class DiscriminativeAdapter(nn.Module):
-    """Reads denoiser features with learned queries; the first of them answer ITM, the others REC."""
+    """Reads denoiser features with learned queries: the first ones are for ITM, the others for REC."""
 
     def __init__(self, config: AdapterConfig):
         super().__init__()
@@ -87,7 +87,7 @@ class DiscriminativeAdapter(nn.Module):
 
     @torch.no_grad()
     def measure_features(self, features: list[torch.Tensor]) -> None:
-        """Takes mean and deviation of each channel from maps (B, C_k, H_k, W_k), for `normalize_features`."""
+        """Stores mean and deviation of each channel of maps (B, C_k, H_k, W_k), for `normalize_features`."""
         flat = [feature.float().transpose(0, 1).flatten(1) for feature in features]  # (C_k, B * H * W)
         self.feature_mean.copy_(torch.cat([x.mean(1) for x in flat]))
         self.feature_std.copy_(torch.cat([x.std(1) for x in flat]) + 1e-6)
@@ -108,7 +108,7 @@ class DiscriminativeAdapter(nn.Module):
 
 @dataclass(frozen=True)
 class Scorer:
-    """An adapter with all that a matching score of noisy latents needs."""
+    """An adapter, the blocks that it reads, and the decoder layer that ITM reads: enough to score noisy latents."""
 
     adapter: DiscriminativeAdapter
     blocks: tuple[str, ...]

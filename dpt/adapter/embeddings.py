@@ -66,7 +66,7 @@ class LearnedPositionEmbedding(nn.Module):
 class TimestepEmbedder(nn.Module):
     """Sinusoidal timesteps of width D (cosine first, no shift), then linear D -> 4D, SiLU, linear 4D -> D.
 
-    As diffusers' `Timesteps` and `TimestepEmbedding`, of which the adapter needs no more than this.
+    The same values as diffusers' `Timesteps` followed by `TimestepEmbedding`.
     """
 
     def __init__(self, dim: int, temperature: float = 10_000.0):

@@ -2,5 +2,5 @@
 
 To add a family: a subclass of `StableDiffusion` that encodes prompts (`condition`) and says its sizes; its pipeline in
 `loading` and the classes of its parts in `model_folder`; the names of its blocks in `blocks`, and how their maps are
-read in `unet` or `transformer`. Adapter, losses, trainer, guidance and choosing stay as they are.
+read in `unet` or `diffusion_transformer`. Adapter, losses, trainer, guidance and choosing stay as they are.
 """

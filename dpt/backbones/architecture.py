@@ -1,7 +1,7 @@
-"""What is known of a base model before its weights are read: its blocks, widths, numbers of weights.
+"""Blocks, widths and numbers of weights of a base model, known before its weights are read.
 
-Imports no diffusers. Of named models that are not here it is written down; `tests/test_full_size.py` compares that with
-the real classes.
+Imports no diffusers. For named models that are not on this machine the numbers stand here;
+`tests/test_full_size.py` compares them with the real classes.
 """
 
 import math
@@ -118,7 +118,7 @@ CONFIGS = {
     "flux-dev": {"guidance_embeds": True},
     "flux-schnell": {},
 }
-"""What the denoisers of named models differ in from the defaults of their class."""
+"""The config keys in which the denoisers of named models differ from the defaults of their class."""
 
 _SD2_LORA = {"down0": 13056, "down1": 22016, "down2": 39936, "mid": 19968, "up1": 59904, "up2": 33024, "up3": 19584}
 _SD1_LORA = {"down0": 12032, "down1": 20992, "down2": 38912, "mid": 19456, "up1": 58368, "up2": 31488, "up3": 18048}
@@ -145,7 +145,7 @@ T5_WEIGHTS = 4_762_000_000  # about: T5-XXL's encoder
 
 
 def architecture(model: str, *, no_t5: bool = False) -> Architecture:
-    """What is known of a model by name, folder, single file or hub id; reads no weights of safetensors.
+    """The architecture of a model by name, folder, single file or hub id. Reads no weights of safetensors files.
 
     Args:
         no_t5: leave out the T5 of Stable Diffusion 3.

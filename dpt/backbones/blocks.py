@@ -1,4 +1,4 @@
-"""Names of a denoiser's blocks, and what its config says of them. Imports nothing heavy.
+"""Names and sizes of a denoiser's blocks, from its config. Imports nothing heavy.
 
 Of a U-Net they are `down0..3`, `mid`, `up0..3`; of a transformer `block0`, `block1`, ..., and of FLUX, behind these,
 `single0`, `single1`, .... A feature is one block, several joined by "+", or of a U-Net `all`. `latents`, for
@@ -83,12 +83,12 @@ def block_side(block: str, config) -> int:
 
 
 def patch_size(config) -> int:
-    """Cells of the latent that a token of a transformer stands for, each way."""
+    """Side, in latent cells, of the patch that a transformer's token stands for."""
     return 2 if is_flux(config) else config.patch_size
 
 
 def block_prefix(block: str) -> str:
-    """How names of a block's modules begin, such as "up_blocks.1." of up1."""
+    """The beginning of the names of a block's modules: "up_blocks.1." for up1."""
     name = block.rstrip("0123456789")
     tables = {"mid": "mid_block", "block": "transformer_blocks", "single": "single_transformer_blocks"}
     return ".".join(filter(None, [tables.get(name, f"{name}_blocks"), block.removeprefix(name)])) + "."

@@ -1,4 +1,4 @@
-"""What prompts become for a denoiser and the adapter: `StableDiffusion.condition` of each family makes it.
+"""The encoded prompts, as the denoiser and the adapter take them. `StableDiffusion.condition` makes them.
 
 Shapes: B images, L text tokens, E context width, P pooled width.
 """
@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What prompts become for the denoiser and the adapter; the first dimension of every tensor runs over images."""
+    """Encoded prompts for the denoiser and the adapter; the first dimension of every tensor runs over images."""
 
     encoder_hidden_states: torch.Tensor
     """(B, L, E)"""
@@ -24,17 +24,17 @@ class Conditioning:
         return len(self.encoder_hidden_states)
 
     def map(self, change) -> "Conditioning":
-        """The same with each tensor changed by a function."""
+        """A copy in which a function has changed each tensor."""
         pooled = None if self.pooled_prompt_embeds is None else change(self.pooled_prompt_embeds)
         further = {name: change(value) for name, value in self.further.items()}
         return Conditioning(change(self.encoder_hidden_states), pooled, further)
 
     def __getitem__(self, indices) -> "Conditioning":
-        """That of some images, by a list, a tensor or a slice of their indices."""
+        """The conditioning of some of the images, chosen by a list, a tensor or a slice of indices."""
         return self.map(lambda value: value[indices])
 
     def with_guidance(self, scale: float | None) -> "Conditioning":
-        """That with the guidance scale which distilled models take as an input; None leaves it.
+        """A copy with another guidance scale, which distilled models take as an input; None changes nothing.
 
         Raises:
             ValueError: a scale for a model that takes none.
@@ -50,7 +50,7 @@ class Conditioning:
 
     @staticmethod
     def join(parts: Iterable["Conditioning"]) -> "Conditioning":
-        """That of the images of several batches."""
+        """The conditioning of the images of several batches together."""
         parts = list(parts)
         pooled = [part.pooled_prompt_embeds for part in parts]
         return Conditioning(

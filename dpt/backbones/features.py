@@ -41,7 +41,7 @@ def denoiser_features(
         noisy_latents: (B, C, h, w), in the variance-preserving space.
         timesteps: (B,) or a scalar.
         conditioning: of B prompts.
-        gradients_up_to_features: where gradients are on, switch them off behind the last of the blocks, so that the
+        gradients_up_to_features: with gradients on, switch them off behind the last of the blocks, so that the
             rest of a whole pass keeps no activations.
         unet_inputs: further inputs of a U-Net that are not an image's own.
     """

@@ -62,7 +62,7 @@ class Flux(StableDiffusion3):
     def condition(
         self, prompts: list[str], *, size: tuple[int, int] | None = None, negative: bool = False
     ) -> Conditioning:
-        """Besides context and pooled text, `pooled_projections` (B, P), and of distilled models `guidance` (B,)."""
+        """Adds `pooled_projections` (B, P) to context and pooled text, and for distilled models `guidance` (B,)."""
         conditioning = super().condition(prompts)
         if self.denoiser.config.guidance_embeds:
             conditioning.further["guidance"] = torch.full((len(prompts),), DISTILLED_GUIDANCE, device=self.device)

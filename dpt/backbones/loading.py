@@ -1,4 +1,4 @@
-"""Loading base models from folders and the hub, and what is known of them before they are loaded."""
+"""Loads base models from local folders, single files and the hub."""
 
 import contextlib
 import logging
@@ -75,11 +75,11 @@ def load_stable_diffusion(
     A named model is taken from `ckpt/<name>` where that folder exists. The scheduler becomes DDIM, settings kept.
 
     Args:
-        variant: of the files of weights, such as fp16; by default, of a local folder, whichever is there.
+        variant: of the weights' files, such as fp16; by default the one that a local folder has.
         no_t5: leave out the T5 of Stable Diffusion 3.
 
     Raises:
-        ValueError: nothing usable there; the message says what to do.
+        ValueError: nothing usable there; the message says the remedy.
     """
     source = source_of(model, notice)
     check_versions(model, revision=revision, variant=variant)

@@ -1,4 +1,4 @@
-"""Folders of base models: what they say of themselves is checked before anything is built from it or read."""
+"""Checks of base models' folders: configs and heads of weights' files, before anything is built or loaded."""
 
 import codecs
 import contextlib

@@ -86,7 +86,7 @@ class StableDiffusion3(StableDiffusion):
     def condition(
         self, prompts: list[str], *, size: tuple[int, int] | None = None, negative: bool = False
     ) -> Conditioning:
-        """Besides context and pooled text, `pooled_projections` (B, P)."""
+        """Adds `pooled_projections` (B, P) to context and pooled text."""
         context, pooled = self.encode_prompts(prompts)
         return Conditioning(context, pooled, {"pooled_projections": pooled})
 

@@ -47,7 +47,7 @@ class StableDiffusionXL(StableDiffusion):
 
     @torch.no_grad()
     def _encode(self, prompts: list[str], clip_skip: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last layer but one of either encoder, and the second's projection."""
+        """The second-last layer of both encoders, and the projection of the second one."""
         encoders = ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2))
         fewest = min(encoder.config.num_hidden_layers for _, encoder in encoders)
         if clip_skip is not None and not 0 <= clip_skip < fewest:
@@ -64,9 +64,9 @@ class StableDiffusionXL(StableDiffusion):
     def condition(
         self, prompts: list[str], *, size: tuple[int, int] | None = None, negative: bool = False
     ) -> Conditioning:
-        """Besides context and pooled text, `text_embeds` (B, P) and `time_ids` (B, 6).
+        """Adds `text_embeds` (B, P) and `time_ids` (B, 6) to context and pooled text.
 
-        The time ids say that pictures of that size were neither made larger nor cropped.
+        The time ids say that the pictures have that size without resizing or cropping.
         """
         context, pooled = self.encode_prompts(prompts)
         if negative and self.zeros_for_empty_prompt:

@@ -41,7 +41,7 @@ def named_alike(file: Path) -> str:
 
 
 def configs_of(name: str) -> str:
-    """Where the configs of a named model are: its folder in ckpt, or its hub id."""
+    """The place of a named model's configs: its folder in ckpt, or its hub id."""
     folder = CKPT_FOLDER / name
     return str(folder) if (folder / "model_index.json").is_file() else MODELS[name].source
 

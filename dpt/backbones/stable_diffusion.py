@@ -1,7 +1,7 @@
 """The frozen parts of a latent-diffusion model: load, encode prompts and images, decode, noise targets.
 
 Shapes: B batch, L text tokens, E context width, P pooled width, C latent channels, (H, W) image, (h, w) latent size.
-Whatever a size or a factor is, the model's own config says it.
+All sizes and factors come from the model's own config.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ class StableDiffusion:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device that it computes on."""
         return self.denoiser.device if self.execution_device is None else self.execution_device
 
     @property
@@ -67,7 +67,7 @@ class StableDiffusion:
         return self.denoiser.config.sample_size * self.vae_scale_factor
 
     def picture_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Height and width in pixels; what is None is the model's own."""
+        """Height and width in pixels; None stands for the model's own size."""
         return (height or self.default_size, width or self.default_size)
 
     @property
@@ -100,7 +100,7 @@ class StableDiffusion:
             clip_skip: layers of CLIP that the context leaves out, from the last that it has; the pooled text has all.
 
         Raises:
-            ValueError: a `clip_skip` that the text encoders have not; of FLUX any, as its context is not CLIP's.
+            ValueError: a `clip_skip` beyond the text encoder's layers, or any for FLUX, whose context is not CLIP's.
         """
         distinct = list(dict.fromkeys(prompts))
         context, pooled = self._encode(distinct, clip_skip)
@@ -130,7 +130,7 @@ class StableDiffusion:
         """The conditioning of prompts, for pictures of a size in pixels, by default the model's own.
 
         Args:
-            negative: whether they are what guidance leads away from; some models have zeros for an empty one.
+            negative: whether these are negative prompts; some models take zeros for an empty one.
         """
         return Conditioning(*self.encode_prompts(prompts))
 
@@ -189,11 +189,11 @@ class StableDiffusion:
         return (self.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
 
     def effective(self, sampling: Sampling) -> dict:
-        """Settings that this family draws with whatever is asked for, by their names in `Sampling`."""
+        """Settings of `Sampling` that are fixed for this family, whatever is asked for."""
         return {}
 
     def noise_target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What the denoiser is trained to predict: the noise, or the velocity, as its scheduler's config says."""
+        """The target of the denoiser's training: the noise or the velocity, as its scheduler's config says."""
         prediction_type = self.scheduler.config.prediction_type
         if prediction_type == "epsilon":
             return noise
@@ -208,7 +208,7 @@ def expanded(tokenizer: CLIPTokenizer, prompt: str) -> str:
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> BatchEncoding:
-    """Tokens of prompts, filled up and cut at the encoder's length."""
+    """Tokens of prompts, padded or cut to the encoder's length."""
     return tokenizer(
         [expanded(tokenizer, prompt) for prompt in prompts],
         padding="max_length",
@@ -229,7 +229,7 @@ def weights_fingerprint(*modules: torch.nn.Module) -> str:
 
 
 def advice_against_nan(sd: StableDiffusion) -> str:
-    """What to try where latents or scores are not finite."""
+    """Advice, as text, for latents or scores that are not finite."""
     config = sd.scheduler.config
     if config.get("rescale_betas_zero_snr") and config.prediction_type == "epsilon":
         return (

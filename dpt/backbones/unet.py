@@ -26,8 +26,8 @@ def block_map(unet: UNet2DConditionModel, output, noisy_latents: torch.Tensor) -
 def truncated(unet: UNet2DConditionModel, blocks: list[str], noisy_latents: torch.Tensor) -> UNet2DConditionModel:
     """A twin that shares every module up to the last of the blocks and has none behind it.
 
-    The U-Net itself for latents whose sides are not divisible by all of its downsampling: diffusers passes the skip
-    connections' sizes on for these.
+    Returns the U-Net itself for latents whose sides its downsampling does not divide: there diffusers passes the skip
+    connections' sizes on.
     """
     factor = 2 ** (len(unet.config.down_block_types) - 1)
     if any(side % factor for side in noisy_latents.shape[-2:]):
@@ -53,7 +53,7 @@ def predict(
     conditioning: Conditioning,
     **unet_inputs,
 ) -> torch.Tensor:
-    """The noise prediction (B, C, h, w), or what a twin that stops early ends with."""
+    """The noise prediction (B, C, h, w); of a twin that stops early, the output of its last block."""
     options = {"added_cond_kwargs": conditioning.further or None} | unet_inputs
     return unet(noisy_latents, timesteps, conditioning.encoder_hidden_states, **options, return_dict=False)[0]
 

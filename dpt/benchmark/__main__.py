@@ -1,4 +1,4 @@
-"""Seconds and memory of a step, beside what it should cost.
+"""Seconds and memory of a step, beside its expected cost.
 
     python -m dpt.benchmark sampling [--json] [--model MODEL] [--batch_size N]
     python -m dpt.benchmark training [--json] [--model MODEL] [--batch_size N]

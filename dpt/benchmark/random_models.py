@@ -1,4 +1,4 @@
-"""Denoisers of random weights, of the real classes, with all that a step of them needs."""
+"""Denoisers with random weights, of the real classes, and the inputs of a step."""
 
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ CELLS = 32
 
 @dataclass
 class RandomModel:
-    """A frozen denoiser, its scheduler, and the adapter and prompts that it would have."""
+    """A frozen denoiser, its scheduler, and an adapter and encoded prompts that fit it."""
 
     denoiser: torch.nn.Module
     scheduler: object
@@ -45,7 +45,7 @@ class RandomModel:
         return torch.randn(*shape, self.latent_channels, self.cells, self.cells)
 
     def conditioning(self, batch_size: int) -> Conditioning:
-        """Of prompts that nobody wrote."""
+        """Random embeddings in place of encoded prompts."""
         dtype = self.denoiser.dtype
         further = {
             name: torch.randn(batch_size, *([width] if width else [])).to(dtype) for name, width in self.further.items()
@@ -124,7 +124,7 @@ def _unet(config: dict) -> UNet2DConditionModel:
 
 
 def _full(kind: type, name: str) -> torch.nn.Module:
-    """A named model's architecture in bfloat16; the same values over and over, as billions of others take a minute."""
+    """A named model's architecture in bfloat16. Few values are drawn and repeated: drawing billions takes a minute."""
     with torch.device("meta"):
         network = kind(**CONFIGS[name])
     network, some = network.to(torch.bfloat16).to_empty(device="cpu"), 0.02 * torch.randn(2**20).bfloat16()

@@ -1,4 +1,4 @@
-"""How long commands take to answer, and how much memory. Imports nothing heavy."""
+"""Seconds and memory that commands take to answer. Imports nothing heavy."""
 
 import os
 import statistics
@@ -23,7 +23,7 @@ def measure_startup(repeats: int) -> dict[str, dict[str, float]]:
     """Median seconds and largest peak memory in MB of each command, run again and again, each in a process of its own.
 
     Raises:
-        ValueError: a command ended with another exit code than it should.
+        ValueError: a command ended with an unexpected exit code.
     """
     return {command: _measure(command, code, repeats) for command, code in COMMANDS}
 

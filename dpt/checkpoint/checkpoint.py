@@ -98,7 +98,7 @@ class DPTCheckpoint(ModelHubMixin, library_name="dpt", license="apache-2.0"):
             raise ValueError(f"{self.source} was made {'with' if self.config.t5 else 'without'} T5: {remedy}")
 
     def generate_model_card(self, *args, **kwargs) -> ModelCard:
-        """What the weights are, in words, with their metrics and licence."""
+        """A model card: the weights in words, their metrics and licence."""
         figures = "".join(f"| {name} | {value:g} |\n" for name, value in self.config.metrics.items())
         metrics = f"\n| metric | value |\n|---|---|\n{figures}" if figures else "\nNo metrics were recorded.\n"
         known = MODELS.get(self.config.base_model)
@@ -296,7 +296,7 @@ def save_checkpoint(
 
 
 def describe(checkpoint: DPTCheckpoint) -> str:
-    """What is in a checkpoint, a line each."""
+    """The contents of a checkpoint, a line each."""
     config, adapter = checkpoint.config, checkpoint.config.adapter
     size = sum(value.numel() for value in checkpoint.adapter.state_dict().values())
     lines = [

@@ -21,7 +21,7 @@ PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 HALVES = [(f"{before}{down}.weight", f"{before}{up}.weight") for before, down, up in (
     (".", "lora_A", "lora_B"), (".", "lora_down", "lora_up"), ("lora.", "down", "up"), ("_layer.", "down", "up")
 )]  # fmt: skip
-"""How the names of a LoRA's two matrices end."""
+"""The endings of the names of a LoRA's two matrices."""
 PEFT_CONFIG, PEFT_PREFIX, METADATA = "adapter_config.json", "base_model.model.", "lora_adapter_metadata"
 
 

@@ -1,4 +1,4 @@
-"""The files of the reference: what its tensors are called here, and which adapter they fit."""
+"""The files of the reference: our names of their tensors, and the adapter that they fit."""
 
 import re
 from pathlib import Path
@@ -47,7 +47,7 @@ def adapter_key(reference_key: str) -> str | None:
 def infer_adapter_config(
     state: dict[str, torch.Tensor], *, num_queries_itm: int = 10, nheads: int = 8, **fixed
 ) -> AdapterConfig:
-    """The config that an adapter's tensors (our names) fit; what shapes do not tell is given.
+    """The config of the adapter that tensors (under our names) belong to, from their shapes and the arguments.
 
     Args:
         num_queries_itm: how many of the queries are for ITM.

@@ -1,1 +1,1 @@
-"""Training data: what a batch holds, and where it comes from."""
+"""Training data: samples, batches, and the files that they come from."""

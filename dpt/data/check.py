@@ -22,7 +22,7 @@ _ENDS = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND\xaeB`\x82"}
 
 @dataclass
 class Findings:
-    """The state of one file or folder: how much it holds, and its problems by kind with where they are."""
+    """The state of one file or folder: how much it holds, and its problems by kind, with their places."""
 
     name: str
     holds: str = ""
@@ -35,18 +35,18 @@ class Findings:
 
 
 def find(root: Path, pattern: str) -> list[Path]:
-    """Files of that name in the folder or up to two folders down."""
+    """Files of a name in the folder itself or up to two folders deeper."""
     return sorted(path for depth in ("", "*/", "*/*/") for path in root.glob(depth + pattern))
 
 
 def image_index(root: Path) -> dict[str, Path]:
-    """Every image file in the folder or up to two folders down, by its name; of one name the one that lies highest."""
+    """Every image file in the folder or up to two folders deeper, by its name; of equal names the least deep one."""
     deepest_first = sorted(find(root, "*"), key=lambda path: -len(path.parts))
     return {path.name: path for path in deepest_first if path.suffix.lower() in IMAGE_SUFFIXES}
 
 
 def check_images(paths: list[Path], *, decode: bool = False) -> tuple[Findings, dict[str, tuple[int, int]]]:
-    """Whether images can be read and end where they should; also their sizes (width, height) by name.
+    """Findings of unreadable or truncated images, and the sizes (width, height) of all by name.
 
     Args:
         decode: read every pixel instead of header and last bytes.
@@ -78,7 +78,7 @@ def _ends_well(path: Path) -> bool:
 
 
 def check_annotations(path: Path, sizes: dict[str, tuple[int, int]]) -> Findings:
-    """Ids, images, boxes, spans of a COCO-style file: captions, or MDETR's expressions."""
+    """Findings in a COCO-style file of captions or MDETR's expressions: ids, images, boxes, spans."""
     findings, are_expressions = Findings(path.name), path.name.startswith("finetune_")
     try:
         content, problems = (read_expressions if are_expressions else read_captions)(path)
@@ -128,7 +128,7 @@ def _check_box(findings: Findings, annotation: ExpressionBox, expression: Expres
 
 
 def check_negatives(path: Path, sizes: dict[str, tuple[int, int]]) -> Findings:
-    """Items of hard negatives: readable, with images that exist, and not the positive itself."""
+    """Findings in hard negatives: unreadable items, missing images, and negatives that are the positive itself."""
     findings = Findings(path.name if path.suffix == ".tsv" else f"{path.parent.name}/{path.name}")
     try:
         negatives = ItmNegatives(path)
@@ -160,7 +160,7 @@ def check_negatives(path: Path, sizes: dict[str, tuple[int, int]]) -> Findings:
 
 
 def check_latents(folder: Path) -> Findings:
-    """Cached latents: a manifest that can be read, and files that are as they were written."""
+    """Findings in cached latents: an unreadable manifest, and files that have changed since they were written."""
     findings = Findings(folder.name)
     try:
         findings.holds = f"latents of {read_manifest(folder).model}"
@@ -172,7 +172,7 @@ def check_latents(folder: Path) -> Findings:
 
 
 def leakage(lists: list[Findings]) -> list[tuple[str, str, int, int]]:
-    """(training list, evaluation list, images of both, images of the evaluation list), by the files' names."""
+    """Overlaps by file names: (training list, evaluation list, images in both, images in the latter)."""
     training = [f for f in lists if "train" in f.name]
     evaluation = [f for f in lists if any(word in f.name for word in ("val", "test"))]
     return [(t.name, e.name, len(t.files & e.files), len(e.files)) for t in training for e in evaluation]

@@ -80,8 +80,8 @@ def read_annotations(
     """A COCO-style file without the records that do not fit, and the problems of those records.
 
     Args:
-        kind: what the file is called in errors.
-        noun: the thing that an id names.
+        kind: name of the kind of file, for errors.
+        noun: the thing that an id identifies, for errors.
 
     Raises:
         ValueError: the file is no JSON, or lacks lists of images and annotations; it is named.
@@ -131,7 +131,7 @@ def check_characters(name: str, text: str) -> str:
 
 
 def stable_id(value: Id) -> int:
-    """The number of an id, the same on every machine: its own, if it is one (also as text), else of its hash."""
+    """A number for an id, the same on every machine: the id itself if it is a number (also as text), else its hash."""
     if isinstance(value, str) and value.isdecimal() and len(value) < 19 and str(int(value)) == value:
         value = int(value)
     if isinstance(value, int) and 0 <= value < 2**63:
@@ -140,12 +140,12 @@ def stable_id(value: Id) -> int:
 
 
 def base_name(file_name: str) -> str:
-    """The name of an image file without folders, which annotation files write with either slash."""
+    """The name of an image file without folders. Annotation files may separate folders by either slash."""
     return file_name.replace("\\", "/").rpartition("/")[2]
 
 
 def image_path(folder: Path, file_name: str) -> Path:
-    """The path of an image that an annotation file names: below the folder as it is written, or right in it."""
+    """The path of an image that an annotation file names: with its subfolders below the folder, or directly in it."""
     written = folder / file_name.replace("\\", "/")
     name = base_name(file_name)
     return written if name == file_name or written.exists() else folder / name

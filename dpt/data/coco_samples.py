@@ -24,9 +24,9 @@ class CocoSamples:
     Args:
         images: the folder of image files.
         size: height and width in pixels that images are resized to.
-        expressions: those whose image has no caption among the negatives are left out.
-        negatives: without them there is no matching, and samples hold one image and empty captions.
-        latents: read instead of the images.
+        expressions: referring expressions; those whose image has no caption among the negatives are left out.
+        negatives: mined hard negatives; without them there is no ITM, and samples hold one image and empty captions.
+        latents: cached latents, read instead of the images.
         flip: mirror half of the samples; "left" and "right" are swapped, or the sample is left as it is.
         seed: of the drawn caption, negatives and mirroring.
 
@@ -125,7 +125,7 @@ class CocoSamples:
 
 
 def mirror(sample: Sample) -> Sample:
-    """The sample seen in a mirror: pixels, boxes, words and their character spans."""
+    """The mirrored sample: pixels, boxes, words and their character spans."""
     return Sample(
         id=sample.id,
         images=sample.images.flip(-1),

@@ -1,4 +1,4 @@
-"""The batch that both worlds give, and how it becomes the input of `DPT.forward`.
+"""Samples and batches of both worlds, and the input of `DPT.forward` made of them.
 
 Shapes: B samples, N boxes, C latent channels, (h, w) latent size, (H, W) image, T expression tokens.
 """
@@ -102,7 +102,7 @@ def draw_timesteps(generators: list[torch.Generator], limits: tuple[int, int]) -
 
 
 def draw_noise(generators: list[torch.Generator], shape: tuple[int, int, int], offset: float) -> torch.Tensor:
-    """Noise of a latent's shape (C, h, w) by each generator, (B, C, h, w); `offset` weights what a channel shares."""
+    """Noise (B, C, h, w) of a latent's shape by each generator; `offset` weights a part that is one value a channel."""
     noise = [torch.randn(shape, generator=generator) for generator in generators]
     if offset:
         noise = [
@@ -113,7 +113,7 @@ def draw_noise(generators: list[torch.Generator], shape: tuple[int, int, int], o
 
 
 def conditioning_inputs(name: str, conditioning: Conditioning) -> dict:
-    """A conditioning as `DPT.forward` takes it: `<name>_context`, and `<name>_further` of models that take more."""
+    """A conditioning as `DPT.forward` takes it: `<name>_context`, and `<name>_further` for further inputs."""
     further = {f"{name}_further": conditioning.further} if conditioning.further else {}
     return {f"{name}_context": conditioning.encoder_hidden_states, **further}
 
@@ -131,7 +131,7 @@ def encode_batch(
     denoise_negatives: bool = False,
     posterior: bool = False,
 ) -> dict:
-    """The input of `DPT.forward`: everything that no gradient reaches.
+    """The input of `DPT.forward`, from everything that no gradient reaches.
 
     A sample's three images share its timestep and noise. Equal captions of the batch are encoded once.
 
@@ -141,7 +141,7 @@ def encode_batch(
         noise_offset: weight of noise that is constant over a channel.
         tasks: whose targets are made; by default all, with the paper's settings.
         posterior: draw the latents of pixels from the autoencoder's posterior, by (seed, sample, epoch).
-        denoise_negatives: give what denoising the other two images under captions of their own needs.
+        denoise_negatives: add the inputs for denoising the other two images under captions of their own.
     """
     device = sd.device  # diffusers looks for it anew each time
     named = list(zip(batch.ids, batch.epochs, strict=True))

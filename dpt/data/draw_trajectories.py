@@ -1,7 +1,7 @@
 """Draws a model's own trajectories, and lets a scorer judge the pictures: `python -m dpt.data trajectories CONFIG`.
 
 Several noises are drawn for each prompt; the latents that chosen steps read are kept, and each finished picture is
-judged. `dpt.data.trajectories` says what the folder holds.
+judged. `dpt.data.trajectories` describes the folder.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from dpt.data.trajectories import (
     MANIFEST,
     SHARDS,
     DrawnPrompt,
-    JudgedPicture,
+    PictureLabel,
     Shard,
     TrajectoriesManifest,
     label_file,
@@ -197,7 +197,7 @@ def _keeper(kept: list[torch.Tensor], steps: list[int]):
 
 
 def _mixed(prompts: list) -> list:
-    """Prompts of all categories in turn, so that what is drawn first is a fair part of the whole."""
+    """Prompts of all categories in turn, so that the first ones are a fair part of the whole."""
     before, ranks = Counter(), []
     for prompt in prompts:
         ranks.append(before[prompt.categories[0]])
@@ -218,7 +218,7 @@ def _check_or_write(folder: Path, about: TrajectoriesManifest) -> None:
 
 
 def _flat(about: TrajectoriesManifest) -> dict:
-    """A manifest's values by name, but for the prompt set: others may follow."""
+    """A manifest's values by name, without the prompt set: another set may be added."""
     flat = msgspec.json.decode(msgspec.json.encode(about))
     del flat["prompts"]
     return flat | flat.pop("sampling")
@@ -261,7 +261,7 @@ def label_missing(settings: TrajectorySettings, sd, folder: Path, name: str, jud
             names = picture_names(number, len(pictures))
             for seed, value in zip(prompt.seeds, judge(pictures, [prompt.text] * len(names), names), strict=True):
                 if (prompt.text, seed) not in known:
-                    append_line(path, msgspec.to_builtins(JudgedPicture(prompt.text, seed, value, name)))
+                    append_line(path, msgspec.to_builtins(PictureLabel(prompt.text, seed, value, name)))
                     judged += 1
     return judged
 

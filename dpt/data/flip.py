@@ -11,7 +11,7 @@ _UNSURE = re.compile(
 
 
 def can_mirror(text: str) -> bool:
-    """Whether swapping "left" and "right" makes the text true of the mirrored image ("right behind" may be no side)."""
+    """Whether a text with "left" and "right" swapped is true of the mirrored image ("right behind" names no side)."""
     return not _UNSURE.search(text)
 
 

@@ -48,9 +48,9 @@ class ItmItem:
 
 
 class ItmNegatives:
-    """Items by text id, read when asked for (a folder) or at once (a `.tsv`).
+    """Items by text id: a folder's are read when they are asked for, a `.tsv` at once.
 
-    `texts_of` has the text ids of each image, by its name without folders.
+    `texts_of` maps an image's name, without folders, to its text ids.
 
     Raises:
         ValueError: there is neither layout, or a file holds something else; it is named.
@@ -89,7 +89,7 @@ class ItmNegatives:
 
 
 def _literal_list(name: str, text: str) -> tuple[str, ...]:
-    """The strings of a Python-literal list; its form is looked at before Python's parser is, which takes any depth."""
+    """The strings of a Python-literal list. Its form is checked first: Python's parser takes lists of any depth."""
     if len(text) > MAX_LIST or not _LIST.fullmatch(text):
         raise ValueError(f"{name}: {text[:60]!r} is no list of strings")
     try:

@@ -1,4 +1,4 @@
-"""Hard negatives by CLIP: for each caption the most similar captions, and images, of other images.
+"""Mines hard negatives by CLIP: for each caption the most similar captions, and images, of other images.
 
 Embeddings lie in files, and similarities are computed in blocks, so that memory does not grow with the data.
 """
@@ -62,7 +62,7 @@ def most_similar(
     block: int = 4096,
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
-    """For each query the keys of largest dot product that are of other groups, best first.
+    """For each query the keys of other groups with the largest dot products, best first.
 
     Args:
         queries (N, D), keys (M, D): arrays or memory maps; `block` rows of each are in memory at once.

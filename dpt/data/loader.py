@@ -1,4 +1,4 @@
-"""The order of samples: by seed and step alone, whatever the number of processes, and after any resumption."""
+"""The order of samples: a function of seed and step alone, for any number of processes and after any resumption."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from dpt.data.collate import Batch, collate
 
 
 def step_indices(step: int, *, count: int, num_samples: int, seed: int) -> list[tuple[int, int]]:
-    """The (sample, epoch) pairs of one update: each epoch is a permutation of its own, read on and on."""
+    """The (sample, epoch) pairs of one update: they run through permutations of the samples, one an epoch."""
     pairs = []
     for position in range(step * count, (step + 1) * count):
         epoch, offset = divmod(position, num_samples)

@@ -1,4 +1,4 @@
-"""Referring expressions: MDETR's annotations of RefCOCO, RefCOCO+ and RefCOCOg, one image entry an expression.
+"""Referring expressions: MDETR's annotations of RefCOCO, RefCOCO+ and RefCOCOg, with one image entry for each.
 
 Boxes are normalised cxcywh.
 """

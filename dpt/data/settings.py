@@ -9,7 +9,7 @@ NEGATIVE_KINDS = ("attribute", "count", "relation", "size")
 
 @dataclass
 class DataSettings:
-    """Where samples come from; paths are relative to `root`. docs/data.md shows the tree."""
+    """The sources of samples; paths are relative to `root`. docs/data.md shows the tree."""
 
     kind: str = one_of("shapes", "shapes", "coco", "trajectories")
     """shapes; coco: COCO with RefCOCO/+/g and mined hard negatives; trajectories: nothing but those"""

@@ -1,6 +1,6 @@
-"""A model's own half-drawn pictures, and a judge's values of the pictures that became of them.
+"""A model's own half-drawn pictures, and a judge's values of the finished ones.
 
-The adapter chooses between half-drawn pictures; here it can learn from such pictures. `python -m dpt.data
+The adapter chooses between half-drawn pictures; on these it can learn to. `python -m dpt.data
 trajectories CONFIG` (`dpt.data.draw_trajectories`) fills a folder:
 
     trajectories.json    the model and settings that everything in it depends on
@@ -61,7 +61,7 @@ class Shard(Struct):
     prompts: list[DrawnPrompt]
 
 
-class JudgedPicture(Struct):
+class PictureLabel(Struct):
     """A line of labels_NAME.jsonl."""
 
     prompt: str
@@ -100,9 +100,9 @@ def read_shard(folder: Path, shard: Shard) -> dict[str, torch.Tensor]:
     return load(content)
 
 
-def read_labels(path: Path) -> list[JudgedPicture]:
+def read_labels(path: Path) -> list[PictureLabel]:
     """A scorer's values. Raises ValueError naming a line that cannot be read, or whose value is not finite."""
-    labels = read_json_lines(path, JudgedPicture)
+    labels = read_json_lines(path, PictureLabel)
     for n, label in enumerate(labels, 1):
         if not np.isfinite(label.value):
             raise ValueError(f"{path}, record {n}: value is {label.value}; it must be a finite number")

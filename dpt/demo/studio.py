@@ -1,4 +1,4 @@
-"""The demo's model and adapter: they draw step by step, until nobody waits any more."""
+"""The demo's model and adapter. A drawing stops when nobody waits for it any more."""
 
 import queue
 import threading
@@ -136,7 +136,7 @@ def check_request(
     candidates: float | None,
     choose_at: float | None,
 ) -> None:
-    """Raises ValueError where the page's fields, of which the user may have emptied any, are no drawing's settings."""
+    """Raises ValueError where a field of the page is empty or out of bounds."""
     for name, text in {"the prompt": prompt, "the phrase": phrase}.items():
         check_text(name, text or "")
     if not (prompt or "").strip():
@@ -152,7 +152,7 @@ def check_request(
 
 
 def captioned(candidate: dict) -> tuple[np.ndarray, str]:
-    """A candidate's picture and caption; what is kept has a frame."""
+    """A candidate's picture and caption; a frame marks those that are kept."""
     caption = f"seed {candidate['seed']}: {candidate['score']:.3f}"
     if not candidate["kept"]:
         return candidate["image"], caption
@@ -168,7 +168,7 @@ def open_studio(
     device: str | None = None,
     local_files_only: bool = False,
 ) -> Studio:
-    """Loads a model with its adapter; what is None is the model's own.
+    """Loads a model with its adapter; None stands for the model's own choice.
 
     Raises:
         ValueError: something that cannot be used; it is named.

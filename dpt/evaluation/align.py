@@ -1,4 +1,4 @@
-"""`evaluate.py align`: how well pictures show their prompts.
+"""`evaluate.py align`: scores of how well pictures show their prompts.
 
     python evaluate.py align outputs/evaluation/base outputs/evaluation/dpt --metrics oracle
 
@@ -61,7 +61,7 @@ def score_folders(folders: list[Path], judges: list[Judge], *, batch_size: int =
 
 
 def _judged_alone(folder: Path, judge: Judge, image, record: dict) -> None:
-    """Raises ValueError naming the picture and its prompt where they cannot be judged."""
+    """Judges one picture. Raises ValueError naming it and its prompt where that fails."""
     try:
         judge.metric([image], [record["prompt"]])
     except ValueError as error:

@@ -58,7 +58,7 @@ def another_prompt(sd: StableDiffusion, scorer: Scorer, texts: list[str]) -> Met
 
 
 def untrained(scorer: Scorer) -> Scorer:
-    """A scorer of the same kind whose adapter has random weights, always the same."""
+    """A scorer of the same kind whose adapter has random weights, the same on every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         adapter = DiscriminativeAdapter(scorer.adapter.config)

@@ -1,4 +1,4 @@
-"""`evaluate.py quality`: does an arm pay for alignment with pictures that look wrong, or alike (shapes prompts only)?
+"""`evaluate.py quality`: does an arm gain alignment at the cost of quality or diversity (shapes prompts only)?
 
     python evaluate.py quality outputs/evaluation/base outputs/evaluation/dpt
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def guard_folders(folders: list[Path]) -> dict:
-    """Writes the figures of folders that have none of their present pictures; returns all figures by folder.
+    """Writes the figures of folders whose figures are missing or out of date; returns all figures by folder.
 
     Raises:
         ValueError: a folder without pictures, a picture that cannot be read, or a prompt outside the shapes grammar.

@@ -5,7 +5,7 @@
 Writes OUTDIR/<arm>/{arm.json, metadata.jsonl, samples/}. A finished picture is not drawn again: after a kill give
 the same command. Under `accelerate launch` every process draws its share. A folder holds one arm with one set of
 weights; another is refused, and so is a folder with anything else in it. Every prompt has noise of its own, the same in
-all arms: with one noise for all, whether it is a lucky one would decide the figures.
+all arms: with one noise for all prompts, its luck would decide the figures.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def draw_arms(
 
 
 def process_state() -> PartialState:
-    """The state of this process among others; on a machine without accelerators they meet on its CPUs."""
+    """The state of this process among several; without accelerators they run on the CPU."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 

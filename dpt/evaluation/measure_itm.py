@@ -73,7 +73,7 @@ def denoising_matches(
 ) -> list[dict]:
     """Records of matching by denoising error, like those of `dpt.training.validation.measure`.
 
-    A caption's error is that of the noise predicted under it, and lower is truer; between images the error without a
+    The caption with the lower error of the noise predicted under it wins; between images the error without a
     prompt is subtracted (Krojer et al. 2023). At t = 500 the errors of that noise level decide; at each of
     `timesteps` the sum of the errors at all of them decides.
     """
@@ -110,6 +110,6 @@ def _errors(sd, latents, pairs, ids, timestep) -> torch.Tensor:
 
 
 def _ahead(errors: torch.Tensor) -> torch.Tensor:
-    """How much less error the truth has, (B, 2): among captions, among images."""
+    """The error of the negative minus that of the truth, (B, 2): among captions, among images."""
     own, other_caption, other_image, own_empty, other_empty = errors.unbind(1)
     return torch.stack([other_caption - own, (other_image - other_empty) - (own - own_empty)], dim=1)

@@ -1,4 +1,4 @@
-"""`evaluate.py overoptimization`: how far does following a score pay, before the score is all that rises?
+"""`evaluate.py overoptimization`: how far does following a score make more pictures correct?
 
     python evaluate.py experiment configs/tables/shapes_overoptimization.yaml
     python evaluate.py overoptimization outputs/overoptimization/shapes-val-10/* --output outputs/overoptimization.png

@@ -1,4 +1,4 @@
-"""`evaluate.py pack`: the figures of arms in one file, which keeps them when the pictures are gone.
+"""`evaluate.py pack`: the figures of arms in one small file, to keep without the pictures.
 
     python evaluate.py pack outputs/experiment/shapes-test/{base,dpt/0} --output docs/shapes-test.json
     python evaluate.py table docs/shapes-test.json --against base --output outputs/tables
@@ -74,7 +74,7 @@ def _with_settings(folder: Path) -> dict:
 
 
 def of_pictures(arm: dict, wanted: set[tuple[str, int]]) -> dict:
-    """An arm's figures of some of its pictures; those that are of all of them together are left out."""
+    """An arm's figures of some of its pictures, without those of all pictures together."""
     if arm["values"].keys() == wanted:
         return arm
     values = {key: row for key, row in arm["values"].items() if key in wanted}

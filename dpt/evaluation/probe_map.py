@@ -1,4 +1,4 @@
-"""`evaluate.py probe-map`: where, and at which noise, does the U-Net know what is true?
+"""`evaluate.py probe-map`: which block, at which noise, tells a true caption from a false one?
 
     python evaluate.py probe-map configs/shapes/probe_map.yaml --output outputs/probe-map
 
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def train(config: TrainConfig, folder: Path, control: str, block: str) -> Path:
-    """Trains the probe of one block under one control, as far as it is not; returns its run folder."""
+    """Trains the probe of one block under one control, or goes on with it; returns its run folder."""
     name, model = f"{control}_{block}", replace(config.model, feature=block)
     config = replace(config, run_name=name, output_folder=str(folder), control=control, model=model)
     if not is_finished(config):
@@ -112,7 +112,7 @@ def record(args: argparse.Namespace, result: dict) -> None:
 
 
 def check_settings(config: TrainConfig) -> None:
-    """Raises ValueError at settings that a map sets itself."""
+    """Raises ValueError for settings that the map sets itself."""
     refused = {
         "control": (config.control, "none", "--controls names the controls"),
         "init_from": (config.init_from, None, "the probes of all blocks begin untrained"),

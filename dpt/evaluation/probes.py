@@ -42,7 +42,7 @@ Summary = dict[str, dict[str, dict[str, Figures]]]
 
 
 class ItmRecord(TypedDict):
-    """A sample at a timestep, as `dpt.training.validation` measures it: whether the truth wins on either side."""
+    """A sample at a timestep, as `dpt.training.validation` measures it: 1 where the truth wins, on either side."""
 
     id: int | str
     timestep: int
@@ -62,7 +62,7 @@ Record = TypeVar("Record")
 
 
 class Kept(msgspec.Struct, Generic[Record]):
-    """A file of measurements: the records of each set, and what they are of."""
+    """A file of measurements: the records of each set, and the weights, data and samples they are of."""
 
     identity: dict[str, str | int | list[int]]
     records: dict[str, list[Record]]
@@ -70,7 +70,7 @@ class Kept(msgspec.Struct, Generic[Record]):
 
 @dataclass(frozen=True)
 class Measurement:
-    """Which checkpoints are measured, on which samples, and where the figures go."""
+    """A measurement: its checkpoints, its samples, and the folder of its figures."""
 
     checkpoints: list[Path]
     config: Path
@@ -85,7 +85,7 @@ class Measurement:
 
 
 def measurement_of(args: argparse.Namespace) -> Measurement:
-    """What the flags of `itm` and `rec` ask for."""
+    """The measurement that the flags of `itm` and `rec` ask for."""
     return Measurement(**{entry.name: getattr(args, entry.name) for entry in fields(Measurement)})
 
 

@@ -1,4 +1,4 @@
-"""Attend-and-Excite (Chefer et al. 2023): what one would otherwise use where subjects are neglected.
+"""Attend-and-Excite (Chefer et al. 2023): the usual method against neglected subjects, to compare with.
 
 Before a step the latent moves so that every subject token is attended to somewhere: down the gradient of
 1 - (the largest smoothed cross-attention of the most neglected token).
@@ -56,7 +56,7 @@ class AttendAndExcite:
         return self.guidance(self.moved(latents, timestep, step), timestep, step)
 
     def moved(self, latents: torch.Tensor, timestep, step: int) -> torch.Tensor:
-        """The latents that sampling goes on from, (B, C, h, w); the same where nothing is due.
+        """The latents that sampling goes on from, (B, C, h, w); unchanged at steps without a move.
 
         They move in the scale of the U-Net's input, so that a step means the same with every scheduler.
         """

@@ -4,7 +4,7 @@ z_t + factor * d s(z_t, y) / d z_t. The move is made in the variance-preserving 
 same with every scheduler. What it moves is the setting `correction_target`:
 
 - conditional: the input of the conditional half of classifier-free guidance alone, as in the reference.
-- latent: the latent, which everything goes on from, as in the paper's figure.
+- latent: the latent itself, from which sampling goes on, as in the paper's figure.
 - noise: the noise prediction, by which the predicted clean latent moves as far as `latent` moves it while the
   prediction stays: classifier guidance (Dhariwal & Nichol 2021, algorithm 2), eps - move / sqrt(1 - alpha_bar). Its
   gradient comes from the conditional half of the pass that is needed anyway.
@@ -28,7 +28,7 @@ class SelfCorrection:
 
     Args:
         guidance: of the images' prompts.
-        sampling: the factor or norm, target, window, and what a non-finite score does.
+        sampling: its factor or norm, target, window, and `on_nan`.
         trace: gets a record of every corrected step: step, timestep, and lists over images of score, length and
             relative_length (to the latent's norm) of the correction.
         conditioning: whose matching score is followed; by default the prompts' own.
@@ -88,11 +88,11 @@ class SelfCorrection:
         return factor[:, None, None, None] * self.direction(gradient, gradient_norm, step)
 
     def direction(self, gradient: torch.Tensor, gradient_norm: torch.Tensor, step: int) -> torch.Tensor:
-        """What the factor multiplies: the gradient. A control overrides it."""
+        """The direction that the factor multiplies: the gradient. A control overrides it."""
         return gradient
 
     def _scale(self, latents, timestep) -> torch.Tensor:
-        """What the scheduler multiplies latents by to make them the denoiser's input."""
+        """The factor by which the scheduler makes latents the denoiser's input."""
         return self.guidance.scheduler.scale_model_input(torch.ones_like(latents[:1, :1, :1, :1]), timestep)
 
     def _move_prediction(self, latents, noisy_latents, timestep, step) -> torch.Tensor:

@@ -70,7 +70,7 @@ def refer(scene: Scene, rng: np.random.Generator) -> tuple[Expression, ...]:
 
 
 def _refer_by_relation(objects, index):
-    """Such as "the star above the blue square": the anchor is unique, and one star lies above it."""
+    """Expressions such as "the star above the blue square": the anchor is unique, and one star lies above it."""
     obj, found = objects[index], []
     for anchor in objects:
         unique = sum((o.color, o.shape) == (anchor.color, anchor.shape) for o in objects) == 1

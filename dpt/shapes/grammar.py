@@ -129,7 +129,7 @@ def has_unseen_pair(description: Description) -> bool:
 
 
 def split_of(description: Description) -> str:
-    """Where a meaning may appear: "train", "val" or "test". One in 16 each is held out for val and test.
+    """The split of a meaning: "train", "val" or "test". One in 16 each is held out for val and test.
 
     Meanings with an unseen pair are always held out. One-object captions without a size are too few to hold out: all of
     them may be trained on, and "train" is returned for them.
@@ -271,7 +271,7 @@ def parse(prompt: str) -> Description:
         return ValueError(f"prompt {prompt!r} is outside the shapes grammar: {reason}")
 
     def take(pattern: re.Pattern, expected: str | None = None) -> str | None:
-        """The words that the pattern finds next, which are passed over; None where it finds none."""
+        """The words that the pattern matches next, and moves behind them; None without a match."""
         nonlocal at
         match = pattern.match(text, at)
         if match:

@@ -6,7 +6,7 @@
     python -m dpt.shapes.quality oracle                          # compares
 
 `collect` draws the same number at random from each folder that `dpt.shapes.quality_tables.judge_prompts` filled, and
-takes nothing of the oracle's verdicts along.
+leaves the oracle's verdicts out.
 """
 
 import sys

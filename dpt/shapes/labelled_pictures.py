@@ -60,7 +60,7 @@ def load_labelled(folder: Path) -> list[dict]:
 
 
 def agreement(folder: Path) -> tuple[list[dict], dict[tuple[str, str], int]]:
-    """Where the oracle disagrees with a folder's labels, and counts of (label by eye, oracle's label)."""
+    """The pictures of a folder on which the oracle disagrees, and counts of (label by eye, oracle's label)."""
     wrong, counts = [], {}
     for k, record in enumerate(load_labelled(folder)):
         verdict = judge(record["image"], record["prompt"])

@@ -1,6 +1,6 @@
 """The training loop of the shapes world's own model, whose batch is a function of the step number alone.
 
-Weights, their average, optimiser and step are all there is to save: a run that is killed goes on exactly.
+Weights, their average, optimiser and step are its whole state: a killed run goes on exactly.
 """
 
 import contextlib

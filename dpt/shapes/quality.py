@@ -1,4 +1,4 @@
-"""How far the `shapes` world's own parts can be trusted: the oracle, the small CLIP, the base model.
+"""Quality of the `shapes` world's own parts: the oracle, the small CLIP, the base model.
 
     python -m dpt.shapes.quality oracle|clip|base|curve
 

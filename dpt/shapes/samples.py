@@ -46,7 +46,7 @@ class ShapesSamples:
     Args:
         seed: of the world.
         draw_seed: of a sample's drawn wording, expression and negatives in an epoch.
-        leave_out: kinds of edited negatives; the next sample whose kind is another takes their place.
+        leave_out: kinds of edited negatives; the next sample of another kind takes their place.
         negatives: "edited", a minimal edit of the sample's own scene, or "mined", the other scenes of the set whose
             captions and pictures are most alike by the small CLIP (as in the paper, where CLIP mines them).
     """

@@ -13,7 +13,7 @@ STAGE_NAMES = ("clip", "vae", "latents", "unet", "decoder", "export")
 
 @dataclass(frozen=True)
 class WebNoise:
-    """How partial and noisy web-like captions are: the chance of each fault."""
+    """The chance of each fault of web-like captions, which are partial and noisy."""
 
     drop_object: float = bounded(0.04, at_least=0, at_most=1)
     """per object of a caption that names more than one; at least one stays"""
@@ -57,7 +57,7 @@ class Optimization:
 
     @property
     def part_size(self) -> int:
-        """How much of a batch one part is."""
+        """The samples of one part of a batch."""
         return self.batch_size // self.parts
 
 

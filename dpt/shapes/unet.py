@@ -45,7 +45,7 @@ def make_scheduler() -> DDIMScheduler:
 def denoising_weights(scheduler: DDIMScheduler, timesteps: torch.Tensor) -> torch.Tensor:
     """Weights (B,) of the noise's squared errors: in terms of the clean latents' error, the SNR clipped to 1 and 5.
 
-    Below SNR 1 it is decided how many objects there are, and where; unweighted, those timesteps hardly count. Above
+    Below SNR 1 the number and places of objects are decided; unweighted, those timesteps hardly count. Above
     5 it is detail, to which the decoder is robust. No weight exceeds `MAX_WEIGHT`, since near pure noise nothing can be
     learnt. (Min-SNR weighting, Hang et al. 2023, is the upper bound alone.)
     """

@@ -133,7 +133,7 @@ def cache_latents(
 def whiten(vae: AutoencoderKL, posteriors: np.ndarray) -> None:
     """Gives the latents zero mean and unit covariance, by a linear map folded into the 1x1 convolutions around them.
 
-    Left as trained, their channels differ in scale and go together, and diffusion learns the weak directions late. The
+    As trained, their channels differ in scale and are correlated, and diffusion learns the weak directions late. The
     posterior's variance becomes a constant, its mean over the data.
 
     Args:

@@ -46,7 +46,7 @@ def denoising_of_step(
     Args:
         noise_pred: of the pair's image under its caption, (B, C, h, w).
         inputs: as `DPT.forward` takes them. With `negative_context` the hard-negative and the random image are
-            denoised too, under captions of their own: what a tuning step costs, spent on denoising.
+            denoised too, under captions of their own: a control that spends a tuning step's cost on denoising.
     """
     target, timesteps = inputs["noise_target"], inputs["timesteps"]
     if "negative_context" in inputs:

@@ -56,7 +56,7 @@ def itm_loss(
         t2i_embeddings: query embeddings of each image conditioned on the caption, (B, 3, Q, P).
         t2i_texts: pooled text of that caption, (B, P).
         scale: exp(logit_scale).
-        labels: (B, 2), for a control: which candidate counts as the true pair instead, by text and by image.
+        labels: (B, 2), for a control: the candidate that counts as the true pair instead, by text and by image.
 
     Returns:
         `loss_itm_i2t` and `loss_itm_t2i`.
@@ -79,7 +79,7 @@ def wins(ahead: torch.Tensor) -> torch.Tensor:
 
 
 class ImageTextMatching(Task):
-    """The task: of three texts find the image's, of three images the text's.
+    """The task: find an image's text among three texts, and a text's image among three images.
 
     Args:
         layer: the decoder layer that is read; the reference reads the first (0).
@@ -113,7 +113,7 @@ class ImageTextMatching(Task):
         return torch.stack(scores, dim=1)
 
     def records(self, adapter, hs, inputs, samples):
-        """Whether the truth beats the hard-negative text and image, and what the negative gets wrong."""
+        """Whether the truth beats the hard-negative text and image, and the kind of the negative."""
         scores = self.scores(adapter, hs, inputs)
         won = wins(scores[:, :1] - scores[:, 1:])
         return [

@@ -10,7 +10,7 @@ from dpt.metrics import area_within_prompts
 
 
 def ranking_loss(scores: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Pairwise logistic loss (RankNet, Burges et al. 2005): of two pictures the better is to have the higher score.
+    """Pairwise logistic loss (RankNet, Burges et al. 2005): the better of two pictures shall have the higher score.
 
     Args:
         scores: matching scores of the half-drawn pictures, (G, N).

@@ -1,4 +1,4 @@
-"""Referring expressions (Qu et al. 2024, section 3.2; MDETR's heads and losses): where is what a phrase means?
+"""Referring expressions (Qu et al. 2024, section 3.2; MDETR's heads and losses): find the box that a phrase refers to.
 
 Shapes: B batch, Q queries, D width, N boxes, L text tokens, R width of the REC text encoder, K contrastive width.
 """
@@ -73,7 +73,7 @@ def positive_map(masks: torch.Tensor, *, normalize: bool = True) -> torch.Tensor
     """Class targets of boxes, (N, 256), of their token masks (N, T).
 
     Args:
-        normalize: rows sum to one, as MDETR means it; without it they are 0/1, which is what the reference trains on.
+        normalize: rows sum to one, as in MDETR; without it they are 0/1, as in the reference's training.
     """
     slots = torch.zeros(len(masks), NUM_TOKEN_SLOTS + 1)
     width = min(masks.shape[1], NUM_TOKEN_SLOTS)
@@ -101,7 +101,7 @@ def rec_losses(
         proj_tokens: unit token vectors, (B, L, K); without them there is no contrastive alignment.
         token_valid: tokens that are not padding, (B, L) bool. Without it padding counts as wrong tokens, as in the
             reference, and the loss of a sample depends on the longest expression of its batch.
-        num_boxes: what the sums are divided by, at least 1; by default the boxes of this batch.
+        num_boxes: divisor of the sums, at least 1; by default the number of this batch's boxes.
 
     Returns:
         `loss_ce`, `loss_bbox`, `loss_giou`, and `loss_contrastive_align`.

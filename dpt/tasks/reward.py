@@ -1,8 +1,8 @@
 """Reward (Clark et al. 2024, DRaFT; Prabhudesai et al. 2023, AlignProp): LoRA that raises the matching score.
 
 A training step draws half of a picture of each caption by the model as it is now. Gradients flow through the last of
-the steps alone. The score is read by an adapter that stands still, from the denoiser without its LoRA: features cannot
-learn to please it.
+the steps alone. The score comes from the adapter in evaluation mode, on the denoiser without its LoRA, so that
+features cannot learn to please it.
 
 Shapes: B samples, C latent channels, (h, w) latent size.
 """
@@ -71,7 +71,7 @@ def reward_loss(
         denoiser: with LoRA, which alone gets gradients.
         base: the model's scheduler.
         noise: standard normal, (B, C, h, w).
-        conditioning, negative: of the captions and of what guidance leads away from, B each.
+        conditioning, negative: of the captions and of the negative prompts, B each.
         step: pictures are drawn up to this step without gradients, and through it with them.
     """
     scheduler = make_scheduler(base, sampling.scheduler)
@@ -105,7 +105,7 @@ def without_lora(denoiser):
 
 @contextlib.contextmanager
 def standing_still(adapter: torch.nn.Module):
-    """The adapter without dropout."""
+    """The adapter in evaluation mode while the context lasts."""
     training = adapter.training
     adapter.eval()
     try:

@@ -56,7 +56,7 @@ class Task:
         return any(getattr(weights, name) for name in self.losses)
 
     def takes(self, sample: Sample) -> bool:
-        """Whether the metric can be had of a sample."""
+        """Whether a sample has what the metric needs."""
         return True
 
     def targets(self, batch: Batch, rec_text: RecTextEncoder, device: torch.device) -> dict:
@@ -70,7 +70,7 @@ class Task:
     def records(
         self, adapter: DiscriminativeAdapter, hs: dict[Pass, torch.Tensor], inputs: dict, samples: tuple[Sample, ...]
     ) -> list[dict]:
-        """One record a sample: its figures, and whatever else is worth keeping."""
+        """One record a sample: its figures, and other facts to keep."""
         raise NotImplementedError
 
 

@@ -1,1 +1,1 @@
-"""Training runs: the trainer of probe and tune, a plain loop for other models, run folders, validation."""
+"""Training runs: the trainer of probe and tune, run folders, validation."""

@@ -32,7 +32,7 @@ def schedule_stretch(optim: OptimSettings, processes: int) -> float:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate, set up by the config alone: of the environment's ACCELERATE_* only those that name devices count.
+    """Accelerate, set up by the config alone. Of the environment's ACCELERATE_* variables only those for devices count.
 
     Raises:
         ValueError: a precision or a tracker that cannot be used here.

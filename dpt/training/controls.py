@@ -1,4 +1,4 @@
-"""Controls of a probe: something is taken away from it, to see what its accuracy is worth.
+"""Controls of a probe: training without one of its inputs, to see what its accuracy is worth.
 
 A probe that does as well without the denoiser's features, or without the text, has not read alignment off the denoiser
 (Hewitt & Liang 2019). A control changes what the model is given, and nothing else.
@@ -14,7 +14,7 @@ from dpt.data.collate import Batch, as_latents
 
 
 def control_unet(control: str, sd: StableDiffusion) -> None:
-    """`random_unet` puts a denoiser of the same kind with random weights, always the same, in the model's place."""
+    """`random_unet` replaces the model's denoiser by one with random weights, the same on every call."""
     if control != "random_unet":
         return
     with torch.random.fork_rng(devices=[]):
@@ -24,7 +24,7 @@ def control_unet(control: str, sd: StableDiffusion) -> None:
 
 
 def control_batch(control: str, batch: Batch, sd: StableDiffusion) -> Batch:
-    """The batch that `encode_batch` takes: `image_blind` leaves nothing but the noise of every image."""
+    """The batch under the control: `image_blind` replaces every image by zeros, so that its noise alone is left."""
     if control != "image_blind":
         return batch
     return replace(batch, images=torch.zeros_like(as_latents(batch.images, sd)))

@@ -62,10 +62,10 @@ def describe_run(config: TrainConfig, stage: str) -> str:
 
 
 def _start(config: TrainConfig, wanted: AdapterConfig) -> str:
-    """Where the adapter comes from, in words. Raises ValueError where it cannot be read, or is another.
+    """The origin of the adapter, in words. Raises ValueError where it cannot be read, or differs from the wanted one.
 
     Args:
-        wanted: the adapter; the width of REC's text encoder is not compared, as the encoder is not looked at.
+        wanted: the adapter's config; the width of REC's text encoder is not compared, as the encoder is not loaded.
     """
     if config.init_from in (None, "new"):
         return "untrained"

@@ -1,4 +1,4 @@
-"""Run folders: where a training run keeps its state, so that it can be killed at any moment.
+"""Run folders: the state of a training run on disk, so that it can be killed at any moment.
 
 outputs/<run_name>/{config.yaml, log.txt, metrics.jsonl, curves.png, samples/, checkpoints/step_0005000/}
 step_N/{adapter.safetensors, lora/, config.yaml, training_state/{optimizer.safetensors, state.json}}
@@ -38,7 +38,7 @@ class TrainingState(TypedDict):
 
 
 def check_run(folder: Path, *, resume: bool) -> None:
-    """Raises ValueError where the run folder holds another run, or other files, or is none."""
+    """Raises ValueError where the run folder holds another run or other files, or is no folder."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"run folder {folder} is a file: choose another run_name or output_folder")
     config = folder / "config.yaml"
@@ -53,7 +53,7 @@ def check_run(folder: Path, *, resume: bool) -> None:
 
 
 def is_finished(config: TrainConfig) -> bool:
-    """Whether the run has its last checkpoint; of a length in epochs, training alone knows.
+    """Whether the run has its last checkpoint. False for a length in epochs, whose steps training alone knows.
 
     Raises:
         ValueError: it has, with other settings.
@@ -163,7 +163,7 @@ class RunLog:
     """Messages and figures of a run: `log.txt`, `metrics.jsonl` and `curves.png` in its folder.
 
     Args:
-        step: where the run goes on; metrics after it, of a run that was killed, are dropped.
+        step: the step at which the run goes on; a killed run's metrics after it are dropped.
     """
 
     def __init__(self, folder: Path, step: int):

@@ -156,7 +156,7 @@ def _sets_of(task: Task, val_sets: dict[str, Samples]) -> dict[str, Samples]:
 
 
 def figure_names(tasks: Iterable[Task], val_sets: dict[str, Samples], ranked: RankedPrompts | None) -> list[str]:
-    """Names of the figures that `validate` gives, but for the ends of their intervals."""
+    """Names of the figures that `validate` gives, without the ends of their intervals."""
     names = []
     for task in tasks if val_sets else ():
         own = _sets_of(task, val_sets)

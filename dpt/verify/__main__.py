@@ -1,4 +1,4 @@
-"""Checks weights on the machine that has them: the day a user brings what this project never ran.
+"""Checks a base model and weights on the user's own machine, such as those that this project never ran.
 
     python -m dpt.verify --model sd21-base --dpt ckpt/dpt-v2.1 [--coco ROOT] [--outdir outputs/verify]
 

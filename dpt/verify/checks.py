@@ -1,4 +1,4 @@
-"""The checks of `dpt.verify`: a model with its scorer, and what must hold of them."""
+"""The checks of `dpt.verify`: properties that a model with its scorer must have."""
 
 import argparse
 import functools
@@ -91,7 +91,7 @@ class Verification:
     def score_rises(self):
         """A small step along the gradient raises every score, one against it lowers them on average.
 
-        The score is the largest of several queries', so that against its gradient another one may take over.
+        The score is the largest of several queries', so against its gradient another query may take over.
         """
         z = initial_noise(list(range(8)), self.sd.latent_shape()).to(self.device)
         # pure noise is what the denoiser expects at the last timestep
