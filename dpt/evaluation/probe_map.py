@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> dict:
     check_settings(config)
     sd = load_base(config)
     timesteps, blocks = check_timesteps(args.timesteps, sd), parse_feature("all", sd.denoiser.config)
+    del sd  # each run loads its own
     what = Measurement(
         checkpoints=[train(config, args.output / "runs", c, b) for c in ("none", *args.controls) for b in blocks],
         config=args.config,
