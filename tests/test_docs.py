@@ -1,14 +1,19 @@
 """The documentation: links and paths lead somewhere, commands parse, examples run, pages keep their size."""
 
 import importlib
+import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from dpt.base_models import CKPT_FOLDER, DPT_WEIGHTS, MODELS, config_beside, recommended
 from dpt.command_line import ArgumentParser
@@ -332,3 +337,24 @@ def test_examples_run(page, text, tmp_path, monkeypatch):
     exec(compile(text.replace("FOLDER", "ckpt/shapes"), name_of(page), "exec"), {"__name__": "__main__"})
     (picture,) = tmp_path.glob("*.png")
     assert Image.open(picture).size == (128, 128)
+
+
+@pytest.mark.slow
+def test_the_example_of_a_head_is_trained(tmp_path):
+    for name in ("dpt", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "train_probe.py", tmp_path)
+    (tmp_path / "ckpt").symlink_to(CKPT_FOLDER)
+    page = ROOT / "docs/extending.md"
+    code, patch = (next(text for kind, text in blocks(page) if kind == wanted) for wanted in ("py", "diff"))
+    (tmp_path / "dpt/tasks/count.py").write_text(f"{code}\n")
+    subprocess.run(["git", "apply", "-"], cwd=tmp_path, input=f"{patch}\n", text=True, check=True)
+    tiny = ["optim.steps=2", "optim.batch_size=2", "data.num_samples=8", "validation.num_samples=2", "samples.every=-1"]
+    command = next(text for kind, text in blocks(page) if "adapter.heads=" in text and kind == "indented").split()
+    subprocess.run([sys.executable, *command[1:], *tiny], cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}, check=True)
+    run = tmp_path / "outputs/counting"
+    figures = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss_count", "count_right"} <= set().union(*figures)
+    assert any(
+        name.startswith("count_head.") for name in load_file(run / "checkpoints/step_0000002/adapter.safetensors")
+    )
