@@ -166,7 +166,7 @@ def add_lora(denoiser: ModelMixin, *, rank: int, alpha: float, blocks: tuple[str
     projections = (*PROJECTIONS, *TEXT_PROJECTIONS)
     targets = [n for n, _ in denoiser.named_modules() if n.endswith(projections) and n.startswith(prefixes)]
     if not targets:
-        raise ValueError(f"lora.blocks is {list(blocks)}; there is no attention in them")
+        raise ValueError(f"lora.blocks is {list(blocks)}; there is no attention in them: name others")
     remove_lora(denoiser)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian")
     denoiser.add_adapter(config, adapter_name=ADAPTER_NAME)

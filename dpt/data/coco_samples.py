@@ -46,7 +46,9 @@ class CocoSamples:
         seed: int = 0,
     ):
         if latents and flip:
-            raise ValueError("data.flip is true and data.latents is given; cached latents cannot be mirrored")
+            raise ValueError(
+                "data.flip is true and data.latents is given; cached latents cannot be mirrored: leave one out"
+            )
         self.images, self.size, self.negatives, self.latents, self.flip = images, size, negatives, latents, flip
         self.without_caption, self.seed = 0, seed
         if expressions is not None and negatives is not None:

@@ -121,7 +121,7 @@ def read_tables(path: Path) -> dict[str, dict]:
         if not arms:
             raise ValueError(f"{path}: {key} holds no arm")
         if key != "arms" and any(rows.keys() != next(iter(arms.values())).keys() for rows in arms.values()):
-            raise ValueError(f"{path}: {key}: arms of different categories")
+            raise ValueError(f"{path}: {key}: arms of different categories; let `table` write it again")
     return tables
 
 

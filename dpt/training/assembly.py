@@ -45,7 +45,9 @@ def make_model(
         start.check_t5(sd)
         adapter.load_state_dict(start.adapter.state_dict())
     if stage == "probe" and start and start.lora:
-        raise ValueError(f"{start.source} holds LoRA; a probe is of the model as it is")
+        raise ValueError(
+            f"{start.source} holds LoRA; a probe is of the model as it is: start from a probe, or leave init_from out"
+        )
     if stage == "tune":
         _add_lora(config, sd, start)
         set_cpu_attention(sd.denoiser)
@@ -69,7 +71,7 @@ def _add_lora(config: TrainConfig, sd: StableDiffusion, start: DPTCheckpoint | N
         if found != (lora.rank, alpha):
             raise ValueError(
                 f"{start.source} holds LoRA of rank and alpha {found}; lora.rank and lora.alpha are "
-                f"{(lora.rank, alpha)}"
+                f"{(lora.rank, alpha)}: set them to the same"
             )
         reached, wanted = (len({name.rsplit(".lora_", 1)[0] for name in state}) for state in (start.lora, fresh))
         if start.lora.keys() != fresh.keys():

@@ -89,7 +89,7 @@ def _lora(config: TrainConfig, model: Architecture) -> int:
         parse_feature(block, model.config, "lora.blocks")
     widths = [model.lora_widths.get(block, 0) for block in blocks]
     if not any(widths):
-        raise ValueError(f"lora.blocks is {blocks}; there is no attention in them")
+        raise ValueError(f"lora.blocks is {blocks}; there is no attention in them: name others")
     return config.lora.rank * sum(widths)
 
 
