@@ -17,7 +17,7 @@ from dpt.evaluation.flags import FLAGS
 
 LIGHT_CHECKS = {"generate": "arms", "experiment": "plan"}
 """subcommand -> the module of `dpt.evaluation` whose `check` sees bad files before anything heavy is imported"""
-PRINTED = ("generate", "align", "quality", "choose", "pack", "report", "pareto", "worth", "overoptimization")
+PRINTED = ("generate", "align", "quality", "pack", "report", "pareto", "worth", "overoptimization")
 """subcommands whose result is printed as JSON"""
 
 

@@ -79,12 +79,14 @@ def run(args: argparse.Namespace) -> dict:
     found = [c for c in read_candidates(path, num_steps) if c.prompt in texts]
     tables = analyse(found, args.candidates, num_steps, tuple(sorted(set(args.where))))
     write_text(args.outdir / "choose.json", json.dumps(tables, indent=1) + "\n")
-    write_text(args.outdir / "choose.md", as_markdown(tables))
+    text = as_markdown(tables)
+    write_text(args.outdir / "choose.md", text)
     draw_figure(tables, args.outdir / "choose.png")
+    print(text)
     if args.record:
         page = page_of(args.record, "choose")
         shutil.copy(args.outdir / "choose.png", figure_beside(page, "choose.png"))
-        text = as_markdown(tables) + "\n![Correctness against cost, and areas under the curve](choose.png)\n"
+        text += "\n![Correctness against cost, and areas under the curve](choose.png)\n"
         record_section(page, "choose", shlex.join(["python", "evaluate.py", *args.words]), text)
     return {chooser: row["all"] for chooser, row in tables["auc"].items()}
 

@@ -51,7 +51,7 @@ def test_a_run_writes_tables_and_goes_on(tmp_path, shapes_dpt, capsys):
     assert "begin choose" in (tmp_path / "results.md").read_text()
     assert evaluate.main(words) == 0  # nothing is drawn again
     assert (tmp_path / "out/candidates.jsonl").read_text().splitlines() == lines
-    capsys.readouterr()
+    assert (tmp_path / "out/choose.md").read_text() in capsys.readouterr().out
     for other in (["--scale", "3"], ["--image_seed", "4"]):
         assert evaluate.main([*words, *other]) == 2
         assert "holds candidates of other settings" in capsys.readouterr().err
