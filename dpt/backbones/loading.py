@@ -120,7 +120,9 @@ def _of_single_file(model: str, file: Path, where: dict, *, dtype: torch.dtype, 
     alike = named_alike(file)
     configs = configs_of(alike)
     notice(f"{model} is taken for a model like {alike}; its configs are those of {configs}")
-    kind = read_pipeline(Path(configs)) if Path(configs).is_dir() else _hub_pipeline(configs, **where)
+    if not Path(configs).is_dir():
+        _hub_pipeline(configs, **where)  # says at once where they cannot be had
+    kind = MODELS[alike].pipeline
     options = {"dtype": dtype, "local_files_only": where["local_files_only"]}
     return load_single_file(file, configs, is_xl=kind == SD_XL, **options), kind
 

@@ -41,6 +41,7 @@ def measure(what: Measurement, negatives: Iterable[str] = (), *, zero_shot: bool
         negatives: kinds of the shapes world, each a set of its own; none means the config's.
         zero_shot: also by denoising error, without an adapter.
     """
+    probes.check_output(what, "itm")
     variants = {name: [f"data.negatives={name}"] for name in negatives} or {"": []}
     measured = probes.measure_all(what, "itm", variants)
     if zero_shot:

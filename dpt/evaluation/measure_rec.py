@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> dict:
 
 def measure(what: probes.Measurement) -> dict:
     """Measures, draws and writes; returns the summary of `probes.summary`."""
+    probes.check_output(what, "rec")
     measured = probes.measure_all(what, "rec", {"": []})
     result = probes.summary(measured, [name for name in FIGURES if "precision" in name], what.timesteps)
     probes.write(what, "rec", result, measured)

@@ -5,10 +5,11 @@
 Trains a probe on each block of the denoiser, and beside each the controls of --controls: ordinary runs of
 `train_probe.py`, in <output>/runs/<control>_<block>. Then measures ITM accuracy (mean of both sides, chance 50 %), its
 selectivity (minus the best control's) and REC precision, block by block and timestep by timestep. Writes
-probe_map.json, .md and .png; after a kill the same command goes on.
+probe_map.json, .md and .png, of the controls that this call names; after a kill the same command goes on.
 """
 
 import argparse
+import gc
 import json
 import shlex
 import shutil
@@ -21,7 +22,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dpt.backbones.blocks import parse_feature
+from dpt.checkpoint.checkpoint import checkpoints
 from dpt.config import load_config
+from dpt.evaluation.generate import process_state
 from dpt.evaluation.probes import (
     Measured,
     Measurement,
@@ -34,8 +37,8 @@ from dpt.evaluation.probes import (
 from dpt.files import read_json, write_text
 from dpt.metrics import Interval, bootstrap_interval
 from dpt.results import check_replaceable, figure_beside, markdown_table, page_of, record_section
-from dpt.training.run_folder import is_finished
-from dpt.training.settings import ModelSettings, TrainConfig
+from dpt.training.run_folder import is_finished, set_damaged_aside
+from dpt.training.settings import ModelSettings, TrainConfig, check_finished
 from dpt.training.trainer import Trainer
 from dpt.training.validation import PAPER_TIMESTEP
 
@@ -75,8 +78,9 @@ def run(args: argparse.Namespace) -> dict:
     sd = load_base(config)
     timesteps, blocks = check_timesteps(args.timesteps, sd), parse_feature("all", sd.denoiser.config)
     del sd  # each run loads its own
+    controls = dict.fromkeys(["none", *args.controls])
     what = Measurement(
-        checkpoints=[train(config, args.output / "runs", c, b) for c in ("none", *args.controls) for b in blocks],
+        checkpoints=[train(config, args.output / "runs", c, b) for c in controls for b in blocks],
         config=args.config,
         output=args.output,
         set=args.overrides,
@@ -97,10 +101,15 @@ def train(config: TrainConfig, folder: Path, control: str, block: str) -> Path:
     """Trains the probe of one block under one control, or goes on with it; returns its run folder."""
     name, model = f"{control}_{block}", replace(config.model, feature=block)
     config = replace(config, run_name=name, output_folder=str(folder), control=control, model=model)
+    run = folder / name
+    set_damaged_aside(run)
+    if checkpoints(run):
+        check_finished(config, load_config(TrainConfig, run / "config.yaml"))
     if not is_finished(config):
-        config.resume = (folder / name).exists()
+        config.resume = run.exists()
         Trainer(config, "probe").train()
-    return folder / name
+        gc.collect()  # else the model stays until the next collection, beside the next run's
+    return run
 
 
 def record(args: argparse.Namespace, result: dict) -> None:
@@ -114,15 +123,18 @@ def record(args: argparse.Namespace, result: dict) -> None:
 
 def check_settings(config: TrainConfig) -> None:
     """Raises ValueError for settings that the map sets itself."""
+    check_has_val_sets(config)
     refused = {
         "control": (config.control, "none", "--controls names the controls"),
         "init_from": (config.init_from, None, "the probes of all blocks begin untrained"),
+        "data.trajectories": (config.data.trajectories, None, "trajectories have no hard negatives to match"),
         "model.feature": (config.model.feature, ModelSettings.feature, "all blocks are probed"),
     }
     for name, (value, possible, reason) in refused.items():
         if value != possible:
             raise ValueError(f"{name} is {value}; probe-map takes {possible}: {reason}")
-    check_has_val_sets(config)
+    if process_state().num_processes > 1:
+        raise ValueError("probe-map trains in one process: start it with python, not with accelerate launch")
 
 
 def summary(itm: list[Measured], rec: list[Measured], timesteps: list[int]) -> dict:

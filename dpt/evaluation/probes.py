@@ -151,11 +151,8 @@ def measure_all(what: Measurement, task: str, variants: dict[str, list[str]]) ->
         variants: label -> overrides of the config.
 
     Raises:
-        ValueError: a checkpoint or config that cannot be used, two checkpoints of one name, or another's files in
-            the output folder.
+        ValueError: a checkpoint or config that cannot be used, or two checkpoints of one name.
     """
-    figures = [what.output / f"{task}.md", *what.output.glob(f"{task}_*.png")]
-    check_replaceable(what.output / f"{task}.json", partial(read_json, schema=Summary), *figures)
     configs = {label: load_config(TrainConfig, what.config, [*what.set, *more]) for label, more in variants.items()}
     for config in configs.values():
         check_has_val_sets(config)
@@ -206,6 +203,12 @@ def _measure(what, task, name, label, config, checkpoint) -> dict[str, list[dict
 
     weights = weights_fingerprint(*sd.parts.values(), model.adapter)
     return kept(what, f"{task}_{name}_{label or 'all'}", config, weights, compute)
+
+
+def check_output(what: Measurement, task: str) -> None:
+    """Raises ValueError where the output folder holds figures of that name that are not of this command."""
+    figures = [what.output / f"{task}.md", *what.output.glob(f"{task}_*.png")]
+    check_replaceable(what.output / f"{task}.json", partial(read_json, schema=Summary), *figures)
 
 
 def check_timesteps(timesteps: list[int], sd: StableDiffusion) -> list[int]:

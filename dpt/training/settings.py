@@ -292,7 +292,8 @@ def check_finished(config: TrainConfig, saved: TrainConfig) -> None:
     free = tuple(key for key in FREE_ON_RESUME if key not in ("optim.steps", "optim.epochs", *JOINT_BATCH))
     if differing := differing_settings(config, saved, free):
         raise ValueError(
-            f"{config.run_name} is there, trained with {', '.join(differing)}; remove it, or choose another name"
+            f"{config.output_folder}/{config.run_name} is there, trained with {', '.join(differing)}; remove it, or "
+            "name another folder"
         )
 
 

@@ -269,7 +269,7 @@ def test_the_map_of_blocks_and_timesteps(tmp_path, capsys):
     call = ["probe-map", "configs/shapes/probe_map.yaml", *tiny, "--num_samples", "4", "--timesteps", "100", "500"]
     asked = evaluate.make_parser().parse_args([*call, "--output", "x"])
     assert list(asked.controls) == ["constant_text", "empty_prompt"]
-    call += ["--controls", "constant_text"]
+    call += ["--controls", "constant_text", "constant_text"]
     assert evaluate.main([*call, "--output", str(output), "--record", str(tmp_path / "results.md")]) == 0
     assert "--num_samples 4" in (tmp_path / "results.md").read_text()
     assert "| a constant vector for the pooled text |" in (tmp_path / "results.md").read_text()
@@ -288,8 +288,12 @@ def test_the_map_of_blocks_and_timesteps(tmp_path, capsys):
     assert evaluate.main([*call, "--output", str(output)]) == 0  # trained already
     assert (output / "runs/none_up1/log.txt").read_text() == log
     assert json.loads((output / "probe_map.json").read_text()) == result
-    assert evaluate.main([*call[:2], "optim.lr=0.1", *call[2:], "--output", str(output)]) == 2
-    assert "none_down0 is there, trained with optim.lr 0.0005 (now 0.1)" in capsys.readouterr().err
+    for setting, message in (
+        ("optim.lr=0.1", "optim.lr 0.0005 (now 0.1)"),
+        ("optim.epochs=1", "optim.epochs None (now 1"),
+    ):
+        assert evaluate.main([*call[:2], setting, *call[2:], "--output", str(output)]) == 2
+        assert f"{output}/runs/none_down0 is there, trained with {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -298,6 +302,7 @@ def test_the_map_of_blocks_and_timesteps(tmp_path, capsys):
         ("model.feature=up2", "model.feature is up2; probe-map takes up1: all blocks are probed"),
         ("control=random_unet", "control is random_unet; probe-map takes none"),
         ("init_from=new", "init_from is new; probe-map takes None"),
+        ("data.trajectories=x", "data.trajectories is x; probe-map takes None"),
         ("data={kind: trajectories, trajectories: x}", "data.kind is trajectories"),
     ],
 )
