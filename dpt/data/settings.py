@@ -73,6 +73,6 @@ def check_data(data: DataSettings) -> None:
         raise ValueError(f"data.leave_out is {data.leave_out}; only edited negatives of shapes have a kind")
     cached = data.latents is not None or data.kind != "coco"
     if data.flip and cached:
-        raise ValueError("data.flip is true; cached latents cannot be mirrored, only images of coco: leave data.flip out")
+        raise ValueError("data.flip is true; cached latents cannot be mirrored, only coco images: leave it out")
     if data.latent_sample == "posterior" and cached:
         raise ValueError("data.latent_sample is 'posterior'; it is for coco's images: cached latents are as they are")
