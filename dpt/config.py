@@ -173,7 +173,7 @@ class DPTConfig:
     metrics: dict[str, float] = field(default_factory=dict)
     """figures for the model card"""
     sampling: Sampling | None = None
-    """how they draw best; without it by the paper's correction"""
+    """how they draw best; without it see `dpt.base_models.recommended`"""
 
     def __post_init__(self):
         if isinstance(self.adapter, dict):  # huggingface_hub made this of config.json, which nothing is read from

@@ -157,8 +157,9 @@ def check_folder(folder: Path) -> None:
     Raises:
         ValueError: another kind of model, or a value that cannot be; file and field are named.
     """
-    if index := read_index(folder):
-        kind = index.get("_class_name")
+    index = read_index(folder)
+    kind = index.get("_class_name")
+    if index:
         family, wanted_parts = FAMILIES.get(kind, ("", CLASSES))
         if kind is not None and not family and ("unet" not in index or "text_encoder_2" in index):
             raise ValueError(f"{folder} is of {kind}; {SUPPORTED}")
@@ -175,7 +176,7 @@ def check_folder(folder: Path) -> None:
     configs = _configs(folder)
     unet, vae, text, text_2 = (configs.get(f"{part}/config.json") for part in CLASSES_XL)
     if unet is not None:
-        check_kind(folder, unet, vae or VaeConfig(block_out_channels=[1]), is_xl=read_pipeline(folder) == SD_XL)
+        check_kind(folder, unet, vae or VaeConfig(block_out_channels=[1]), is_xl=kind == SD_XL)
         widths = [unet.cross_attention_dim] if isinstance(unet.cross_attention_dim, int) else unet.cross_attention_dim
         sizes = [encoder.hidden_size for encoder in (text, text_2) if encoder is not None]
         if text is not None and {*widths} != {sum(sizes)}:

@@ -7,7 +7,7 @@
 `sampling` times a plain guided step and ones corrected by each target, interleaved, and the share f of a U-Net pass
 that (U-Net up to the block + adapter) takes. A step corrected by a pass of its own should cost at most 1.10 x (1 + f)
 plain ones; the target `noise`, which has none, about 1 + f / 2. Where a plain step is one pass, as FLUX.1-dev's, it is
-2 f and f. Models but `shapes` have random weights: three of some 100 million, one a family, and `random-sd21`,
+2 f and f. Models but `shapes` have random weights: four of some 100 million, one for each family, and `random-sd21`,
 `random-sdxl`, `random-sd35` of full size in bfloat16.
 
 `training` times a probe step with its six passes as one batch and one after the other, interleaved, and measures the
